@@ -1,0 +1,117 @@
+"""Messages to ids and ids to text: the only place that knows the chat format.
+
+    <BOS>User: {question}
+
+    Assistant: {answer}<EOS>User: {question}
+
+    Assistant:
+
+The chat models were trained without a system prompt. Training and chatting use this one renderer, so
+the model is asked in the words that it was taught in.
+"""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from .errors import UserError
+
+Message = dict[str, str]
+
+NO_SYSTEM_PROMPT = (
+    "DeepSeek-MoE's chat models were trained without a system prompt, and their authors advise "
+    "against one. Say it in your first message instead."
+)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+) -> tuple[list[int], list[int]]:
+    """A conversation as ids, and the mask of the tokens to train on (1: an answer and its EOS).
+
+    The ids equal those of the chat template. Questions and answers are encoded apart, so that the
+    mask is exact, and special tokens inside them are ordinary text: nobody can end a turn by typing.
+
+    Args:
+        messages: dicts of `role` (user, assistant; system is rendered too, but see
+            `NO_SYSTEM_PROMPT`) and `content`.
+        add_generation_prompt: end with what asks for an answer.
+
+    Raises:
+        UserError: an unknown role, or content that is not text.
+    """
+    ids, mask = [tokenizer.bos_token_id], [0]
+
+    def add(text: str, trained: int) -> None:
+        new = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids.extend(new)
+        mask.extend([trained] * len(new))
+
+    for number, message in enumerate(messages, 1):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(content, str):
+            raise UserError(f"message {number} has content {content!r}; it must be text")
+        if role == "user":
+            add(f"User: {content}\n\n", 0)
+        elif role == "assistant":
+            add("Assistant:", 0)
+            add(f" {content}", 1)
+            ids.append(tokenizer.eos_token_id)
+            mask.append(1)
+        elif role == "system":
+            add(f"{content}\n\n", 0)
+        else:
+            raise UserError(
+                f"message {number} has role {role!r}; known are user, assistant, system"
+            )
+    if add_generation_prompt:
+        add("Assistant:", 0)
+    return ids, mask
+
+
+def fit(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], room: int
+) -> tuple[list[int], int]:
+    """The conversation's ids with a generation prompt, without its oldest turns if they exceed `room`.
+
+    Returns:
+        The ids, and how many messages from the start were left out. A turn is a question with its
+        answer; the last question always stays (and may exceed `room`).
+    """
+    dropped = 0
+    ids, _ = render(tokenizer, messages, add_generation_prompt=True)
+    while len(ids) > room and dropped < len(messages) - 1:
+        dropped += 1
+        while messages[dropped]["role"] != "user" and dropped < len(messages) - 1:
+            dropped += 1
+        ids, _ = render(tokenizer, messages[dropped:], add_generation_prompt=True)
+    return ids, dropped
+
+
+class TextStream:
+    """Turns ids into text as they come, holding back characters whose bytes are not all there.
+
+    A token of a byte-level vocabulary may end inside a character. Bytes that never become one (some
+    tokens of the official vocabulary are such) are let go after four tokens, as U+FFFD.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.held: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes, perhaps none."""
+        self.held.append(token)
+        text = self.tokenizer.decode(self.held, skip_special_tokens=True)
+        if text.endswith("\ufffd") and len(self.held) < 4:
+            return ""
+        self.held = []
+        return text
+
+    def end(self) -> str:
+        """What was held back, without a character that stayed incomplete."""
+        text = self.tokenizer.decode(self.held, skip_special_tokens=True)
+        self.held = []
+        return text.rstrip("\ufffd")

@@ -1,0 +1,187 @@
+"""From a folder or a hub id to a model and its tokenizer, with plain words where that fails.
+
+`AutoModelForCausalLM` and `AutoTokenizer` do the work; what is here looks before it leaps: nothing
+is executed or unpickled, weights that cannot fit or are broken are refused before the load.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    model: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, ready to generate, and its tokenizer.
+
+    Args:
+        model: a folder in the official layout, or a hub id.
+        dtype: float32, bfloat16, float16; auto takes the checkpoint's on a GPU, and on a CPU
+            float32 (faster there than bfloat16 on most) if it fits, else bfloat16.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        trust_remote_code: run code that comes with a checkpoint of another architecture. For this
+            one the code of this package is used, whatever the checkpoint brings.
+
+    Raises:
+        UserError: one line that says what was found and what to do.
+    """
+    folder = locate(model, trust_remote_code)
+    place = _device(device)
+    numbers = _count_numbers(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        number_type = _dtype(dtype, place, numbers, config.dtype)
+        _refuse_too_little_memory(numbers * number_type.itemsize, number_type, place)
+        network = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=number_type,
+            device_map=place,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    return network.eval(), tokenizer
+
+
+def locate(model: str, trust_remote_code: bool = False) -> Path:
+    """The folder of a local checkpoint, or of a hub checkpoint after its download.
+
+    Raises:
+        UserError: there is none, or it is not one that can be loaded safely.
+    """
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if not HUB_ID.fullmatch(model) or model.startswith("."):
+            raise UserError(f"{model} does not exist; give a checkpoint folder or a hub id")
+        folder = _download(model, trust_remote_code)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder that holds it and config.json")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; give a folder in Hugging Face layout")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); get it anew") from error
+    if not (folder / "tokenizer.json").is_file() and not trust_remote_code:
+        raise UserError(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
+        if pickles:
+            raise UserError(
+                f"{folder} holds {pickles[0]}, a pickle, which can run code when it is opened; "
+                "only safetensors are read: convert it, or download the safetensors files"
+            )
+        raise UserError(f"{folder} has no *.safetensors; its download is not complete")
+    _refuse_missing_shards(folder)
+    return folder
+
+
+def _download(model: str, trust_remote_code: bool) -> Path:
+    wanted = ["*.json", "*.safetensors", "*.jinja"] + (["*.py"] if trust_remote_code else [])
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise UserError(
+            f"{model} is no folder here and could not be downloaded as a hub id "
+            f"({_first_line(error)}); check the name and the network"
+        ) from error
+
+
+def _refuse_missing_shards(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is no index of weights; get it anew") from error
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(shards)} weight "
+            "files); finish the download"
+        )
+
+
+def _count_numbers(folder: Path) -> int:
+    """How many numbers the weight files hold; opening them proves that they are whole."""
+    count = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    shape = tensors.get_slice(name).get_shape()
+                    count += torch.Size(shape).numel()
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} is truncated or corrupt ({_first_line(error)}); get it anew"
+            ) from error
+    return count
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device} is unknown; use auto, cpu or cuda") from error
+    if place.type == "cuda":
+        found = torch.cuda.device_count()
+        if (place.index or 0) >= found:
+            raise UserError(f"device {device} was asked for, but {found} GPUs were found; use cpu")
+        place = torch.device("cuda", place.index or 0)
+    return place
+
+
+def _dtype(
+    dtype: str, device: torch.device, numbers: int, stored: torch.dtype | None
+) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type != "cpu":
+        return stored or torch.bfloat16
+    return torch.float32 if numbers * 4 < _free_memory(device) else torch.bfloat16
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _refuse_too_little_memory(need: int, dtype: torch.dtype, device: torch.device) -> None:
+    free = _free_memory(device)
+    if need > free:
+        raise UserError(
+            f"the weights need {need / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, but "
+            f"{device} has {free / 1e9:.1f} GB free; use --dtype bfloat16, another device, or a "
+            "smaller model"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,61 @@
+"""What the example scripts share: their options, and errors of one line."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+
+BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-base"
+
+
+def add_model_options(parser: argparse.ArgumentParser, default: Path = BUNDLED_MODEL) -> None:
+    """--model, --dtype, --device, --trust_remote_code."""
+    parser.add_argument("--model", default=str(default), help="a folder or a hub id")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: the checkpoint's on a GPU; float32 on a CPU if it fits, else bfloat16",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that comes with a checkpoint of another architecture",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """--max_new_tokens, --temperature, --top_k, --top_p, --seed."""
+    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top_k", type=int, default=0, help="0 (default) keeps all")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Prints a `UserError`, or memory that ran out, as one line and leaves with exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        leave(str(error))
+    except torch.OutOfMemoryError as error:
+        found = str(error).split(". ")[0]
+        leave(f"{found}; use a smaller batch, fewer tokens, --dtype bfloat16 or another GPU")
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def leave(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,171 @@
+"""Every field of a DeepSeekMoE config.json, and a refusal of what the code does not implement."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+# Newer transformers dispatch tokens to the ranks; 5.17 masked the picks of other ranks and summed.
+if find_spec("transformers.distributed.expert_parallel"):
+    _EXPERT_PARALLEL_PLAN = {"layers.*.mlp.experts": "ep_dispatch_experts"}
+else:
+    _EXPERT_PARALLEL_PLAN = {
+        "layers.*.mlp.gate": "ep_router",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+
+ROPE_TYPES = ("default", "linear", "dynamic")
+
+
+@strict
+class DeepseekConfig(PreTrainedConfig):
+    """Configuration of DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066), by default the 16B model's.
+
+    Layer `i` is a mixture of experts when `n_routed_experts` is set, `i >= first_k_dense_replace`
+    and `i % moe_layer_freq == 0`; else a dense SwiGLU of width `intermediate_size`. The
+    `n_shared_experts` experts that see every token are stored as one MLP of width
+    `n_shared_experts * moe_intermediate_size`.
+
+    `norm_topk_prob` divides the weights of a token's `num_experts_per_tok` experts by their sum.
+    `aux_loss_alpha` scales the balance loss, counted per sequence (`seq_aux`) or over all tokens.
+    `rope_scaling` is null or `{"type": "linear" | "dynamic", "factor": f}`. `pretraining_tp` split
+    products on the training cluster; the result is the same, so it has no effect here.
+
+    Raises:
+        ValueError: a field has a value that the model does not implement; the message names both.
+    """
+
+    model_type = "deepseek"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        **_EXPERT_PARALLEL_PLAN,
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 102400
+    hidden_size: int = 2048
+    intermediate_size: int = 10944
+    moe_intermediate_size: int = 1408
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    n_shared_experts: int | None = 2
+    n_routed_experts: int | None = 64
+    num_experts_per_tok: int | None = 6
+    moe_layer_freq: int = 1
+    first_k_dense_replace: int = 1
+    norm_topk_prob: bool = False
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    bos_token_id: int | None = 100000
+    eos_token_id: int | list[int] | None = 100001
+    pad_token_id: int | None = None
+    pretraining_tp: int = 1
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        # Other engines look for pad_token_id; this family pads with the end-of-sentence token.
+        if self.pad_token_id is None and isinstance(self.eos_token_id, int):
+            self.pad_token_id = self.eos_token_id
+        super().__post_init__(**kwargs)
+        self._refuse_what_is_not_implemented()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` routes its tokens (else it is a dense MLP)."""
+        return (
+            bool(self.n_routed_experts)
+            and layer_idx >= self.first_k_dense_replace
+            and layer_idx % self.moe_layer_freq == 0
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' own, with the official files' `rope_theta` and `rope_scaling`, which
+        vLLM, SGLang, llama.cpp and mlx-lm read, in place of transformers 5's `rope_parameters`."""
+        fields = super().to_dict()
+        rope = dict(fields.pop("rope_parameters", None) or {})
+        fields["rope_theta"] = rope.pop("rope_theta", 10000)
+        kind = rope.pop("rope_type", "default")
+        rope["type"] = kind
+        fields["rope_scaling"] = None if kind == "default" else rope
+        return fields
+
+    def _refuse_what_is_not_implemented(self) -> None:
+        def refuse(field: str, value: object, wanted: str) -> None:
+            raise ValueError(
+                f"config field {field} is {value!r}, but this model implements {wanted}"
+            )
+
+        if self.scoring_func != "softmax":
+            refuse("scoring_func", self.scoring_func, "'softmax' only")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            refuse("rope_scaling type", rope_type, f"{', '.join(ROPE_TYPES)} only")
+        if self.hidden_act not in ACT2FN:
+            refuse("hidden_act", self.hidden_act, "the activations of transformers only")
+        if self.hidden_size % self.num_attention_heads:
+            refuse(
+                "hidden_size", self.hidden_size, f"multiples of {self.num_attention_heads} heads"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            refuse(
+                "num_key_value_heads",
+                self.num_key_value_heads,
+                f"divisors of num_attention_heads ({self.num_attention_heads})",
+            )
+        if self.n_routed_experts:
+            if self.moe_layer_freq < 1:
+                refuse("moe_layer_freq", self.moe_layer_freq, "1 and above")
+            if not 1 <= (self.num_experts_per_tok or 0) <= self.n_routed_experts:
+                refuse(
+                    "num_experts_per_tok",
+                    self.num_experts_per_tok,
+                    f"1 to n_routed_experts ({self.n_routed_experts})",
+                )
+        for field in ("topk_method", "n_group", "routed_scaling_factor", "q_lora_rank"):
+            # Fields of DeepSeek-V2 and V3: to ignore one is to compute another model.
+            value = getattr(self, field, None)
+            if value not in (None, "greedy", 1, 1.0):
+                refuse(field, value, "none of DeepSeek-V2's additions")
+
+
+__all__ = ["DeepseekConfig"]

@@ -1,0 +1,155 @@
+"""Talks with a DeepSeek-MoE chat model.
+
+    python examples/chat.py --model deepseek-ai/deepseek-moe-16b-chat
+    python examples/chat.py --prompt "Who are you?"          one answer
+    python examples/chat.py < questions.txt                  a conversation, a line a turn
+
+Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, Ctrl-D leaves.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.formatted_text import ANSI
+from prompt_toolkit.output.defaults import create_output
+
+from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, fit
+from deepseek_moe.checkpoint import load
+from deepseek_moe.cli import add_model_options, add_sampling_options, one_line_errors
+from deepseek_moe.errors import UserError
+from deepseek_moe.generation import Generator, make_sampler
+
+HELP = """\
+/reset      forget the conversation
+/undo       forget the last question and its answer
+/save FILE  write the conversation as JSON
+/system     about system prompts
+/help       this list
+Ctrl-C stops an answer, Ctrl-D leaves."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Talks with a DeepSeek-MoE chat model.")
+    add_model_options(parser)
+    parser.add_argument("--prompt", help="ask this, print the answer, leave")
+    add_sampling_options(parser, max_new_tokens=512)
+    args = parser.parse_args()
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("the prompt is empty; ask something")
+
+    sample = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    model, tokenizer = load(args.model, args.dtype, args.device, args.trust_remote_code)
+    chat = Chat(Generator(model), tokenizer, args.max_new_tokens, sample)
+    if args.prompt is not None:
+        chat.ask(args.prompt)
+        return
+    interactive = sys.stdin.isatty()
+    for line in typed_lines() if interactive else sys.stdin:
+        try:
+            chat.turn(line.strip())
+        except UserError as error:
+            if not interactive:
+                raise
+            note(f"error: {error}")
+
+
+class Chat:
+    """A conversation with a model: its messages, and what can be done with them."""
+
+    def __init__(self, generator: Generator, tokenizer, max_new_tokens: int, sample) -> None:
+        self.generator, self.tokenizer, self.sample = generator, tokenizer, sample
+        self.max_new_tokens = max_new_tokens
+        # An answer may take up to half of the context; the conversation keeps the rest.
+        self.room = generator.context - min(max_new_tokens, generator.context // 2)
+        self.messages: list[Message] = []
+        self.dropped = 0
+
+    def turn(self, line: str) -> None:
+        """Answers a question, or does what a /command says."""
+        command, _, rest = line.partition(" ")
+        if command == "/reset":
+            self.messages, self.dropped = [], 0
+            note("the conversation is forgotten")
+        elif command == "/undo":
+            note("the last turn is forgotten" if self.messages else "there is nothing to undo")
+            del self.messages[-2:]
+        elif command == "/save":
+            self.save(rest.strip())
+        elif command == "/system":
+            note(NO_SYSTEM_PROMPT)
+        elif command.startswith("/"):
+            note(HELP)
+        elif line:
+            self.ask(line)
+
+    def ask(self, question: str) -> None:
+        """Streams the answer to stdout; Ctrl-C ends it early and keeps what was said."""
+        self.messages.append({"role": "user", "content": question})
+        ids, dropped = fit(self.tokenizer, self.messages, self.room)
+        if dropped > self.dropped:
+            note(f"the context is full: the oldest {dropped} messages are no longer seen")
+        self.dropped = dropped
+        steps = self.generator.stream(
+            [ids], self.max_new_tokens, self.sample, {self.tokenizer.eos_token_id}
+        )
+        answer = ""
+        try:
+            for piece in self.text(steps):
+                piece = piece if answer else piece.lstrip()
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            note(" (stopped)")
+        except UserError:
+            self.messages.pop()
+            raise
+        print(flush=True)
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def text(self, steps: Iterator[list[int | None]]) -> Iterator[str]:
+        stream = TextStream(self.tokenizer)
+        for (token,) in steps:
+            yield stream.add(token)
+        yield stream.end()
+
+    def save(self, name: str) -> None:
+        """Writes the messages aside and renames, so that the file is never half there."""
+        if not name:
+            raise UserError("/save needs a file name")
+        file = Path(name).expanduser()
+        aside = file.with_name(file.name + ".tmp")
+        try:
+            text = json.dumps(self.messages, ensure_ascii=False, indent=2)
+            aside.write_text(text + "\n", encoding="utf-8")
+            os.replace(aside, file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {error.strerror}") from error
+        note(f"{len(self.messages)} messages are in {file}")
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines from a terminal, with editing and history. Ctrl-C drops a line, Ctrl-D ends."""
+    note(HELP)
+    session = PromptSession(output=create_output(stdout=sys.stderr))
+    while True:
+        try:
+            yield session.prompt(ANSI("\x1b[1;32m> \x1b[0m"))
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+
+
+def note(text: str) -> None:
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{dim}{text}{plain}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,118 @@
+"""Continues text.
+
+    python examples/completion.py --prompt "Once upon a time" --max_new_tokens 100
+    python examples/completion.py --model deepseek-ai/deepseek-moe-16b-base --prompt "..."
+    python examples/completion.py --prompts_file prompts.jsonl --output_file completions.jsonl
+
+The text goes to stdout as it is made, everything else to stderr.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from deepseek_moe.chat import TextStream
+from deepseek_moe.checkpoint import load
+from deepseek_moe.cli import add_model_options, add_sampling_options, one_line_errors
+from deepseek_moe.errors import UserError
+from deepseek_moe.generation import Generator, make_sampler
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Continues text with DeepSeek-MoE.")
+    add_model_options(parser)
+    parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")
+    parser.add_argument(
+        "--prompts_file", type=Path, help='one prompt a line: text, "text" or {"prompt": "text"}'
+    )
+    parser.add_argument("--output_file", type=Path, help="JSON lines of prompt and completion")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts continued together")
+    add_sampling_options(parser, max_new_tokens=128)
+    args = parser.parse_args()
+
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    if args.batch_size < 1:
+        raise UserError(f"batch_size is {args.batch_size}; it must be 1 or more")
+    if args.output_file and not args.output_file.absolute().parent.is_dir():
+        raise UserError(f"{args.output_file.parent} does not exist; make the folder first")
+    sample = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    model, tokenizer = load(args.model, args.dtype, args.device, args.trust_remote_code)
+    generator = Generator(model)
+    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    options = (args.max_new_tokens, sample, {tokenizer.eos_token_id})
+
+    start, made = time.perf_counter(), 0
+    if len(prompts) == 1 and not args.output_file:
+        print(prompts[0], end="", flush=True)
+        text = TextStream(tokenizer)
+        for (token,) in generator.stream(encoded, *options):
+            print(text.add(token), end="", flush=True)
+            made += 1
+        print(text.end())
+    else:
+        completions = []
+        batches = range(0, len(prompts), args.batch_size)
+        for at in tqdm(batches, unit="batch", disable=len(batches) == 1):
+            ids = generator.generate(encoded[at : at + args.batch_size], *options)
+            made += sum(map(len, ids))
+            completions += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        write(prompts, completions, args.output_file)
+    seconds = time.perf_counter() - start
+    print(f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the command line and the file; a default where neither is given.
+
+    Raises:
+        UserError: a prompt is empty, or the file cannot be read.
+    """
+    prompts = list(given or [])
+    if file:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+        prompts += [parse(line, f"{file} line {n}") for n, line in enumerate(lines, 1) if line]
+    elif not prompts:
+        prompts = ["Once upon a time"]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError("the prompt is empty; give some text to continue")
+    return prompts
+
+
+def parse(line: str, where: str) -> str:
+    if line[0] not in '{"':
+        return line
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        if line[0] == '"':  # text that begins with a quotation mark
+            return line
+        raise UserError(f'{where} is no JSON ({error}); write {{"prompt": "..."}}') from error
+    prompt = row.get("prompt") if isinstance(row, dict) else row
+    if not isinstance(prompt, str):
+        raise UserError(f'{where} has no text under "prompt"; write {{"prompt": "..."}}')
+    return prompt
+
+
+def write(prompts: list[str], completions: list[str], file: Path | None) -> None:
+    if file is None:
+        print("\n\n".join(p + c for p, c in zip(prompts, completions, strict=True)))
+        return
+    aside = file.with_name(file.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as handle:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            row = {"prompt": prompt, "completion": completion}
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(aside, file)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,254 @@
+"""Makes a small DeepSeekMoE from text: tokenizer, training, report. One GPU, some minutes.
+
+    python models/train_tiny.py --text novels.jsonl --season stories.jsonl --output models/tiny-base
+
+Text comes as .txt files (one document each) or JSON lines with a `text` field, .xz or not. Lines
+whose `split` is "val" or "test" are held out; "val" decides which step is kept, "test" is only
+reported. `--dense` trains the same model with a dense MLP of the active width in every layer, for
+comparison. The learning rate is warmed up, held, and falls to nothing over the last fifth.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from deepseek_moe import DeepseekConfig
+from deepseek_moe.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
+
+# Curly quotes and odd spaces would cost a vocabulary of 4096 dear.
+PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\xa0": " ", "\x0c": "\n"})
+
+
+def read_documents(files: list[Path]) -> list[tuple[str, str]]:
+    """(split, text) of every document; the split is "train" where a line names none."""
+    documents = []
+    for file in files:
+        with (lzma.open if file.suffix == ".xz" else open)(file, "rt", encoding="utf-8") as handle:
+            if ".jsonl" in file.suffixes:
+                rows = [json.loads(line) for line in handle]
+                documents += [(row.get("split") or "train", row["text"]) for row in rows]
+            else:
+                documents.append(("train", handle.read()))
+    return [(split, text.translate(PLAIN).strip()) for split, text in documents]
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> DeepseekTokenizer:
+    """Byte-level BPE that splits text as the official one does: words, punctuation, digits."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\r\n]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\s?\p{L}+"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\s?[^\s\p{L}\p{N}]+"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([BOS, EOS])
+    return DeepseekTokenizer(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        add_bos_token=True,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+class Corpus:
+    """Documents as one stream of ids, sampled in windows that start at a paragraph."""
+
+    def __init__(self, texts: list[str], tokenizer: DeepseekTokenizer, device: str) -> None:
+        encoded = tokenizer(texts, add_special_tokens=False).input_ids
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.documents = [[bos, *ids, eos] for ids in encoded]
+        self.bytes = sum(len(text.encode()) for text in texts)
+        self.bos = bos
+        self.ids = torch.tensor([i for ids in self.documents for i in ids], device=device)
+        newline = tokenizer.convert_tokens_to_ids("Ċ")
+        paragraph = (self.ids[:-1] == newline) | (self.ids[:-1] == bos)
+        self.starts = torch.nonzero(paragraph).flatten()
+
+    def sample(self, count: int, length: int) -> torch.Tensor:
+        """`count` windows [count, length], each BOS and then text from a paragraph's first word."""
+        starts = self.starts[self.starts < len(self.ids) - length]
+        picks = torch.randint(len(starts), (count,), device=starts.device)
+        windows = self.ids[starts[picks, None] + torch.arange(length, device=starts.device)]
+        windows[:, 0] = self.bos
+        return windows
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, corpus: Corpus, length: int) -> dict:
+    """Loss in nats a token and bits a byte; each expert's picks over its even share."""
+    model.eval()
+    windows = []
+    for ids in corpus.documents:  # cut so that each token is predicted once
+        windows += [ids[i : i + length] for i in range(0, len(ids) - 1, length - 1)]
+    nats, tokens, picks = 0.0, 0, 0
+    for at in range(0, len(windows), 32):
+        labels = torch.full((32, length), -100, device=corpus.ids.device)
+        for row, window in enumerate(windows[at : at + 32]):
+            labels[row, : len(window)] = torch.tensor(window)
+        out = model(labels.clamp(min=0), output_router_logits=True, use_cache=False)
+        logits, targets = out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        nats += F.cross_entropy(logits, targets, reduction="sum").item()
+        tokens += (targets >= 0).sum().item()
+        if out.router_logits:
+            logits_LTE = torch.stack(out.router_logits)[:, labels.flatten() >= 0]
+            top = logits_LTE.topk(model.config.num_experts_per_tok).indices.flatten(1)
+            picks += torch.stack([t.bincount(minlength=logits_LTE.shape[-1]) for t in top])
+    report = {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / corpus.bytes}
+    if isinstance(picks, torch.Tensor):
+        share = picks / picks.sum(dim=1, keepdim=True) * picks.shape[1]
+        report["expert_load"] = [[round(x, 2) for x in layer] for layer in share.tolist()]
+    model.train()
+    return report
+
+
+def learning_rate(done: float, peak: float) -> float:
+    """`done` is the part of the training that is done, 0 to 1."""
+    return peak * min(1.0, done / 0.02, (1 - done) / 0.2)
+
+
+def train(model: torch.nn.Module, text: Corpus, season: Corpus, val: Corpus, args) -> list[dict]:
+    """Trains in bf16 with fp32 master weights (a bf16 weight is too coarse to add a small step to);
+    leaves the weights of the best evaluation in `model` and returns all evaluations."""
+    weights = list(model.parameters())
+    masters = [w.detach().float().clone().requires_grad_() for w in weights]
+    matrices = [m for m in masters if m.ndim > 1]
+    vectors = [m for m in masters if m.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": args.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    if args.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    steps = int(args.tokens / (args.batch_size * args.length))
+    log, best, best_weights = [], math.inf, None
+    bar = tqdm(range(steps), unit="step", file=sys.stderr)
+    for step in bar:
+        done = step / steps
+        seasoned = int(args.batch_size * (args.season_share if done < 0.8 else args.season_end))
+        windows = torch.cat(
+            [
+                text.sample(args.batch_size - seasoned, args.length),
+                season.sample(seasoned, args.length),
+            ]
+        )
+        loss = model(windows, labels=windows, use_cache=False).loss
+        loss.backward()
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad = weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(done, args.learning_rate)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
+        if (step + 1) % max(1, steps // args.evaluations) == 0 or step + 1 == steps:
+            report = evaluate(model, val, args.length)
+            log.append({"step": step + 1, "train_loss": loss.item(), "val_loss": report["loss"]})
+            bar.set_postfix(train=f"{loss.item():.3f}", val=f"{report['loss']:.3f}")
+            if report["loss"] < best:
+                best, best_weights = report["loss"], [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        torch._foreach_copy_(weights, best_weights)
+    return log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--season", type=Path, nargs="+", help="text that a small share comes from")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--tokens", type=float, default=600e6)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--weight_decay", type=float, default=0.1)
+    parser.add_argument("--season_share", type=float, default=0.06)
+    parser.add_argument("--season_end", type=float, default=0.15)
+    parser.add_argument("--evaluations", type=int, default=20)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    documents = read_documents(args.text)
+    seasoning = read_documents(args.season or args.text)
+    part = {name: [t for s, t in documents + seasoning if s == name] for name in ("val", "test")}
+    text = [t for s, t in documents if s == "train"]
+    season = [t for s, t in seasoning if s == "train"]
+    if not part["val"] or not part["test"]:
+        sys.exit("no held-out text: mark some JSON lines with split val and some with split test")
+
+    tokenizer = train_tokenizer(text + season, vocab_size=4096)
+    config = DeepseekConfig(
+        vocab_size=4096,
+        hidden_size=192,
+        intermediate_size=8 * 64,
+        moe_intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        n_routed_experts=None if args.dense else 24,
+        num_experts_per_tok=6,
+        n_shared_experts=2,
+        aux_loss_alpha=0.01,
+        max_position_embeddings=args.length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    # grouped products want bf16 on the GPU; a CPU is faster in fp32
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).train()
+    corpora = [Corpus(texts, tokenizer, device) for texts in (text, season, *part.values())]
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters;",
+        " ".join(f"{len(c.ids):,}" for c in corpora),
+        "tokens of text, season, val, test",
+    )
+
+    start = time.time()
+    log = train(model, *corpora[:3], args)
+    report = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": args.tokens,
+        "minutes": round((time.time() - start) / 60, 1),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "val": evaluate(model, corpora[2], args.length),
+        "test": evaluate(model, corpora[3], args.length),
+        "evaluations": log,
+    }
+    model.bfloat16().save_pretrained(args.output)
+    tokenizer.model_max_length = args.length
+    tokenizer.save_pretrained(args.output)
+    (args.output / "training.json").write_text(json.dumps(report) + "\n")
+    print(json.dumps({k: v for k, v in report.items() if k != "evaluations"}))
+
+
+if __name__ == "__main__":
+    main()
