@@ -6,8 +6,8 @@
 
     Assistant:
 
-The chat models were trained without a system prompt. Training and chatting use this one renderer, so
-the model is asked in the words that it was taught in.
+The chat models were trained without a system prompt. Training and chatting use this one renderer,
+so the model is asked in the words that it was taught in.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def render(
     """A conversation as ids, and the mask of the tokens to train on (1: an answer and its EOS).
 
     The ids equal those of the chat template. Questions and answers are encoded apart, so that the
-    mask is exact, and special tokens inside them are ordinary text: nobody can end a turn by typing.
+    mask is exact; special tokens inside them are ordinary text, so nobody ends a turn by typing.
 
     Args:
         messages: dicts of `role` (user, assistant; system is rendered too, but see
@@ -64,7 +64,7 @@ def render(
             add(f"{content}\n\n", 0)
         else:
             raise UserError(
-                f"message {number} has role {role!r}; known are user, assistant, system"
+                f"message {number} has role {role!r}; use user, assistant or system"
             )
     if add_generation_prompt:
         add("Assistant:", 0)
@@ -74,7 +74,7 @@ def render(
 def fit(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], room: int
 ) -> tuple[list[int], int]:
-    """The conversation's ids with a generation prompt, without its oldest turns if they exceed `room`.
+    """The conversation's ids, asking for an answer, without its oldest turns if over `room` ids.
 
     Returns:
         The ids, and how many messages from the start were left out. A turn is a question with its
