@@ -45,7 +45,9 @@ def render(
     ids, mask = [tokenizer.bos_token_id], [0]
 
     def add(text: str, trained: int) -> None:
-        new = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        new = tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         ids.extend(new)
         mask.extend([trained] * len(new))
 
@@ -63,9 +65,7 @@ def render(
         elif role == "system":
             add(f"{content}\n\n", 0)
         else:
-            raise UserError(
-                f"message {number} has role {role!r}; use user, assistant or system"
-            )
+            raise UserError(f"message {number} has role {role!r}; use user, assistant or system")
     if add_generation_prompt:
         add("Assistant:", 0)
     return ids, mask

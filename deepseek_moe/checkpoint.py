@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -21,7 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .configuration_deepseek import DeepseekConfig
 from .errors import UserError
+from .tokenization_deepseek import DeepseekTokenizer
+from .weights import weight_files
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -57,10 +60,13 @@ def load(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if isinstance(config, DeepseekConfig):  # whatever class the files name
+            tokenizer = DeepseekTokenizer.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     return network.eval(), tokenizer
 
@@ -86,15 +92,7 @@ def locate(model: str, trust_remote_code: bool = False) -> Path:
         raise UserError(f"{folder / 'config.json'} is not JSON ({error}); get it anew") from error
     if not (folder / "tokenizer.json").is_file() and not trust_remote_code:
         raise UserError(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
-    if not list(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
-        if pickles:
-            raise UserError(
-                f"{folder} holds {pickles[0]}, a pickle, which can run code when it is opened; "
-                "only safetensors are read: convert it, or download the safetensors files"
-            )
-        raise UserError(f"{folder} has no *.safetensors; its download is not complete")
-    _refuse_missing_shards(folder)
+    _refuse_incomplete_weights(folder)
     return folder
 
 
@@ -109,18 +107,21 @@ def _download(model: str, trust_remote_code: bool) -> Path:
         ) from error
 
 
-def _refuse_missing_shards(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
+def _refuse_incomplete_weights(folder: Path) -> None:
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = weight_files(folder)
     except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weights; get it anew") from error
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        raise UserError(f"{folder} has a broken index of weight files; get it anew") from error
+    missing = [file.name for file in files if not file.is_file()]
+    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
+    if missing and pickles:
+        raise UserError(
+            f"{folder} holds {pickles[0]}, a pickle, which can run code when it is opened; only "
+            "safetensors are read: convert it, or download the safetensors files"
+        )
     if missing:
         raise UserError(
-            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(shards)} weight "
+            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(files)} weight "
             "files); finish the download"
         )
 
@@ -128,7 +129,7 @@ def _refuse_missing_shards(folder: Path) -> None:
 def _count_numbers(folder: Path) -> int:
     """How many numbers the weight files hold; opening them proves that they are whole."""
     count = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict

@@ -1,6 +1,7 @@
 """What the example scripts share: their options, and errors of one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def one_line_errors() -> Iterator[None]:
         found = str(error).split(". ")[0]
         leave(f"{found}; use a smaller batch, fewer tokens, --dtype bfloat16 or another GPU")
     except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -81,12 +81,12 @@ class DeepseekConfig(PreTrainedConfig):
     first_k_dense_replace: int = 1
     norm_topk_prob: bool = False
     scoring_func: str = "softmax"
-    aux_loss_alpha: float = 0.001
+    aux_loss_alpha: float | int = 0.001
     seq_aux: bool = True
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
     bos_token_id: int | None = 100000
     eos_token_id: int | list[int] | None = 100001

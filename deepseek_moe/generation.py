@@ -84,7 +84,6 @@ class Generator:
                     ids.append(token)
         return new
 
-    @torch.inference_mode()
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -92,7 +91,7 @@ class Generator:
         sample: Sampler = greedy,
         stop_ids: Collection[int] = (),
     ) -> Iterator[list[int | None]]:
-        """Yields, step by step, the next id of every prompt; None for those that have ended.
+        """Step by step, the next id of every prompt; None for those that have ended.
 
         A sequence ends at one of `stop_ids` (which is not yielded), after `max_new_tokens`, or when
         it fills the context.
@@ -101,6 +100,16 @@ class Generator:
             UserError: no prompt, an empty one, one that fills the context, nothing to generate.
         """
         self._check(prompts, max_new_tokens)
+        return self._steps(prompts, max_new_tokens, sample, stop_ids)
+
+    @torch.inference_mode()
+    def _steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sample: Sampler,
+        stop_ids: Collection[int],
+    ) -> Iterator[list[int | None]]:
         device = self.model.device
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)

@@ -7,7 +7,7 @@ A Llama decoder whose MLPs, from the second layer on, are mixtures of many small
     shared_experts  two more that see every token, stored as one MLP of twice the width
 
 Parameter names are the official checkpoint's; only the routed experts are stacked while in memory
-(`EXPERTS_CONVERSION`). Attention, norms and rotary embedding are transformers' own for Llama.
+(weights.py). Attention, norms and rotary embedding are transformers' own for Llama.
 
 Letters that suffix locals: B batch, L length, T = B*L tokens, K experts a token, E experts,
 D hidden size.
@@ -18,15 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -36,26 +33,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import cached_file, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek import DeepseekConfig
-
-# On disk an expert is three matrices; in memory a layer's experts are two stacked ones.
-EXPERTS_CONVERSION = [
-    WeightConverter(
-        source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-        target_patterns="mlp.experts.gate_up_proj",
-        operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-    ),
-    WeightConverter(
-        source_patterns="mlp.experts.*.down_proj.weight",
-        target_patterns="mlp.experts.down_proj",
-        operations=[MergeModulelist(dim=0)],
-    ),
-]
-register_checkpoint_conversion_mapping("deepseek", EXPERTS_CONVERSION, overwrite=True)
+from .weights import name_some, refuse_wrong_tensors
 
 
 @dataclass
@@ -76,23 +59,28 @@ class DeepseekGate(nn.Module):
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
+        self.num_experts = config.n_routed_experts  # transformers 5.17's expert parallelism asks
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(
-        self, hidden_TD: torch.Tensor, index_TK: torch.Tensor | None = None
+        self, hidden_TD: torch.Tensor, routing: Routing | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns logits [T, E], the picks' weights [T, K] (both fp32) and the picks [T, K].
 
-        `index_TK`, if given, is taken as the picks (see `Routing`).
+        Picks that `routing` holds are taken; while training it is given them to keep. (Here, not
+        from what is returned, in which expert parallelism may replace the picks of other ranks.)
         """
+        index_TK = routing.index_TK if routing is not None else None
         # bf16 logits would swap experts whose scores are close; autocast would undo the cast.
         with torch.autocast(hidden_TD.device.type, enabled=False):
             logits_TE = F.linear(hidden_TD.float(), self.weight.float())
         scores_TE = logits_TE.softmax(dim=-1)
         if index_TK is None:
             index_TK = scores_TE.detach().topk(self.top_k, dim=-1, sorted=False).indices
+        if routing is not None and self.training:
+            routing.index_TK = index_TK
         weights_TK = scores_TE.gather(-1, index_TK)
         if self.norm_topk_prob and self.top_k > 1:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
@@ -165,17 +153,15 @@ class DeepseekMoE(nn.Module):
     def forward(self, hidden_BLD: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
         routing = Routing() if routing is None else routing
         hidden_TD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
-        logits_TE, weights_TK, index_TK = self.gate(hidden_TD, routing.index_TK)
+        logits_TE, weights_TK, index_TK = self.gate(hidden_TD, routing)
         out_BLD = self.experts(hidden_TD, index_TK, weights_TK).view_as(hidden_BLD)
         if self.shared_experts is not None:
             out_BLD = out_BLD + self.shared_experts(hidden_BLD)
-        if self.training:
-            routing.index_TK = index_TK
-            if self.aux_loss_alpha > 0:
-                scores_TE = logits_TE.softmax(dim=-1)
-                loss = balance_loss(scores_TE, index_TK, hidden_BLD.shape[0], self.seq_aux)
-                routing.aux_loss = self.aux_loss_alpha * loss.detach()
-                out_BLD = _AddLossGradient.apply(out_BLD, self.aux_loss_alpha * loss)
+        if self.training and self.aux_loss_alpha > 0:
+            scores_TE = logits_TE.softmax(dim=-1)
+            loss = balance_loss(scores_TE, routing.index_TK, hidden_BLD.shape[0], self.seq_aux)
+            routing.aux_loss = self.aux_loss_alpha * loss.detach()
+            out_BLD = _AddLossGradient.apply(out_BLD, self.aux_loss_alpha * loss)
         return out_BLD
 
 
@@ -275,24 +261,38 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 fill the missing ones with random numbers and go on.
         """
         path = pretrained_model_name_or_path
-        plain = not kwargs.keys() & {
-            "state_dict",
-            "gguf_file",
-            "key_mapping",
-            "quantization_config",
-        }
-        if plain and path is not None and Path(path).is_dir():
-            config = kwargs.get("config")
-            if not isinstance(config, DeepseekConfig):
-                config = DeepseekConfig.from_pretrained(config or path)
-            if not hasattr(config, "quantization_config"):
-                refuse_wrong_tensors(Path(path) / kwargs.get("subfolder", ""), config)
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        local = path is not None and Path(path).is_dir()
+        if local:
+            cls._refuse_wrong_tensors(path, kwargs)
+        try:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        finally:  # a hub id's files are here now; an error that names tensors is the better one
+            if path is not None and not local:
+                cls._refuse_wrong_tensors(path, kwargs)
         wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         wrong += [f"{key} is not of this model" for key in sorted(info["unexpected_keys"])]
         if wrong:
-            raise ValueError(f"{path} does not hold this model: {_shorten(wrong)}")
+            raise ValueError(f"{path} does not hold this model: {name_some(wrong)}")
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _refuse_wrong_tensors(path: str | Path, kwargs: dict[str, Any]) -> None:
+        if kwargs.keys() & {"state_dict", "gguf_file", "key_mapping", "quantization_config"}:
+            return
+        where = {
+            key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if key in kwargs
+        }
+        try:
+            found = cached_file(path, "config.json", local_files_only=True, **where)
+        except OSError:
+            return  # transformers says what it looked for
+        config = kwargs.get("config")
+        if not isinstance(config, DeepseekConfig):
+            config = DeepseekConfig.from_pretrained(config or Path(found).parent)
+        if not hasattr(config, "quantization_config"):
+            with torch.device("meta"):
+                wanted = DeepseekForCausalLM(config)
+            refuse_wrong_tensors(Path(found).parent, wanted)
 
 
 class DeepseekModel(DeepseekPreTrainedModel):
@@ -427,57 +427,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-
-def official_tensors(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of `config` holds on disk."""
-    with torch.device("meta"):
-        model = DeepseekForCausalLM(config)
-    tensors = {}
-    for name, parameter in model.named_parameters():  # a tied head is listed once, as embed_tokens
-        shape = tuple(parameter.shape)
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            tensors[name] = shape
-            continue
-        prefix, stacked = name.rsplit(".", 1)
-        gate_up = stacked == "gate_up_proj"
-        one = (shape[1] // 2, shape[2]) if gate_up else shape[1:]
-        for expert in range(shape[0]):
-            for matrix in ("gate_proj", "up_proj") if gate_up else ("down_proj",):
-                tensors[f"{prefix}.{expert}.{matrix}.weight"] = one
-    return tensors
-
-
-def refuse_wrong_tensors(folder: Path, config: DeepseekConfig) -> None:
-    """Compares the headers of the safetensors files in `folder` with what `config` wants.
-
-    Raises:
-        ValueError: names the tensors that are missing, surplus or of another shape.
-    """
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    if not found:
-        return  # no safetensors: transformers says what it looked for
-    if not any(name.startswith("model.") for name in found):
-        found = {f"model.{name}": shape for name, shape in found.items()}  # a bare DeepseekModel
-        found["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    wanted = official_tensors(config)
-    wrong = [f"{name} is missing" for name in wanted if name not in found]
-    for name, shape in found.items():
-        if name in wanted and shape != wanted[name]:
-            wrong.append(f"{name} has shape {list(shape)}, the config wants {list(wanted[name])}")
-        tied_head = config.tie_word_embeddings and name == "lm_head.weight"
-        if name not in wanted and not tied_head and "rotary_emb.inv_freq" not in name:
-            wrong.append(f"{name} is not of this model")
-    if wrong:
-        raise ValueError(f"{folder} does not hold this model: {_shorten(wrong)}")
-
-
-def _shorten(wrong: list[str], most: int = 4) -> str:
-    more = f" and {len(wrong) - most} more" if len(wrong) > most else ""
-    return "; ".join(wrong[:most]) + more
 
 
 __all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekPreTrainedModel"]

@@ -43,14 +43,15 @@ def main() -> None:
     sample = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     model, tokenizer = load(args.model, args.dtype, args.device, args.trust_remote_code)
     generator = Generator(model)
-    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    encoded = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
     options = (args.max_new_tokens, sample, {tokenizer.eos_token_id})
 
     start, made = time.perf_counter(), 0
     if len(prompts) == 1 and not args.output_file:
+        steps = generator.stream(encoded, *options)
         print(prompts[0], end="", flush=True)
         text = TextStream(tokenizer)
-        for (token,) in generator.stream(encoded, *options):
+        for (token,) in steps:
             print(text.add(token), end="", flush=True)
             made += 1
         print(text.end())

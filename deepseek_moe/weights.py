@@ -1,0 +1,86 @@
+"""The tensors of a checkpoint: their names on disk and in memory, and whether all are there."""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+# On disk an expert is three matrices; in memory the experts of a layer are two stacked tensors.
+# transformers applies this while it loads, and backwards while it saves.
+EXPERTS_CONVERSION = [
+    WeightConverter(
+        source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+        target_patterns="mlp.experts.gate_up_proj",
+        operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+    ),
+    WeightConverter(
+        source_patterns="mlp.experts.*.down_proj.weight",
+        target_patterns="mlp.experts.down_proj",
+        operations=[MergeModulelist(dim=0)],
+    ),
+]
+register_checkpoint_conversion_mapping("deepseek", EXPERTS_CONVERSION, overwrite=True)
+
+
+def official_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of `model` (may be on meta) has on disk."""
+    tensors = {}
+    for name, parameter in model.named_parameters():  # a tied head is listed once, as embed_tokens
+        shape = tuple(parameter.shape)
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = shape
+            continue
+        prefix, stacked = name.rsplit(".", 1)
+        gate_up = stacked == "gate_up_proj"
+        one = (shape[1] // 2, shape[2]) if gate_up else shape[1:]
+        for expert in range(shape[0]):
+            for matrix in ("gate_proj", "up_proj") if gate_up else ("down_proj",):
+                tensors[f"{prefix}.{expert}.{matrix}.weight"] = one
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read from `folder`; some may be missing."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
+def refuse_wrong_tensors(folder: Path, model: PreTrainedModel) -> None:
+    """Compares the headers of the safetensors files in `folder` with what `model` (on meta) wants.
+
+    Raises:
+        ValueError: names the tensors that are missing, surplus or of another shape.
+    """
+    files = weight_files(folder)
+    if not all(file.is_file() for file in files):
+        return  # transformers says what it looked for
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    if not any(name.startswith("model.") for name in found):  # a bare DeepseekModel
+        found = {f"model.{name}": shape for name, shape in found.items()}
+        found["lm_head.weight"] = (model.config.vocab_size, model.config.hidden_size)
+    wanted = official_tensors(model)
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    for name, shape in found.items():
+        if name in wanted and shape != wanted[name]:
+            wrong.append(f"{name} has shape {list(shape)}, the config wants {list(wanted[name])}")
+        tied_head = model.config.tie_word_embeddings and name == "lm_head.weight"
+        if name not in wanted and not tied_head and "rotary_emb.inv_freq" not in name:
+            wrong.append(f"{name} is not of this model")
+    if wrong:
+        raise ValueError(f"{folder} does not hold this model: {name_some(wrong)}")
+
+
+def name_some(findings: list[str], most: int = 4) -> str:
+    """The first few of `findings` in one line, and how many more there are."""
+    more = f" and {len(findings) - most} more" if len(findings) > most else ""
+    return "; ".join(findings[:most]) + more
