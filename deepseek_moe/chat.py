@@ -91,27 +91,32 @@ def fit(
 
 
 class TextStream:
-    """Turns ids into text as they come, holding back characters whose bytes are not all there.
+    """Turns ids into text as they come, holding back a character whose bytes are not all there.
 
-    A token of a byte-level vocabulary may end inside a character. Bytes that never become one (some
-    tokens of the official vocabulary are such) are let go after four tokens, as U+FFFD.
+    A token of a byte-level vocabulary may end inside a character, which then decodes to a U+FFFD at
+    the very end of the text. Earlier ones are final: some tokens of the official vocabulary are
+    bytes that begin no character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.held: list[int] = []
+        self.held: list[int] = []  # since the last whole character
+        self.shown = 0  # how much of their text was returned
 
     def add(self, token: int) -> str:
         """The text that `token` completes, perhaps none."""
         self.held.append(token)
-        text = self.tokenizer.decode(self.held, skip_special_tokens=True)
-        if text.endswith("\ufffd") and len(self.held) < 4:
-            return ""
-        self.held = []
-        return text
+        text = self._decode()
+        if not text.endswith("\ufffd"):
+            new = text[self.shown :]
+            self.held, self.shown = [], 0
+            return new
+        new = text[self.shown : -1]
+        if len(self.held) > 8:  # a character has at most 4 bytes: older tokens are settled
+            self.held = self.held[-4:]
+            text = self._decode()
+        self.shown = len(text) - 1
+        return new
 
-    def end(self) -> str:
-        """What was held back, without a character that stayed incomplete."""
-        text = self.tokenizer.decode(self.held, skip_special_tokens=True)
-        self.held = []
-        return text.rstrip("\ufffd")
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self.held, skip_special_tokens=True)

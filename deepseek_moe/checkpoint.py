@@ -6,12 +6,14 @@ is executed or unpickled, weights that cannot fit or are broken are refused befo
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -26,7 +28,8 @@ from .errors import UserError
 from .tokenization_deepseek import DeepseekTokenizer
 from .weights import weight_files
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -45,13 +48,16 @@ def load(
     Raises:
         UserError: one line that says what was found and what to do.
     """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype} is unknown; use auto, {', '.join(DTYPES)}")
     folder = locate(model, trust_remote_code)
     place = _device(device)
     numbers = _count_numbers(folder)
-    try:
+    with _one_line(f"{folder / 'config.json'} cannot be used", _remedy(folder, trust_remote_code)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        number_type = _dtype(dtype, place, numbers, config.dtype)
-        _refuse_too_little_memory(numbers * number_type.itemsize, number_type, place)
+    number_type = DTYPES.get(dtype) or _auto_dtype(place, numbers, config.dtype)
+    _refuse_too_little_memory(numbers * number_type.itemsize, number_type, place)
+    with _one_line(f"{folder} cannot be loaded", "get the checkpoint anew"):
         network = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -60,14 +66,11 @@ def load(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
+    with _one_line(f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"):
         if isinstance(config, DeepseekConfig):  # whatever class the files name
             tokenizer = DeepseekTokenizer.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, OSError, KeyError, RuntimeError, StrictDataclassError) as error:
-        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     return network.eval(), tokenizer
 
 
@@ -77,40 +80,67 @@ def locate(model: str, trust_remote_code: bool = False) -> Path:
     Raises:
         UserError: there is none, or it is not one that can be loaded safely.
     """
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        if not HUB_ID.fullmatch(model) or model.startswith("."):
+    with _one_line(f"{model[:80]!r} is no path", "give a checkpoint folder or a hub id"):
+        folder = Path(model).expanduser()
+        exists = folder.exists()
+    if not exists:
+        if not HUB_ID.fullmatch(model):
             raise UserError(f"{model} does not exist; give a checkpoint folder or a hub id")
-        folder = _download(model, trust_remote_code)
+        failed = f"{model} is no folder here and could not be downloaded as a hub id"
+        with _one_line(failed, "check the name and the network"):
+            wanted = ["*.json", "*.safetensors", "*.jinja"]
+            wanted += ["*.py"] if trust_remote_code else []
+            folder = Path(snapshot_download(model, allow_patterns=wanted))
     if folder.is_file():
         raise UserError(f"{folder} is a file; give the folder that holds it and config.json")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a folder in Hugging Face layout")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); get it anew") from error
     if not (folder / "tokenizer.json").is_file() and not trust_remote_code:
         raise UserError(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            _read_object(folder / name)
     _refuse_incomplete_weights(folder)
     return folder
 
 
-def _download(model: str, trust_remote_code: bool) -> Path:
-    wanted = ["*.json", "*.safetensors", "*.jinja"] + (["*.py"] if trust_remote_code else [])
+@contextmanager
+def _one_line(what: str, remedy: str) -> Iterator[None]:
+    """Turns what libraries make of broken files or networks, of any class, into a UserError."""
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise UserError(
-            f"{model} is no folder here and could not be downloaded as a hub id "
-            f"({_first_line(error)}); check the name and the network"
-        ) from error
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {_short(error)}; {remedy}") from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); get it anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds {type(content).__name__}, no JSON object; get it anew")
+    return content
+
+
+def _remedy(folder: Path, trust_remote_code: bool) -> str:
+    fields = _read_object(folder / "config.json")
+    own = fields.get("model_type") == DeepseekConfig.model_type
+    if "auto_map" in fields and not own and not trust_remote_code:
+        return "pass --trust_remote_code (trust_remote_code=True) if you trust the code it brings"
+    return "use a checkpoint of this architecture, or mend the field"
 
 
 def _refuse_incomplete_weights(folder: Path) -> None:
     try:
         files = weight_files(folder)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder} has a broken index of weight files; get it anew") from error
     missing = [file.name for file in files if not file.is_file()]
     pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
@@ -137,7 +167,7 @@ def _count_numbers(folder: Path) -> int:
                     count += torch.Size(shape).numel()
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{file} is truncated or corrupt ({_first_line(error)}); get it anew"
+                f"{file} is truncated or corrupt ({_short(error)}); get it anew"
             ) from error
     return count
 
@@ -147,21 +177,21 @@ def _device(device: str) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device {device} is unknown; use auto, cpu or cuda") from error
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {device} is unknown; use auto, cpu or cuda")
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device {device} was asked for, but is not there; use cpu")
     if place.type == "cuda":
         found = torch.cuda.device_count()
-        if (place.index or 0) >= found:
-            raise UserError(f"device {device} was asked for, but {found} GPUs were found; use cpu")
         place = torch.device("cuda", place.index or 0)
+        if place.index >= found:
+            raise UserError(f"device {device} was asked for, but {found} GPUs were found; use cpu")
     return place
 
 
-def _dtype(
-    dtype: str, device: torch.device, numbers: int, stored: torch.dtype | None
-) -> torch.dtype:
-    if dtype != "auto":
-        return getattr(torch, dtype)
+def _auto_dtype(device: torch.device, numbers: int, stored: torch.dtype | None) -> torch.dtype:
     if device.type != "cpu":
         return stored or torch.bfloat16
     return torch.float32 if numbers * 4 < _free_memory(device) else torch.bfloat16
@@ -182,7 +212,3 @@ def _refuse_too_little_memory(need: int, dtype: torch.dtype, device: torch.devic
             f"{device} has {free / 1e9:.1f} GB free; use --dtype bfloat16, another device, or a "
             "smaller model"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]

@@ -142,6 +142,8 @@ class DeepseekConfig(PreTrainedConfig):
             refuse("rope_scaling type", rope_type, f"{', '.join(ROPE_TYPES)} only")
         if self.hidden_act not in ACT2FN:
             refuse("hidden_act", self.hidden_act, "the activations of transformers only")
+        if self.num_attention_heads < 1:
+            refuse("num_attention_heads", self.num_attention_heads, "1 and above")
         if self.hidden_size % self.num_attention_heads:
             refuse(
                 "hidden_size", self.hidden_size, f"multiples of {self.num_attention_heads} heads"

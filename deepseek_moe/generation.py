@@ -42,15 +42,20 @@ def make_sampler(
         raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if top_k < 0:
         raise UserError(f"top_k is {top_k}; it must be 0 (off) or above")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
     if temperature == 0:
         return greedy
+    temperature = max(temperature, 1e-30)  # smaller ones are 0 in fp32
     generators: dict[torch.device, torch.Generator] = {}
 
     def sample(logits_BV: torch.Tensor) -> torch.Tensor:
         device = logits_BV.device
         if seed is not None and device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
-        logits_BV, ids_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
+        # The largest logit becomes 0 first, so that a small temperature cannot overflow.
+        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
+        logits_BV, ids_BV = logits_BV.sort(dim=-1, descending=True)
         if top_k:
             logits_BV, ids_BV = logits_BV[:, :top_k], ids_BV[:, :top_k]
         probs_BV = logits_BV.softmax(dim=-1)

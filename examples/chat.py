@@ -115,7 +115,6 @@ class Chat:
         stream = TextStream(self.tokenizer)
         for (token,) in steps:
             yield stream.add(token)
-        yield stream.end()
 
     def save(self, name: str) -> None:
         """Writes the messages aside and renames, so that the file is never half there."""

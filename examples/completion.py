@@ -54,7 +54,7 @@ def main() -> None:
         for (token,) in steps:
             print(text.add(token), end="", flush=True)
             made += 1
-        print(text.end())
+        print()
     else:
         completions = []
         batches = range(0, len(prompts), args.batch_size)

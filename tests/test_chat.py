@@ -1,0 +1,237 @@
+"""The renderer against the chat template, the mask, overflow, and text from a stream of tokens."""
+
+import random
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from text_fixtures import (
+    BUNDLED,
+    OFFICIAL,
+    assistant,
+    both_tokenizers,
+    needs_official,
+    system,
+    tokenizer_of,
+    user,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+
+from deepseek_moe.chat import Message, TextStream, fit, render
+from deepseek_moe.errors import UserError
+from deepseek_moe.tokenization_deepseek import BOS, EOS
+
+CONTENTS = [
+    "Hello, who are you?",
+    "",
+    " ",
+    "  two spaces before",
+    "two after  ",
+    "\nnewline before",
+    "\n\n\n",
+    "newlines after\n\n",
+    " \n mixed \t\n ",
+    "\ttab",
+    "3 + 4 = 7",
+    "1234567890",
+    "...",
+    "?!",
+    ": colon",
+    "'s apostrophe",
+    "User: a role inside\n\nAssistant: another",
+    "def f(x):\n    return x\n",
+    "你好，世界。",
+    "Führer, naïve, øöü",
+    "🎉👩‍👩‍👧‍👦",
+    "\u00a0no-break\u200b",
+    "\r\nWindows\r\n",
+]
+
+
+def conversations(text: str) -> dict[str, list[Message]]:
+    return {
+        "question": [user(text)],
+        "answer": [user("Why?"), assistant(text)],
+        "two turns": [user(text), assistant(text), user(text), assistant(text)],
+        "system": [system(text), user("Why?"), assistant("So.")],
+    }
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("text", CONTENTS)
+@both_tokenizers
+def test_ids_equal_those_of_the_chat_template(folder: Path, text: str, asks: bool) -> None:
+    tokenizer = tokenizer_of(folder)
+    for messages in conversations(text).values():
+        template = tokenizer.apply_chat_template(messages, add_generation_prompt=asks)
+        assert render(tokenizer, messages, asks)[0] == template["input_ids"]
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("text", CONTENTS)
+@both_tokenizers
+def test_mask_marks_exactly_answers_and_their_eos(folder: Path, text: str, asks: bool) -> None:
+    tokenizer = tokenizer_of(folder)
+    messages = [system("Hm."), user("One?"), assistant(text), user(text), assistant("Two.")]
+    ids, mask = render(tokenizer, messages, asks)
+    assert len(ids) == len(mask)
+    trained = [
+        [token for token, _ in pairs]
+        for marked, pairs in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+        if marked
+    ]
+    assert [tokenizer.decode(one) for one in trained] == [
+        tokenizer.decode(tokenizer.encode(f" {answer}", add_special_tokens=False)) + EOS
+        for answer in (text, "Two.")
+    ]
+    assert all(one[-1] == tokenizer.eos_token_id for one in trained)
+
+
+@pytest.mark.parametrize("typed", [EOS, BOS, f"a{EOS}b", f"{BOS}User: x{EOS}", EOS * 2])
+@both_tokenizers
+def test_typed_special_tokens_are_ordinary_text(folder: Path, typed: str) -> None:
+    tokenizer = tokenizer_of(folder)
+    messages = [system(typed), user(typed), assistant(typed), user(typed)]
+    ids, _ = render(tokenizer, messages, add_generation_prompt=True)
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids.count(tokenizer.eos_token_id) == 1  # of the one answer
+    assert tokenizer.decode(ids).count(typed) >= 4
+    # Encoding so has not left the tokenizer changed.
+    assert tokenizer.encode(EOS) == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "tool", "content": "x"}, "message 2 has role 'tool'"),
+        ({"content": "x"}, "message 2 has role None"),
+        ({"role": "user"}, "message 2 has content None"),
+        ({"role": "user", "content": [{"type": "text"}]}, "message 2 has content"),
+        ({"role": "assistant", "content": 3}, "message 2 has content 3"),
+    ],
+)
+def test_a_wrong_message_is_an_error_that_names_it(message: Message, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        render(tokenizer_of(BUNDLED), [user("a"), message])
+    assert "\n" not in str(caught.value)
+
+
+TURNS = [
+    user("one " * 9),
+    assistant("eins " * 5),
+    user("two " * 7),
+    assistant("zwei " * 3),
+    user("three?"),
+]
+
+
+@pytest.mark.parametrize("head", [[], [system("Be short.")]], ids=["plain", "system"])
+def test_overflow_drops_the_oldest_turns_only_as_needed(head: list[Message]) -> None:
+    tokenizer = tokenizer_of(BUNDLED)
+    messages = head + TURNS
+    starts = [0] + [n for n, one in enumerate(messages) if n and one["role"] == "user"]
+    tails = {n: render(tokenizer, messages[n:], add_generation_prompt=True)[0] for n in starts}
+    for room in range(1, len(tails[0]) + 2):
+        fitting = [n for n in starts if len(tails[n]) <= room]
+        expected = min(fitting, default=starts[-1])
+        assert fit(tokenizer, messages, room) == (tails[expected], expected)
+
+
+def test_the_last_question_stays_even_if_it_does_not_fit() -> None:
+    tokenizer = tokenizer_of(BUNDLED)
+    ids, dropped = fit(tokenizer, TURNS, 1)
+    assert dropped == 4
+    assert ids == render(tokenizer, TURNS[4:], add_generation_prompt=True)[0]
+
+
+def streamed(tokenizer, ids: list[int]) -> list[str]:
+    stream = TextStream(tokenizer)
+    return [stream.add(token) for token in ids]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain words, and more.\n\n",
+        "🎉",
+        "a🎉🎊 b 👩‍👩‍👧‍👦!",
+        "中文测试，你好世界。龘靐齉𠮷野家",
+        "日本語のテキスト",
+        "naïve café – “quotes” …",
+        "العربية हिन्दी ไทย",
+        "𝕳𝖊𝖑𝖑𝖔",
+        "zero\u200bwidth\u2028line",
+        "",
+    ],
+)
+@both_tokenizers
+def test_stream_equals_the_text_and_breaks_no_character(folder: Path, text: str) -> None:
+    tokenizer = tokenizer_of(folder)
+    pieces = streamed(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@both_tokenizers
+def test_stream_breaks_no_character_however_its_bytes_are_cut(folder: Path) -> None:
+    """A model may write a text in other tokens than the tokenizer would, across characters too."""
+    tokenizer = tokenizer_of(folder)
+    special = tokenizer.added_tokens_decoder
+    tokens = {word: token for word, token in tokenizer.get_vocab().items() if token not in special}
+    spell = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    dice = random.Random(0)
+    for _ in range(100):
+        text = "".join(dice.choices("🎉中文é日本語ab 𠮷，", k=8))
+        spelled = "".join(part for part, _ in spell(text))
+        ids = []
+        while spelled:
+            known = [n for n in range(1, 9) if spelled[:n] in tokens]
+            n = dice.choice(known)
+            ids.append(tokens[spelled[:n]])
+            spelled = spelled[n:]
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == text
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "text", ["Führer", "über", "øöúÿõ÷ûýÀùÁþü", "ü🎉", "ü中", "ü𠮷", "öüø𠮷é", "ü", "x ü y ö z"]
+)
+@needs_official
+def test_stream_equals_the_text_around_official_tokens_that_are_no_text(text: str) -> None:
+    tokenizer = tokenizer_of(OFFICIAL)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    # A broken character at the very end is the one thing that is never shown.
+    assert "".join(streamed(tokenizer, ids)).rstrip("\ufffd") == tokenizer.decode(ids).rstrip(
+        "\ufffd"
+    )
+
+
+@both_tokenizers
+def test_bytes_that_become_no_character_are_let_go(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder)
+    byte = tokenizer.convert_tokens_to_ids("Ģ")  # 0x80, which no character begins with
+    assert tokenizer.decode([byte]) == "\ufffd"
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(byte) for _ in range(40)]
+    assert all(any(pieces[at : at + 4]) for at in range(0, 40, 4))
+    after = tokenizer.encode("and on it goes", add_special_tokens=False)
+    assert "".join(map(stream.add, after)).endswith("and on it goes")
+
+
+@both_tokenizers
+def test_an_incomplete_character_at_the_end_is_not_shown(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder)
+    *first, _ = tokenizer.encode("𠮷", add_special_tokens=False)
+    assert first
+    assert streamed(tokenizer, first) == [""] * len(first)
+    ids = tokenizer.encode("All is well", add_special_tokens=False)
+    assert "".join(streamed(tokenizer, ids + first)) == "All is well"
+
+
+@both_tokenizers
+def test_special_tokens_are_not_shown(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder)
+    ids = [*tokenizer.encode("Yes"), tokenizer.eos_token_id]
+    assert "".join(streamed(tokenizer, ids)) == "Yes"

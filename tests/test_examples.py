@@ -1,0 +1,523 @@
+"""The example scripts as a person meets them: output, notes, errors of one line, a terminal."""
+
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
+
+from deepseek_moe.chat import NO_SYSTEM_PROMPT
+from deepseek_moe.generation import Generator
+
+EXAMPLES = ROOT / "examples"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),  # so that the scripts find the package without an installation too
+    "PYTHONUTF8": "1",
+    "PYTHONUNBUFFERED": "",  # as most people have it: output may be written as late as at the exit
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+Runner = Callable[..., Run]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Runs an example as `python examples/...` does, but in this process, which is faster."""
+
+    def run(script: str, *args: object, stdin: bytes = b"") -> Run:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as leave:
+            code = leave.code or 0
+        printed = capsys.readouterr()
+        return Run(code, printed.out, printed.err)
+
+    return run
+
+
+def assert_error(done: Run, *said: str) -> None:
+    """One line, at the end, that says all of `said`."""
+    *before, last = done.err.splitlines()
+    assert done.code == 2, done.err
+    assert last.startswith("error: ")
+    assert not [words for words in said if words not in last], last
+    assert not any(line.startswith("error:") for line in before)
+    assert "Traceback" not in done.err
+
+
+def completed(prompt: str, new: int) -> str:
+    """The prompt and what the library makes of it, without the examples."""
+    tokenizer = tokenizer_of(BUNDLED)
+    (ids,) = Generator(bundled_model()).generate(
+        [tokenizer(prompt).input_ids], new, stop_ids={tokenizer.eos_token_id}
+    )
+    return prompt + tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# What runs as real processes, two at a time, once the first test at the end asks for one.
+
+PYTHON = [sys.executable]
+COMMANDS: dict[str, tuple[list[str], str | None]] = {
+    "completion": ([*PYTHON, "examples/completion.py"], None),
+    "completion error": ([*PYTHON, "examples/completion.py", "--model", "no/such/folder"], None),
+    "chat": ([*PYTHON, "examples/chat.py", "--max_new_tokens", "8"], "Hello\n/system\nAgain\n"),
+    "chat error": ([*PYTHON, "examples/chat.py"], "/save no/such/folder/x\nHello\n"),
+    "head": (
+        ["bash", "-c", '"$0" examples/completion.py | head -c 10; exit ${PIPESTATUS[0]}', *PYTHON],
+        None,
+    ),
+    "nobody reads": (
+        [
+            "bash",
+            "-c",
+            '"$0" examples/completion.py --max_new_tokens 2 --prompt a --prompt b | true; '
+            "exit ${PIPESTATUS[0]}",
+            *PYTHON,
+        ],
+        None,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[dict[str, Future[Run]]]:
+    def run(command: list[str], stdin: str | None) -> Run:
+        done = subprocess.run(
+            command,
+            input=stdin or "",
+            capture_output=True,
+            encoding="utf-8",
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            timeout=120,
+        )
+        return Run(done.returncode, done.stdout, done.stderr)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {name: pool.submit(run, *command) for name, command in COMMANDS.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+def test_streams_one_prompt(run: Runner) -> None:
+    done = run("completion.py", "--prompt", "The old man", "--max_new_tokens", 12)
+    assert done.code == 0
+    assert done.out == completed("The old man", 12) + "\n"
+    assert re.search(r"12 tokens in [\d.]+ s: [\d.]+ tokens/s", done.err)
+
+
+def test_several_prompts_are_separated_by_an_empty_line(run: Runner) -> None:
+    prompts = ["The old man", "Once", "It was late, and the rain"]
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    done = run("completion.py", *given, "--max_new_tokens", 8, "--batch_size", 2)
+    assert done.out == "\n\n".join(completed(prompt, 8) for prompt in prompts) + "\n"
+    assert "tokens/s" in done.err
+
+
+def test_prompts_of_a_file_and_the_command_line(run: Runner, tmp_path: Path) -> None:
+    """All forms of a line; the output file holds them in order."""
+    file, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    lines = [
+        "plain text, {not} JSON",
+        '"a JSON \\"string\\""',
+        '{"prompt": "an object\\nof two lines", "id": 7}',
+        "",
+        '"Who are you?" he said',
+        "Crème brûlée 🎉",
+        '{"prompt": "separated\u2028lines"}',
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    given = ["--prompt", "first", "--prompts_file", file, "--output_file", output]
+    done = run("completion.py", *given, "--max_new_tokens", 4)
+    assert (done.code, done.out) == (0, "")
+    rows = [json.loads(row) for row in output.read_text(encoding="utf-8").split("\n") if row]
+    prompts = [
+        "first",
+        "plain text, {not} JSON",
+        'a JSON "string"',
+        "an object\nof two lines",
+        '"Who are you?" he said',
+        "Crème brûlée 🎉",
+        "separated\u2028lines",
+    ]
+    assert [row["prompt"] for row in rows] == prompts
+    assert [row["prompt"] + row["completion"] for row in rows] == [
+        completed(prompt, 4) for prompt in prompts
+    ]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_one_prompt_with_an_output_file(run: Runner, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("old", encoding="utf-8")
+    run("completion.py", "--prompt", "Once", "--max_new_tokens", 4, "--output_file", output)
+    (row,) = output.read_text(encoding="utf-8").splitlines()
+    expected = completed("Once", 4).removeprefix("Once")
+    assert json.loads(row) == {"prompt": "Once", "completion": expected}
+
+
+@pytest.mark.parametrize("options", [[], ["--top_k", "20"], ["--top_p", "0.9"]])
+def test_a_seed_repeats_a_sampled_completion(run: Runner, options: list[str]) -> None:
+    def text(seed: int) -> str:
+        sampling = ["--temperature", "1", "--seed", seed, *options]
+        return run("completion.py", "--max_new_tokens", 12, *sampling).out
+
+    assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_and_device(run: Runner, dtype: str) -> None:
+    options = ["--dtype", dtype, "--device", "cpu", "--model", BUNDLED]
+    done = run("completion.py", *options, "--max_new_tokens", 4)
+    assert done.out.startswith("Once upon a time")
+    assert len(done.out) > len("Once upon a time\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "cut', ["line 2", "no JSON", '{"prompt": "..."}']),
+        ('{"text": "x"}', ["line 2", "prompt"]),
+        ('{"prompt": 3}', ["line 2", "prompt"]),
+        ('{"prompt": ""}', ["empty"]),
+        ('""', ["empty"]),
+        ("   ", ["empty"]),
+    ],
+)
+def test_bad_lines_of_a_prompts_file(
+    run: Runner, tmp_path: Path, line: str, said: list[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f"good\n{line}\n", encoding="utf-8")
+    assert_error(run("completion.py", "--prompts_file", file), *said)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\xff\xfe\x00"])
+def test_prompts_file_without_prompts(run: Runner, tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "prompts.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    assert_error(run("completion.py", "--prompts_file", file))
+
+
+def test_prompts_file_that_is_a_folder(run: Runner, tmp_path: Path) -> None:
+    assert_error(run("completion.py", "--prompts_file", tmp_path), str(tmp_path))
+
+
+LONG = "word " * 2000
+BAD_OPTIONS = [
+    (["--prompt", ""], "prompt is empty"),
+    (["--prompt", " \n"], "prompt is empty"),
+    (["--prompt", LONG], "context is 1024"),
+    (["--prompt", "broken \udcff byte"], "prompt"),
+    (["--temperature", "-1"], "temperature is -1"),
+    (["--temperature", "nan"], "temperature is nan"),
+    (["--temperature", "inf"], "temperature is inf"),
+    (["--top_p", "0"], "top_p is 0"),
+    (["--top_p", "1.5"], "top_p is 1.5"),
+    (["--top_k", "-1"], "top_k is -1"),
+    (["--temperature", "1", "--seed", str(2**64)], "seed"),
+    (["--max_new_tokens", "0"], "max_new_tokens is 0"),
+    (["--max_new_tokens", "-1"], "max_new_tokens is -1"),
+    (["--device", "cuda:99"], "GPU"),
+    (["--device", "toaster"], "device toaster is unknown"),
+    (["--model", "/no/such/folder"], "/no/such/folder does not exist"),
+]
+CASES = [pytest.param(options, said, id=f"{options[-2]} {said}") for options, said in BAD_OPTIONS]
+
+
+@pytest.mark.parametrize(("options", "said"), CASES)
+def test_bad_options_of_completion(run: Runner, options: list[str], said: str) -> None:
+    done = run("completion.py", *options)
+    assert_error(done, said)
+
+
+@pytest.mark.parametrize(("options", "said"), CASES)
+def test_bad_options_of_chat(run: Runner, options: list[str], said: str) -> None:
+    done = run("chat.py", *options, stdin=b"Hello\n")
+    assert_error(done, said)
+    assert done.out == ""
+
+
+def test_batch_size(run: Runner) -> None:
+    assert_error(run("completion.py", "--batch_size", 0), "batch_size is 0")
+
+
+@pytest.mark.parametrize("output", ["missing/out.jsonl", ".", "folder"])
+def test_output_file_that_cannot_be_written_is_refused_before_the_work(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Generator, "generate", None)
+    assert_error(run("completion.py", "--output_file", output))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("script", ["completion.py", "chat.py"])
+def test_memory_that_runs_out(run: Runner, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    def fails(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words.")
+
+    monkeypatch.setattr(Generator, "stream", fails)
+    assert_error(run(script, "--prompt", "Hello"), "out of memory", "smaller batch")
+
+
+def test_help_names_every_option(run: Runner) -> None:
+    done = run("completion.py", "--help")
+    options = "model prompt prompts_file output_file max_new_tokens temperature top_p top_k seed"
+    assert done.code == 0
+    assert not [o for o in [*options.split(), "dtype", "device"] if f"--{o}" not in done.out]
+
+
+# Chat
+
+
+def conversation(run: Runner, text: str, *options: object, new: int = 6) -> Run:
+    done = run("chat.py", "--max_new_tokens", new, *options, stdin=text.encode())
+    assert done.code == 0, done.err
+    return done
+
+
+def saved(run: Runner, file: Path, text: str, *options: object) -> list[dict[str, str]]:
+    conversation(run, f"{text}/save {file}\n", *options)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_one_shot(run: Runner) -> None:
+    done = run("chat.py", "--prompt", "Who are you?", "--max_new_tokens", 6)
+    assert done.code == 0
+    assert done.out.strip()
+    assert done.out == conversation(run, "Who are you?\n").out
+
+
+def test_a_piped_conversation_has_a_memory(run: Runner, tmp_path: Path) -> None:
+    messages = saved(run, tmp_path / "chat.json", "Who are you?\n\n  And I, Zoë?  \n")
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [message["content"] for message in messages[::2]] == ["Who are you?", "And I, Zoë?"]
+    out = conversation(run, "Who are you?\nAnd I, Zoë?").out
+    assert out == "".join(message["content"] + "\n" for message in messages[1::2])
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_undo_forgets_the_last_turn(run: Runner, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    one = saved(run, file, "One?\n")
+    assert saved(run, file, "One?\nTwo?\n/undo\n") == one
+    assert saved(run, file, "One?\nTwo?\n/undo\n/undo\n") == []
+    assert "nothing to undo" in conversation(run, "/undo\n").err
+
+
+def test_reset_forgets_everything(run: Runner, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    assert saved(run, file, "One?\nTwo?\n/reset\n") == []
+    assert saved(run, file, "One?\n/reset\nTwo?\n") == saved(run, file, "Two?\n")
+    assert "forgotten" in conversation(run, "/reset\n").err
+
+
+def test_commands_write_notes_to_stderr_only(run: Runner) -> None:
+    done = conversation(run, "/system\n/system Be short.\n/help\n/nonsense\n")
+    assert done.out == ""
+    assert done.err.count(NO_SYSTEM_PROMPT) == 2
+    for command in ("/reset", "/undo", "/save", "/system", "/help", "Ctrl-C", "Ctrl-D"):
+        assert done.err.count(command) >= 2
+
+
+def test_overflow_drops_the_oldest_turns_and_says_so(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lengths = []
+    stream = Generator.stream
+
+    def spy(self: Generator, prompts: list[list[int]], *args: object) -> Iterator[list[int]]:
+        lengths.append(len(prompts[0]))
+        return stream(self, prompts, *args)
+
+    monkeypatch.setattr(Generator, "stream", spy)
+    questions = "".join(f"{n} {'word ' * 290}\n" for n in "abcde")
+    file = tmp_path / "chat.json"
+    done = conversation(run, f"{questions}/save {file}\n")
+    assert "the context is full: the oldest 2 messages are no longer seen" in done.err
+    assert len(lengths) == 5
+    assert max(lengths) <= 1024 - 6
+    assert len(json.loads(file.read_text())) == 10  # what is no longer seen is still saved
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LONG, "context is 1024"),
+        ("Hello\n" + LONG, "context is 1024"),
+        ("/save", "file name"),
+        ("/save no/such/folder/chat.json", "no/such/folder/chat.json"),
+        ("/save .", "."),
+        ("/save /", "/"),
+        ("/save ~no_such_user/x", "no_such_user"),
+    ],
+)
+def test_an_error_ends_a_piped_conversation(run: Runner, text: str, said: str) -> None:
+    done = run("chat.py", "--max_new_tokens", 4, stdin=f"{text}\nNever asked\n".encode())
+    assert_error(done, said)
+    assert len(done.out.splitlines()) <= text.count("Hello\n")
+
+
+def test_piped_bytes_that_are_no_text(run: Runner) -> None:
+    assert_error(run("chat.py", stdin=b"Caf\xe9\n"), "UTF-8")
+
+
+def test_save_does_not_leave_half_a_file(run: Runner, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert_error(run("chat.py", stdin=f"/save {folder}\n".encode()), str(folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# The real processes
+
+
+def test_default_completion(processes: dict[str, Future[Run]]) -> None:
+    done = processes["completion"].result()
+    assert done.code == 0, done.err
+    assert done.out.startswith("Once upon a time")
+    assert len(done.out.split()) > 30
+    assert "\ufffd" not in done.out
+    assert re.search(r"\d+ tokens in [\d.]+ s: [\d.]+ tokens/s", done.err)
+    assert "Traceback" not in done.err
+
+
+def test_completion_error(processes: dict[str, Future[Run]]) -> None:
+    done = processes["completion error"].result()
+    assert_error(done, "no/such/folder does not exist")
+    assert done.out == ""
+
+
+def test_default_chat(processes: dict[str, Future[Run]]) -> None:
+    done = processes["chat"].result()
+    assert done.code == 0, done.err
+    assert done.out.strip()
+    assert NO_SYSTEM_PROMPT in done.err
+    assert NO_SYSTEM_PROMPT not in done.out
+
+
+def test_chat_error(processes: dict[str, Future[Run]]) -> None:
+    done = processes["chat error"].result()
+    assert_error(done, "no/such/folder/x")
+    assert done.out == ""
+
+
+@pytest.mark.parametrize("name", ["head", "nobody reads"])
+def test_a_reader_that_leaves_is_no_error(processes: dict[str, Future[Run]], name: str) -> None:
+    done = processes[name].result()
+    assert done.out == {"head": "Once upon ", "nobody reads": ""}[name]
+    assert not re.search("Traceback|Error|Exception", done.err), done.err
+    assert done.code == 0
+
+
+class Terminal:
+    """A process in a pseudo-terminal. Another Python makes the terminal: no fork is needed here."""
+
+    SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+    def __init__(self, *command: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.SPAWN, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env=ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        )
+        self.raw = b""
+        self.seen = 0
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self) -> None:
+        while new := os.read(self.process.stdout.fileno(), 4096):
+            self.raw += new
+
+    @property
+    def text(self) -> str:
+        """All that was printed, without colours and movements of the cursor."""
+        text = self.raw.decode(errors="ignore").replace("\r", "")
+        return re.sub(r"\x1b(\[[0-9;?]*([A-Za-z]|$)|[=>]|$)", "", text)
+
+    def wait(self, pattern: str, seconds: float = 60) -> None:
+        """Until `pattern` is printed after what was last waited for."""
+        end = time.monotonic() + seconds
+        while not (found := re.compile(pattern).search(self.text, self.seen)):
+            assert time.monotonic() < end, f"no {pattern} in:\n{self.text}"
+            assert self.process.poll() is None, f"left before {pattern}:\n{self.text}"
+            time.sleep(0.05)
+        self.seen = found.end()
+
+    def type(self, keys: str) -> None:
+        self.process.stdin.write(keys.encode())
+        self.process.stdin.flush()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_terminal(tmp_path: Path) -> None:
+    """Ctrl-C stops an answer and keeps the chat, Ctrl-D leaves."""
+    model, file = tmp_path / "endless", tmp_path / "chat.json"
+    shutil.copytree(BUNDLED, model)
+    fields = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    fields["eos_token"] = fields["bos_token"]  # which the model never writes: answers go on
+    (model / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
+    words = r"(\W*\w+){5}"
+    terminal = Terminal(
+        sys.executable, "examples/chat.py", "--model", str(model), "--max_new_tokens", "1000"
+    )
+    try:
+        terminal.wait("Ctrl-D leaves")
+        terminal.wait("> ")
+        terminal.type("Hello\r")
+        terminal.wait(r"Hello *\n" + words)
+        terminal.type("\x03")
+        terminal.wait(r"\(stopped\)")
+        terminal.wait("> ")
+        terminal.type("/save\r")
+        terminal.wait("error: /save needs a file name")
+        terminal.wait("> ")
+        terminal.type("half a line\x03")
+        terminal.wait("> ")
+        terminal.type("Again\r")
+        terminal.wait(r"Again *\n" + words)
+        terminal.type("\x03")
+        terminal.wait(r"\(stopped\)")
+        terminal.wait("> ")
+        terminal.type(f"/save {file}\r")
+        terminal.wait("4 messages are in")
+        terminal.wait("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=30) == 0, terminal.text
+    finally:
+        terminal.process.kill()
+    assert "Traceback" not in terminal.text
+    messages = json.loads(file.read_text(encoding="utf-8"))
+    assert [message["content"] for message in messages[::2]] == ["Hello", "Again"]
+    assert all(message["content"] for message in messages[1::2])

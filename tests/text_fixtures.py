@@ -1,0 +1,55 @@
+"""What the tests of text share: both tokenizers and the bundled model, each loaded once."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import deepseek_moe  # noqa: F401  (registers the model)
+
+# The models of the tests are no faster on more threads, and far slower where these are busy.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "models" / "tiny-base"
+OFFICIAL = ROOT.parent / "shared" / "official"
+
+needs_official = pytest.mark.skipif(
+    not OFFICIAL.is_dir(), reason="the official files are not in ../shared/official"
+)
+both_tokenizers = pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(BUNDLED, id="bundled"),
+        pytest.param(OFFICIAL, id="official", marks=needs_official),
+    ],
+)
+
+
+@cache
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@cache
+def bundled_model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
