@@ -1,4 +1,4 @@
-"""What the example scripts share: their options, and errors of one line."""
+"""What the example scripts share: options, checks of what a person typed, errors of one line."""
 
 import argparse
 import os
@@ -40,11 +40,48 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
 
 
+def check_prompt(prompt: str) -> str:
+    """`prompt`, or a UserError if it is empty or not text."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty; give it some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt {prompt[:40]!a} is not UTF-8; convert it") from error
+    return prompt
+
+
+def check_writable(name: str | Path) -> Path:
+    """The file, or a UserError if it could not be written."""
+    try:
+        file = Path(name).expanduser()
+        writable = os.access(file.absolute().parent, os.W_OK) and not file.is_dir()
+    except (OSError, RuntimeError, ValueError):  # no such user, name too long, ...
+        writable = False
+    if not writable:
+        raise UserError(f"{name} cannot be written; give a file in a folder that exists")
+    return file
+
+
+def write_text(name: str | Path, text: str) -> Path:
+    """Writes aside and renames, so that the file is never half there; a UserError if it fails."""
+    file = check_writable(name)
+    aside = file.with_name(file.name + ".tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{name} cannot be written: {error.strerror}; choose another") from error
+    return file
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Prints a `UserError`, or memory that ran out, as one line and leaves with exit code 2."""
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         leave(str(error))
     except torch.OutOfMemoryError as error:

@@ -9,10 +9,8 @@ Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, Ctrl-D 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import ANSI
@@ -20,7 +18,13 @@ from prompt_toolkit.output.defaults import create_output
 
 from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, fit
 from deepseek_moe.checkpoint import load
-from deepseek_moe.cli import add_model_options, add_sampling_options, one_line_errors
+from deepseek_moe.cli import (
+    add_model_options,
+    add_sampling_options,
+    check_prompt,
+    one_line_errors,
+    write_text,
+)
 from deepseek_moe.errors import UserError
 from deepseek_moe.generation import Generator, make_sampler
 
@@ -39,8 +43,8 @@ def main() -> None:
     parser.add_argument("--prompt", help="ask this, print the answer, leave")
     add_sampling_options(parser, max_new_tokens=512)
     args = parser.parse_args()
-    if args.prompt is not None and not args.prompt.strip():
-        raise UserError("the prompt is empty; ask something")
+    if args.prompt is not None:
+        check_prompt(args.prompt)
 
     sample = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     model, tokenizer = load(args.model, args.dtype, args.device, args.trust_remote_code)
@@ -49,6 +53,8 @@ def main() -> None:
         chat.ask(args.prompt)
         return
     interactive = sys.stdin.isatty()
+    if not interactive:  # other bytes than UTF-8 become a question that ask() refuses
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     for line in typed_lines() if interactive else sys.stdin:
         try:
             chat.turn(line.strip())
@@ -89,7 +95,7 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Streams the answer to stdout; Ctrl-C ends it early and keeps what was said."""
-        self.messages.append({"role": "user", "content": question})
+        self.messages.append({"role": "user", "content": check_prompt(question)})
         ids, dropped = fit(self.tokenizer, self.messages, self.room)
         if dropped > self.dropped:
             note(f"the context is full: the oldest {dropped} messages are no longer seen")
@@ -117,17 +123,10 @@ class Chat:
             yield stream.add(token)
 
     def save(self, name: str) -> None:
-        """Writes the messages aside and renames, so that the file is never half there."""
         if not name:
             raise UserError("/save needs a file name")
-        file = Path(name).expanduser()
-        aside = file.with_name(file.name + ".tmp")
-        try:
-            text = json.dumps(self.messages, ensure_ascii=False, indent=2)
-            aside.write_text(text + "\n", encoding="utf-8")
-            os.replace(aside, file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error.strerror}") from error
+        text = json.dumps(self.messages, ensure_ascii=False, indent=2)
+        file = write_text(name, text + "\n")
         note(f"{len(self.messages)} messages are in {file}")
 
 

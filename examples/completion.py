@@ -9,7 +9,6 @@ The text goes to stdout as it is made, everything else to stderr.
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,14 @@ from tqdm import tqdm
 
 from deepseek_moe.chat import TextStream
 from deepseek_moe.checkpoint import load
-from deepseek_moe.cli import add_model_options, add_sampling_options, one_line_errors
+from deepseek_moe.cli import (
+    add_model_options,
+    add_sampling_options,
+    check_prompt,
+    check_writable,
+    one_line_errors,
+    write_text,
+)
 from deepseek_moe.errors import UserError
 from deepseek_moe.generation import Generator, make_sampler
 
@@ -38,8 +44,8 @@ def main() -> None:
     prompts = read_prompts(args.prompt, args.prompts_file)
     if args.batch_size < 1:
         raise UserError(f"batch_size is {args.batch_size}; it must be 1 or more")
-    if args.output_file and not args.output_file.absolute().parent.is_dir():
-        raise UserError(f"{args.output_file.parent} does not exist; make the folder first")
+    if args.output_file:
+        check_writable(args.output_file)
     sample = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     model, tokenizer = load(args.model, args.dtype, args.device, args.trust_remote_code)
     generator = Generator(model)
@@ -62,7 +68,10 @@ def main() -> None:
             ids = generator.generate(encoded[at : at + args.batch_size], *options)
             made += sum(map(len, ids))
             completions += tokenizer.batch_decode(ids, skip_special_tokens=True)
-        write(prompts, completions, args.output_file)
+        if args.output_file:
+            write_text(args.output_file, as_json_lines(prompts, completions))
+        else:
+            print("\n\n".join(map("".join, zip(prompts, completions, strict=True))))
     seconds = time.perf_counter() - start
     print(f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
 
@@ -76,15 +85,13 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
     prompts = list(given or [])
     if file:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
+            raise UserError(f"{file} cannot be read: {error}; give a UTF-8 text file") from error
         prompts += [parse(line, f"{file} line {n}") for n, line in enumerate(lines, 1) if line]
-    elif not prompts:
-        prompts = ["Once upon a time"]
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError("the prompt is empty; give some text to continue")
-    return prompts
+        if not prompts:
+            raise UserError(f"{file} is empty; write one prompt a line")
+    return [check_prompt(prompt) for prompt in prompts or ["Once upon a time"]]
 
 
 def parse(line: str, where: str) -> str:
@@ -102,16 +109,12 @@ def parse(line: str, where: str) -> str:
     return prompt
 
 
-def write(prompts: list[str], completions: list[str], file: Path | None) -> None:
-    if file is None:
-        print("\n\n".join(p + c for p, c in zip(prompts, completions, strict=True)))
-        return
-    aside = file.with_name(file.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as handle:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            row = {"prompt": prompt, "completion": completion}
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(aside, file)
+def as_json_lines(prompts: list[str], completions: list[str]) -> str:
+    rows = [
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
