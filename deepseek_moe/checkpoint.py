@@ -58,14 +58,17 @@ def load(
     number_type = DTYPES.get(dtype) or _auto_dtype(place, numbers, config.dtype)
     _refuse_too_little_memory(numbers * number_type.itemsize, number_type, place)
     with _one_line(f"{folder} cannot be loaded", "get the checkpoint anew"):
-        network = AutoModelForCausalLM.from_pretrained(
+        network, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=number_type,
             device_map=place,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+        if info["missing_keys"]:  # of other architectures; ours refuses them by itself
+            raise UserError(f"{folder} lacks {min(info['missing_keys'])}; get the checkpoint anew")
     with _one_line(f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"):
         if isinstance(config, DeepseekConfig):  # whatever class the files name
             tokenizer = DeepseekTokenizer.from_pretrained(folder)

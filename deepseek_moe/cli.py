@@ -84,8 +84,8 @@ def one_line_errors() -> Iterator[None]:
         sys.stdout.flush()
     except UserError as error:
         leave(str(error))
-    except torch.OutOfMemoryError as error:
-        found = str(error).split(". ")[0]
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        found = str(error).split(". ")[0] or "out of memory"
         leave(f"{found}; use a smaller batch, fewer tokens, --dtype bfloat16 or another GPU")
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -60,8 +60,11 @@ class DeepseekTokenizer(TokenizersBackend):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         """As transformers' own, with a class name and fields that other readers know too."""
+        self.backend_tokenizer.no_truncation()  # the last call's limits would be saved with it
+        self.backend_tokenizer.no_padding()
         files = super().save_pretrained(save_directory, *args, **kwargs)
-        path = Path(save_directory) / "tokenizer_config.json"
+        prefix = kwargs.get("filename_prefix")
+        path = Path(save_directory) / f"{prefix + '-' if prefix else ''}tokenizer_config.json"
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
