@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--output_file", type=Path, help="JSON lines of prompt and completion")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts continued together")
-    add_sampling_options(parser, max_new_tokens=128)
+    add_sampling_options(parser, max_new_tokens=100)
     args = parser.parse_args()
 
     prompts = read_prompts(args.prompt, args.prompts_file)
