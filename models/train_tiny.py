@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--season", type=Path, nargs="+", help="text that a small share comes from")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dense", action="store_true")
-    parser.add_argument("--tokens", type=float, default=350e6)
+    parser.add_argument("--tokens", type=float, default=200e6)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
