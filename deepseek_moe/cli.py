@@ -78,12 +78,13 @@ def write_text(name: str | Path, text: str) -> Path:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Prints a `UserError`, or memory that ran out, as one line and leaves with exit code 2."""
+    """Prints a `UserError`, or memory that ran out, as one line and leaves with its exit code (2:
+    wrong use)."""
     try:
         yield
         sys.stdout.flush()
     except UserError as error:
-        leave(str(error))
+        leave(str(error), error.exit_code)
     except (torch.OutOfMemoryError, MemoryError) as error:
         found = str(error).split(". ")[0] or "out of memory"
         leave(f"{found}; use a smaller batch, fewer tokens, --dtype bfloat16 or another GPU")
@@ -94,6 +95,6 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-def leave(message: str) -> None:
+def leave(message: str, exit_code: int = 2) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code)

@@ -3,3 +3,11 @@
 
 class UserError(ValueError):
     """Something the user can mend. The message is one line: what was found, and the remedy."""
+
+    exit_code = 2
+
+
+class RunError(UserError):
+    """A run that was asked for rightly and could not go on: a full disk, a loss that is NaN."""
+
+    exit_code = 1

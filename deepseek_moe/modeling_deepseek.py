@@ -48,10 +48,16 @@ class Routing:
     The model hands each layer a new one. Gradient checkpointing calls the layer twice with the same
     one, so that the recomputed layer finds its picks here instead of choosing again: a tie, or a
     kernel that rounds differently, would send tokens to other experts than in the first pass.
+
+    `sequence_T` numbers the sequence of each token (-1: padding) where a row of the batch is not
+    one sequence, and `aux_loss_scale` multiplies the balance loss's gradient.
     """
 
     index_TK: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    sequence_T: torch.Tensor | None = None
+    num_sequences: int = 0
+    aux_loss_scale: float = 1.0
 
 
 class DeepseekGate(nn.Module):
@@ -159,28 +165,41 @@ class DeepseekMoE(nn.Module):
             out_BLD = out_BLD + self.shared_experts(hidden_BLD)
         if self.training and self.aux_loss_alpha > 0:
             scores_TE = logits_TE.softmax(dim=-1)
-            loss = balance_loss(scores_TE, routing.index_TK, hidden_BLD.shape[0], self.seq_aux)
+            sequence_T, count = routing.sequence_T, routing.num_sequences
+            if sequence_T is None:  # a row of the batch is a sequence
+                sequence_T, count = _number_rows(hidden_BLD), hidden_BLD.shape[0]
+            if not self.seq_aux:
+                sequence_T, count = sequence_T.clamp(max=0), 1
+            loss = balance_loss(scores_TE, routing.index_TK, sequence_T, count)
             routing.aux_loss = self.aux_loss_alpha * loss.detach()
-            out_BLD = _AddLossGradient.apply(out_BLD, self.aux_loss_alpha * loss)
+            scale = self.aux_loss_alpha * routing.aux_loss_scale
+            out_BLD = _AddLossGradient.apply(out_BLD, scale * loss)
         return out_BLD
 
 
+def _number_rows(hidden_BLD: torch.Tensor) -> torch.Tensor:
+    B, L = hidden_BLD.shape[:2]
+    return torch.arange(B, device=hidden_BLD.device).repeat_interleave(L)
+
+
 def balance_loss(
-    scores_TE: torch.Tensor, index_TK: torch.Tensor, batch_size: int, per_sequence: bool = True
+    scores_TE: torch.Tensor, index_TK: torch.Tensor, sequence_T: torch.Tensor, num_sequences: int
 ) -> torch.Tensor:
     """How unevenly the experts are used: 1 when evenly, up to E when all tokens go one way.
 
     sum_e f_e * P_e, with f_e the picks of expert e over their even share and P_e its mean score
-    (equations 12 to 14 of the paper), counted in each sequence and averaged (`per_sequence`), or
-    over all tokens at once. Only P carries gradient.
+    (equations 12 to 14 of the paper), counted in each sequence and averaged. Only P carries
+    gradient. `sequence_T` numbers the sequence of each token from 0 to `num_sequences` - 1, none of
+    which may be empty; tokens of a negative number are left out.
     """
-    E = scores_TE.shape[-1]
-    groups = batch_size if per_sequence else 1
-    picks_GN = index_TK.reshape(groups, -1)
-    counts_GE = scores_TE.new_zeros(groups, E)
-    counts_GE.scatter_add_(1, picks_GN, scores_TE.new_ones(picks_GN.shape))
-    f_GE = counts_GE * (E / picks_GN.shape[1])
-    P_GE = scores_TE.view(groups, -1, E).mean(dim=1)
+    E, K = scores_TE.shape[-1], index_TK.shape[-1]
+    numbers_G1 = torch.arange(num_sequences, device=scores_TE.device)[:, None]
+    with torch.autocast(scores_TE.device.type, enabled=False):
+        member_GT = (sequence_T == numbers_G1).to(scores_TE.dtype)
+        length_G1 = member_GT.sum(dim=1, keepdim=True)
+        picked_TE = torch.zeros_like(scores_TE).scatter_(1, index_TK, 1.0)
+        f_GE = member_GT @ picked_TE * (E / K) / length_G1
+        P_GE = member_GT @ scores_TE / length_G1
     return (f_GE * P_GE).sum(dim=1).mean()
 
 
@@ -322,8 +341,14 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        sequence_ids: torch.LongTensor | None = None,
+        aux_loss_scale: float = 1.0,
         **kwargs: Any,
     ) -> "DeepseekModelOutput":
+        """For training: `sequence_ids` [B, L] numbers the sequences in the batch from 0 (-1:
+        padding), so that the balance loss counts each by itself also in padded or packed rows; else
+        a row is a sequence. `aux_loss_scale` multiplies the gradient of the balance loss: the share
+        of this batch in the step's sequences, where gradients are accumulated."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -345,8 +370,11 @@ class DeepseekModel(DeepseekPreTrainedModel):
         hidden_BLD = inputs_embeds
         cos_sin = self.rotary_emb(hidden_BLD, position_ids=position_ids)
         aux_losses = []
+        sequence_T, num_sequences = None, 0
+        if sequence_ids is not None:
+            sequence_T, num_sequences = sequence_ids.flatten(), int(sequence_ids.max()) + 1
         for layer in self.layers:
-            routing = Routing()
+            routing = Routing(None, None, sequence_T, num_sequences, aux_loss_scale)
             hidden_BLD = layer(
                 hidden_BLD,
                 routing=routing,

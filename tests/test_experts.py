@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_moe import DeepseekConfig
+from deepseek_moe import DeepseekConfig, experts
 from deepseek_moe.modeling_deepseek import DeepseekMoE, Routing, balance_loss
 
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", experts.NAME]
 
 
 def plain_picks(scores: torch.Tensor, how_many: int) -> list[list[int]]:
@@ -129,11 +129,19 @@ def test_moe_layer_equals_the_loops(
     for name, weight in [*moe.named_parameters(), ("hidden", hidden)]:
         assert weight.grad is not None, name
         scale = max(1.0, exact[name].grad.abs().max().item())
-        assert (weight.grad - exact[name].grad).abs().max() <= 1e-5 * scale, name
+        # 2e-5: a softmax with one logit near 9 above the rest loses a digit, more on some CPUs
+        assert (weight.grad - exact[name].grad).abs().max() <= 2e-5 * scale, name
     unused = sorted(set(range(config.n_routed_experts)) - {e for row in picks for e in row})
     assert not moe.experts.gate_up_proj.grad[unused].any()
     if push:
         assert unused
+
+
+def numbered(batch: int, length: int, per_sequence: bool) -> tuple[torch.Tensor, int]:
+    """The sequence of each token, and how many there are."""
+    if per_sequence:
+        return torch.arange(batch).repeat_interleave(length), batch
+    return torch.zeros(batch * length, dtype=torch.long), 1
 
 
 @pytest.mark.parametrize("per_sequence", [True, False])
@@ -143,7 +151,7 @@ def test_balance_loss_equals_the_formula(per_sequence: bool) -> None:
     scores = logits.softmax(-1)
     picks = plain_picks(scores, 3)
     want = plain_balance_loss(scores, picks, 3, per_sequence)
-    have = balance_loss(scores, torch.tensor(picks), 3, per_sequence)
+    have = balance_loss(scores, torch.tensor(picks), *numbered(3, 5, per_sequence))
     torch.testing.assert_close(have, want)
     (grad_want,) = torch.autograd.grad(want, logits, retain_graph=True)
     (grad_have,) = torch.autograd.grad(have, logits)
@@ -154,15 +162,16 @@ def test_balance_loss_equals_the_formula(per_sequence: bool) -> None:
 @pytest.mark.parametrize("per_sequence", [True, False])
 def test_balance_loss_is_1_when_even_and_grows_to_E(per_sequence: bool) -> None:
     even, one_way = torch.full((8, 4), 0.25), torch.eye(4)[[2] * 8]
-    assert balance_loss(even, torch.tensor([[0], [1], [2], [3]] * 2), 2, per_sequence) == 1
-    assert balance_loss(one_way, torch.full((8, 1), 2), 2, per_sequence) == 4
+    sequences = numbered(2, 4, per_sequence)
+    assert balance_loss(even, torch.tensor([[0], [1], [2], [3]] * 2), *sequences) == 1
+    assert balance_loss(one_way, torch.full((8, 1), 2), *sequences) == 4
 
 
 def test_each_sequence_is_counted_alone() -> None:
     """Two sequences, each all to one expert: uneven within, even over both."""
     scores, picks = torch.eye(2)[[0, 0, 1, 1]], torch.tensor([[0], [0], [1], [1]])
-    assert balance_loss(scores, picks, 2, per_sequence=True) == 2
-    assert balance_loss(scores, picks, 2, per_sequence=False) == 1
+    assert balance_loss(scores, picks, *numbered(2, 2, per_sequence=True)) == 2
+    assert balance_loss(scores, picks, *numbered(2, 2, per_sequence=False)) == 1
 
 
 def test_no_balance_loss_outside_training(tiny_config: Callable[..., DeepseekConfig]) -> None:

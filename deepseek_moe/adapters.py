@@ -1,0 +1,215 @@
+"""What trains: everything, chosen modules, or low-rank adapters on linears and routed experts.
+
+Adapters are PEFT's own, in its own format. Only the way they are computed on the routed experts is
+ours: PEFT adds B A to the whole stack of experts in every forward pass; here each token goes
+through its experts' A and B, which costs the rank instead of the width and allows dropout.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from .arguments import ALL_LINEARS, FineTuningArguments, ModelArguments, names, zero_stage
+from .errors import UserError
+from .experts import NAME as EXPERTS
+from .experts import grouped_experts_forward, grouped_low_rank
+from .modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
+from .quantization import Quantization, full_shape
+
+EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+class ExpertsLora(ParamWrapper):
+    """PEFT's wrapper of one stacked expert tensor, computing x A B instead of W + B A.
+
+    As in PEFT, lora_A [E*R, I] has the experts slowest and lora_B [O, R*E] has them fastest, and a
+    module with two adapted tensors is wrapped twice.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any):
+        self.dropout_p = config.lora_dropout
+        config = LoraConfig(**(config.to_dict() | {"lora_dropout": 0.0}))  # PEFT's cannot
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.dropout = nn.Dropout(self.dropout_p)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        # PEFT looks at the tensor, which is packed in 4 bits; it swaps the two by itself.
+        self.num_experts, out_features, in_features = full_shape(self.get_param())
+        self._param_ndim = 3
+        return out_features, in_features
+
+    def adapt(self, x_NI: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+        """scaling * x A B, summed over the active adapters."""
+        out_NO = 0.0
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            a_ERI = a.view(self.num_experts, -1, a.shape[1])
+            b_ERO = b.view(b.shape[0], -1, self.num_experts).permute(2, 1, 0)
+            low = grouped_low_rank(self.dropout(x_NI), a_ERI, b_ERO, offsets_E)
+            out_NO = out_NO + low * self.scaling[name]
+        return out_NO
+
+    def forward(self, hidden_TD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(hidden_TD, *args, **kwargs)
+        adapters, module = {}, self
+        while isinstance(module, ExpertsLora):
+            adapters[module.parameter_name] = [module.adapt]
+            module = module.base_layer
+        return grouped_experts_forward(module, hidden_TD, *args, adapters=adapters, **kwargs)
+
+
+ExpertsLora.__name__ = "ParamWrapper"  # PEFT knows by this name which wrappers it may wrap again
+
+
+def targets(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Linears and stacked expert tensors that `--trainable` names.
+
+    `gate_proj` and `up_proj` are the same names in dense, shared and routed experts, and mean all
+    of them; a longer name (`shared_experts.down_proj`) means the ones that end in it.
+    """
+    modules = [name for name in names if not name.endswith(EXPERT_PARAMETERS)]
+    parameters = [name for name in names if name.endswith(EXPERT_PARAMETERS)]
+    if {"gate_proj", "up_proj"} <= set(modules):
+        parameters.append(EXPERT_PARAMETERS[0])
+    elif {"gate_proj", "up_proj"} & set(modules):
+        raise UserError(
+            "--trainable names one of gate_proj and up_proj, which the routed experts hold in one "
+            "tensor; name both, or for the others only: shared_experts.gate_proj"
+        )
+    if "down_proj" in modules:
+        parameters.append(EXPERT_PARAMETERS[1])
+    return modules, sorted(set(parameters))
+
+
+def add_lora(
+    model: PreTrainedModel,
+    trainable: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    modules_to_save: Sequence[str] = (),
+) -> PeftModel:
+    """`model` with new adapters, which alone train (and whole copies of `modules_to_save`).
+
+    Raises:
+        UserError: a name that no module has, or values that no adapter has.
+    """
+    if rank < 1:
+        raise UserError(f"lora_rank is {rank}; it must be 1 or more")
+    if not 0 <= dropout < 1:
+        raise UserError(f"lora_dropout is {dropout}; it must be from 0 to below 1")
+    modules, parameters = targets(trainable)
+    _refuse_unknown(model, [*modules, *parameters, *modules_to_save])
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        modules_to_save=list(modules_to_save) or None,
+    )
+    config._register_custom_module({DeepseekExperts: ExpertsLora})
+    adapted = get_peft_model(model, config)
+    # In the saved file: plain PEFT refuses dropout on experts, and nobody drops out after training.
+    config.lora_dropout = 0.0
+    return adapted
+
+
+def choose(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Lets only the parameters train whose module or own name ends in one of `names`."""
+    _refuse_unknown(model, names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(_ends(name.removesuffix(".weight"), n) for n in names))
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:
+    known = [name for name, _ in model.named_modules()]
+    known += [name for name, _ in model.named_parameters()]
+    for name in names:
+        if not any(_ends(one, name) for one in known):
+            last = sorted({one.rsplit(".", 1)[-1] for one in known if one.endswith("_proj")})
+            raise UserError(f"this model has no module {name!r}; it has {', '.join(last)}")
+
+
+KINDS = {
+    "embedding and head": ("embed_tokens", "lm_head"),
+    "attention": ("self_attn",),
+    "routed experts": (".experts.",),
+    "shared experts": ("shared_experts",),
+    "router": ("mlp.gate.",),
+    "dense layers": (".mlp.",),
+    "norms": ("norm",),
+}
+
+
+def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
+    """(kind, parameters, of these trainable) of each kind there is, and "all"."""
+    counts = {kind: [0, 0] for kind in [*KINDS, "all"]}
+    for name, parameter in model.named_parameters():
+        kind = next(k for k, marks in KINDS.items() if any(mark in name for mark in marks))
+        size = full_shape(parameter).numel()
+        for key in (kind, "all"):
+            counts[key][0] += size
+            counts[key][1] += size * parameter.requires_grad
+    return [(kind, total, trains) for kind, (total, trains) in counts.items() if total]
+
+
+
+
+def build_model(
+    folder: Path, options: ModelArguments, training: FineTuningArguments
+) -> PreTrainedModel | PeftModel:
+    """The model in `folder`, ready to train what `options` say, on this process's device.
+
+    Weights that train are fp32 (DeepSpeed keeps fp32 copies of its own, so bf16 there) and computed
+    with in bf16 if asked; frozen ones are bf16 where --bf16, or quantised.
+    """
+    low = torch.bfloat16 if training.bf16 else torch.float32
+    dtype = low if options.use_lora or training.deepspeed else torch.float32
+    wanted: dict[str, Any] = {}
+    quantization = None
+    if options.bits != 16:
+        dtype_name = str(dtype).removeprefix("torch.")
+        quantization = Quantization(
+            options.bits, options.quant_type, options.double_quant, dtype_name
+        )
+        wanted["quantization_config"] = quantization.config(names(options.modules_to_save))
+    if zero_stage(training) != 3:  # which places the weights by itself
+        wanted["device_map"] = {"": training.device}
+    model = DeepseekForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=options.attention(dtype),
+        experts_implementation=EXPERTS,
+        use_safetensors=True,
+        **wanted,
+    )
+    model.config.use_cache = False
+    if options.use_lora:
+        adapted = add_lora(
+            model,
+            names(options.trainable or ALL_LINEARS),
+            options.lora_rank,
+            options.lora_alpha,
+            options.lora_dropout,
+            names(options.modules_to_save),
+        )
+        adapted.base_quantization = quantization
+        return adapted
+    if options.trainable:
+        choose(model, names(options.trainable))
+    return model

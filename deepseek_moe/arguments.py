@@ -1,0 +1,201 @@
+"""The options of finetune.py: the published script's names, transformers' TrainingArguments, ours.
+
+Options that transformers 5 renamed or dropped are understood under their old names too, so that the
+published commands work as written.
+"""
+
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from .attention import NAME as VARLEN
+from .cli import BUNDLED_MODEL
+from .errors import UserError
+
+ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+def _option(default: object, text: str, *aliases: str) -> object:
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = _option(str(BUNDLED_MODEL), "a folder or a hub id")
+    attn_implementation: str = _option(
+        "auto", "eager, sdpa, varlen, flash_attention_2, ...; auto: varlen on a GPU, else sdpa"
+    )
+    cache_dir: str | None = _option(None, "where downloads and prepared data are kept")
+    use_lora: bool = _option(False, "train adapters instead of the weights")
+    trainable: str | None = _option(
+        None, f"modules that train, by comma (LoRA: {ALL_LINEARS}; else all)"
+    )
+    lora_rank: int = _option(8, "rank of the adapters", "--lora_r")
+    lora_alpha: float = _option(32.0, "the adapters' product is scaled by alpha / rank")
+    lora_dropout: float = _option(0.1, "dropout before the adapters")
+    modules_to_save: str = _option("", "modules to train and save whole beside the adapters")
+    bits: int = _option(16, "4 or 8 quantise the base of LoRA, routed experts included")
+    quant_type: str = _option("nf4", "nf4 or fp4, for 4 bits")
+    double_quant: bool = _option(True, "quantise the scales of the 4 bits too")
+    merge_on_save: bool = _option(False, "LoRA: write the whole merged model at the end too")
+
+    def attention(self, dtype: torch.dtype) -> str:
+        """The attention implementation for weights of `dtype`."""
+        if self.attn_implementation != "auto":
+            return self.attn_implementation
+        return VARLEN if torch.cuda.is_available() and dtype == torch.bfloat16 else "sdpa"
+
+
+@dataclass
+class DataArguments:
+    data_path: list[str] = field(
+        default_factory=list,
+        metadata={"help": "files, folders or a hub id: instruction/output or messages", "nargs": "+"},
+    )
+    eval_data_path: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    eval_fraction: float = _option(0.0, "hold out this part of the data for evaluation")
+    model_max_length: int = _option(512, "tokens of an example; a longer one is cut", "--max_length")
+    packing: bool = _option(False, "put several examples into a row of model_max_length tokens")
+    skip_bad_rows: bool = _option(False, "drop rows that are not usable instead of stopping")
+    show_examples: int = _option(0, "print so many examples, with what is trained in colour")
+    dry_run: bool = _option(False, "print settings, steps and memory, and stop before the weights")
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    logging_steps: float = _option(1, "log every so many steps")
+    report_to: str = _option("tensorboard", "where to log to; none for nowhere")
+    logging_nan_inf_filter: bool = _option(False, "must stay off: it would log NaN as a number")
+    train_sampling_strategy: str = _option("group_by_length", "or random, or sequential")
+    remove_unused_columns: bool = _option(False, "must stay off: the collator takes what it needs")
+
+
+OLD_NAMES = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+}
+if any(one.name == "activation_checkpointing" for one in fields(TrainingArguments)):
+    OLD_NAMES |= {
+        f"--gradient_checkpointing{end}": f"--activation_checkpointing{end}"
+        for end in ("", "_kwargs")
+    }
+DROPPED = ("--logging_dir", "--overwrite_output_dir", "--save_safetensors", "--group_by_length")
+
+
+def parse_arguments(
+    argv: Sequence[str],
+) -> tuple[ModelArguments, DataArguments, FineTuningArguments]:
+    """The three groups of options.
+
+    Raises:
+        UserError: an unknown option (with the nearest known one), or settings that cannot work.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, FineTuningArguments),
+        allow_abbrev=False,
+        description="Fine-tunes DeepSeek-MoE: fully, with LoRA, or with QLoRA.",
+    )
+    argv = _translate(list(argv))
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the options"
+            raise UserError(f"there is no option {name}; {hint}")
+    if not torch.cuda.is_available() and "--use_cpu" not in argv:
+        argv += ["--use_cpu", "True"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers, on its own deprecations
+        model, data, training = _build(parser, argv)
+    training.label_names = ["labels"]
+    if training.deepspeed and training.use_cpu:  # accelerate does it on GPUs only
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    _refuse_what_cannot_work(model, data, training)
+    return model, data, training
+
+
+def _translate(argv: list[str]) -> list[str]:
+    """Old names to new; options that nothing reads any more are dropped with a note."""
+    words, out = iter(argv), []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in DROPPED:
+            print(f"note: {name} has no effect on transformers 5", file=sys.stderr)
+            if not equals:
+                next(words, None)
+            continue
+        out.append(OLD_NAMES.get(name, name) + equals + value)
+    return out
+
+
+def _build(parser: HfArgumentParser, argv: list[str]):
+    try:
+        return parser.parse_args_into_dataclasses(argv)
+    except UserError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(f"{' '.join(str(error).split())[:400]}; change that option") from error
+
+
+def _refuse_what_cannot_work(
+    model: ModelArguments, data: DataArguments, training: FineTuningArguments
+) -> None:
+    if not data.data_path:
+        raise UserError("--data_path is missing; give a file, a folder or a hub id")
+    if model.bits not in (4, 8, 16):
+        raise UserError(f"--bits is {model.bits}; use 4, 8, or 16 for none")
+    if model.bits != 16 and not model.use_lora:
+        raise UserError(
+            f"--bits {model.bits} freezes the weights, so nothing would train; add --use_lora True"
+        )
+    if model.bits != 16 and zero_stage(training) == 3:
+        raise UserError(
+            "ZeRO-3 cannot divide quantised weights among GPUs; "
+            "use --deepspeed configs/ds_config_zero2_no_offload.json with --bits 4 or 8"
+        )
+    if model.merge_on_save and not model.use_lora:
+        raise UserError("--merge_on_save is for LoRA; a full fine-tuning is saved whole anyway")
+    if training.fp16:
+        raise UserError("--fp16 would overflow in this model's layers; use --bf16 True")
+    if training.logging_nan_inf_filter:
+        raise UserError("--logging_nan_inf_filter would log NaN as a number; leave it False")
+    if training.load_best_model_at_end:
+        raise UserError("--load_best_model_at_end is not supported; choose among the checkpoints")
+    if data.model_max_length < 2:
+        raise UserError(f"--model_max_length is {data.model_max_length}; it must be 2 or more")
+    if data.eval_data_path and data.eval_fraction:
+        raise UserError("give --eval_data_path or --eval_fraction, not both")
+    if training.eval_strategy != "no" and not (data.eval_data_path or data.eval_fraction):
+        raise UserError(
+            f"--eval_strategy {training.eval_strategy.value} has nothing to evaluate on; give "
+            "--eval_data_path or --eval_fraction"
+        )
+
+
+def deepspeed_settings(training: FineTuningArguments) -> dict:
+    """The DeepSpeed JSON of a run; empty without one."""
+    if not training.deepspeed:
+        return {}
+    if isinstance(training.deepspeed, dict):
+        return training.deepspeed
+    return json.loads(Path(training.deepspeed).read_text(encoding="utf-8"))
+
+
+def zero_stage(training: FineTuningArguments) -> int:
+    return deepspeed_settings(training).get("zero_optimization", {}).get("stage", 0)
+
+
+def names(text: str | None) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]

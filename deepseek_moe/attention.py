@@ -1,0 +1,59 @@
+"""Attention inside each example of a packed row, without a mask of all positions by all others.
+
+"varlen", beside transformers' own attention implementations, is the flash attention that comes with
+PyTorch for NVIDIA GPUs. The plain way is "sdpa" with the block mask that transformers makes of
+`position_ids`.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import repeat_kv
+
+NAME = "varlen"
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of query, key and value [B, heads, L, width], in bf16 or fp16.
+
+    `cu_seq_lens_q` says where in the B * L positions each example begins, and where the last ends.
+    Without it a row is one example.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+    B, _, L, _ = query.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    ends = cu_seq_lens_q
+    causal = (-1, 0)  # all positions to the left, none to the right
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=causal,
+    )
+    return out.unflatten(0, (B, L)), None
+
+
+AttentionInterface.register(NAME, varlen_attention_forward)

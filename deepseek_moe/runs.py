@@ -1,0 +1,160 @@
+"""A run in its output folder: new, to be resumed, or finished; and what it leaves there.
+
+`run.json` says what decides the result: data, model, adapter and training settings. Repeating a
+command goes on from the last checkpoint, if all of these are the same, or says that all is done.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from peft import PeftModel
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import data as examples
+from .arguments import DataArguments, FineTuningArguments, ModelArguments, names, zero_stage
+from .errors import UserError
+from .export import base_tensors, merged_tensors, write_checkpoint
+from .training import INCOMPLETE, FineTuner, one_line_write_errors
+from .weights import weight_files
+
+FILE = "run.json"
+
+
+class Run:
+    """What `output_dir` holds of a run with these `settings`.
+
+    Raises:
+        UserError: another run is there, or a model that is not of a run.
+    """
+
+    def __init__(self, output_dir: str, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = Path(output_dir), settings
+        self.checkpoint = get_last_checkpoint(output_dir) if self.folder.is_dir() else None
+        self.finished = False
+        if (self.folder / FILE).is_file():
+            found = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
+            self._refuse_others(found["settings"])
+            self.finished = found["finished"]
+        elif self.checkpoint or (self.folder / "config.json").is_file():
+            raise UserError(
+                f"{self.folder} holds a model or checkpoints, but no {FILE} that says what of; "
+                "give another --output_dir"
+            )
+
+    def _refuse_others(self, found: dict[str, Any]) -> None:
+        keys = list(dict.fromkeys([*found, *self.settings]))
+        differ = [key for key in keys if found.get(key) != self.settings.get(key)]
+        if differ:
+            shown = "; ".join(f"{k}: {found.get(k)} there, {self.settings.get(k)} now" for k in differ)
+            raise UserError(
+                f"{self.folder} holds a run with other settings ({shown}); repeat its command, or "
+                "give another --output_dir"
+            )
+
+    def start(self) -> None:
+        """Claims the folder, and clears away what an interrupted save left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
+        self._write(finished=False)
+
+    def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
+        """The whole model, or the adapter, or both (then the adapter in a folder of its own), at
+        the root of the run. Called by all processes.
+
+        Raises:
+            RunError: it cannot be written. The last checkpoint is still there.
+        """
+        aside, main = self.folder / INCOMPLETE, trainer.is_world_process_zero()
+        with one_line_write_errors(self.folder, aside, main):
+            trained = aside / "adapter"
+            trainer.save_model(str(trained))  # gathers what the processes hold
+            if main:
+                (trained / "training_args.bin").unlink()  # a pickle; run.json says it better
+                result = self._result(trained, base, isinstance(trainer.model, PeftModel), merge)
+                self._publish(result)
+                shutil.rmtree(aside)
+        trainer.accelerator.wait_for_everyone()
+
+    def _result(self, trained: Path, base: Path, adapter: bool, merge: bool) -> Path:
+        if adapter and not merge:
+            return trained
+        result = trained.with_name("result")
+        tensors = merged_tensors(base, trained) if adapter else base_tensors(trained)
+        write_checkpoint(tensors, base, result, dtype=None)
+        if adapter:
+            os.replace(trained, result / "adapter")
+        return result
+
+    def _publish(self, result: Path) -> None:
+        """Moves each file to the root, those that make it a model last."""
+        for file in sorted(result.iterdir(), key=lambda file: "config" in file.name):
+            target = self.folder / file.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(file, target)
+        self._write(finished=True)
+
+    def _write(self, finished: bool) -> None:
+        content = {
+            "finished": finished,
+            "settings": self.settings,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        aside = self.folder / f"{FILE}.tmp"
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, self.folder / FILE)
+
+
+def settings_of(
+    model: ModelArguments,
+    data: DataArguments,
+    training: FineTuningArguments,
+    folder: Path,
+    train: datasets.Dataset,
+    evaluation: datasets.Dataset | None,
+) -> dict[str, Any]:
+    """All that decides the result of a run; `folder` holds the base model."""
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    found = {
+        "model": fingerprint(folder),
+        "data": examples.fingerprint(train),
+        "eval_data": examples.fingerprint(evaluation) if evaluation else None,
+        "trainable": names(model.trainable),
+        "use_lora": model.use_lora,
+    }
+    if model.use_lora:
+        keys = ("lora_rank", "lora_alpha", "lora_dropout", "modules_to_save", "bits")
+        keys += ("quant_type", "double_quant") if model.bits == 4 else ()
+        found |= {key: getattr(model, key) for key in keys}
+    keys = ("model_max_length", "packing")
+    found |= {key: getattr(data, key) for key in keys}
+    keys = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay")
+    keys += ("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "seed")
+    keys += ("data_seed", "train_sampling_strategy")
+    found |= {key: getattr(training, key) for key in keys}
+    return found | {
+        "lr_scheduler_type": str(getattr(training.lr_scheduler_type, "value", "")),
+        "optim": str(getattr(training.optim, "value", training.optim)),
+        "batch_size": batch * training.world_size,
+        "zero_stage": zero_stage(training),
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a checkpoint's config and weight files: their sizes and samples of their bytes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as handle:
+            for at in range(0, size, max(1, size // 32)):
+                handle.seek(at)
+                digest.update(handle.read(4096))
+    return digest.hexdigest()[:16]

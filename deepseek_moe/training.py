@@ -1,0 +1,297 @@
+"""What this model's fine-tuning adds to transformers' Trainer.
+
+- the balance loss with the weight it has in one big batch, however the batch is cut up, and shown
+- a step whose loss or gradient is not a number stops the run before it spoils a checkpoint
+- evaluation by the token, on any number of processes
+- the same order of examples in a run that was interrupted
+- checkpoints that are complete or absent; SIGTERM saves and leaves
+"""
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+from .errors import RunError
+
+INCOMPLETE = "incomplete"
+
+
+class FineTuner(Trainer):
+    """transformers' Trainer for batches of `data.Collator`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stopper = StopAtSignal()
+        self.add_callback(self.stopper)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Progress())
+        self._aside: str | None = None  # where a checkpoint is being written
+        self._sources: list[str] = []  # the rows of the running step
+        self._sequences_in_step = 0
+        self._evaluated = torch.zeros(2)
+        self._reset_counters()
+
+    def _reset_counters(self) -> None:
+        self._counted_from, self._tokens = time.perf_counter(), 0
+        self._balance = torch.zeros((), device=self.args.device)
+
+    def leave_if_stopped(self) -> None:
+        """Ends the process, if a signal ended the training, as that signal would have."""
+        if self.stopper.signal:
+            raise SystemExit(128 + self.stopper.signal)
+
+    # ---- the loss ----
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of a step; counts their sequences on all processes."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        count = torch.tensor(sum(len(batch["sources"]) for batch in batches))
+        count = self.accelerator.gather(count.to(self.args.device).view(1)).sum()
+        self._sequences_in_step, self._sources = int(count), []
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        sources = inputs.pop("sources")
+        self._sources += sources
+        share = len(sources) / self._sequences_in_step
+        # Processes average their gradients, as they do the language loss's.
+        inputs["aux_loss_scale"] = share * self.accelerator.num_processes
+        self._tokens += int((inputs["sequence_ids"] >= 0).sum())
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs.aux_loss is not None:
+            self._balance += outputs.aux_loss.detach() * inputs["aux_loss_scale"]
+        self._refuse_non_finite("loss", loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if norm is not None:
+            self._refuse_non_finite("gradient norm", norm)
+        return norm
+
+    def _refuse_non_finite(self, what: str, value: Any) -> None:
+        if math.isfinite(float(value)):
+            return
+        rows = ", ".join(self._sources[:8]) + (" ..." if len(self._sources) > 8 else "")
+        good = get_last_checkpoint(self.args.output_dir)
+        raise RunError(
+            f"step {self.state.global_step + 1}: the {what} is {float(value)}, in rows {rows}; "
+            f"the last good checkpoint is {good or 'none yet'}: look at these rows, or lower "
+            "--learning_rate"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds balance loss, tokens/s of all processes, and GPU memory to the training's lines."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - getattr(self, "_counted_at", 0))
+            self._counted_at = self.state.global_step
+            seconds = time.perf_counter() - self._counted_from
+            counts = torch.stack([self._balance, self._balance.new_tensor(self._tokens)])
+            counts = self.accelerator.gather(counts[None])
+            logs["balance_loss"] = counts[:, 0].mean().item() / steps
+            logs["tokens_per_second"] = round(counts[:, 1].sum().item() / seconds, 1)
+            if torch.cuda.is_available():
+                logs["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            self._reset_counters()
+        super().log(logs, *args, **kwargs)
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")[:, 1:]
+        inputs.pop("sources")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+        nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(1)
+        counts = torch.stack([nats, (labels >= 0).sum(dim=1)], dim=1)
+        # leaves out the rows that fill up the last batch of several processes
+        self._evaluated += self.accelerator.gather_for_metrics(counts).sum(dim=0).cpu()
+        return counts[:, 0].sum() / counts[:, 1].sum(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As transformers' own, with a loss that each token counts in once, and its perplexity."""
+        self._evaluated = torch.zeros(2)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss = (self._evaluated[0] / self._evaluated[1]).item()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
+        return output
+
+    # ---- the order of examples ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        args, dataset = self.args, train_dataset or self.train_dataset
+        grouped = args.train_sampling_strategy == "group_by_length"
+        if args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(dataset)
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = EpochSampler(dataset["length"], seed, step if grouped else 1)
+        self.add_callback(sampler.callback)
+        return sampler
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes aside and renames, so that a checkpoint that has its name is complete."""
+        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        aside = output / INCOMPLETE
+        with one_line_write_errors(self.args.output_dir, aside, self.is_world_process_zero()):
+            self._aside = str(aside)
+            super()._save_checkpoint(model, trial)
+        self._aside = None
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            shutil.rmtree(output / name, ignore_errors=True)  # of the same step: as good as ours
+            os.replace(aside / name, output / name)
+            aside.rmdir()
+            limit = self.args.save_total_limit
+            for old in sort_checkpoints(str(output))[: -limit if limit else None]:
+                shutil.rmtree(old) if limit else None
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        quantization = getattr(self.model, "base_quantization", None)
+        if quantization and self.args.should_save:
+            quantization.save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer would match the per-expert names on disk with the stacked ones in memory, find
+        none of the experts, warn, and go on with those of the base model."""
+        model = model or self.model
+        if not isinstance(model, PreTrainedModel):  # adapters are stored as they are
+            super()._load_from_checkpoint(checkpoint, model)
+            return
+        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+
+@contextmanager
+def one_line_write_errors(output: str | Path, aside: Path, main: bool) -> Iterator[None]:
+    """Whatever a library makes of a full disk: removes what is half written and says it once."""
+    try:
+        yield
+    except Exception as error:  # of many libraries, and of any class
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(output).free / 1e9
+        found = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"{output} could not be written to ({found}; {free:.1f} GB free there); the last "
+            f"complete checkpoint is {get_last_checkpoint(str(output)) or 'none'}: make room and repeat "
+            "the command to go on from it"
+        ) from error
+
+
+class EpochSampler(Sampler[int]):
+    """Examples in an order that only seed and epoch decide, so that a resumed run sees the same.
+
+    Batches of similar length waste little on padding: the shuffled examples are cut into pieces of
+    fifty steps and each is sorted by length, longest first; then the steps are shuffled, except the
+    longest, which comes first: if memory is too small, that shows at once. `step` 1 only shuffles.
+    """
+
+    def __init__(self, lengths: list[int], seed: int, step: int) -> None:
+        self.lengths, self.seed, self.step, self.epoch = list(lengths), seed, step, 0
+        self.callback = _SetEpoch(self)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if self.step == 1:
+            return iter(order)
+        piece = self.step * 50
+        pieces = [order[at : at + piece] for at in range(0, len(order), piece)]
+        order = [i for p in pieces for i in sorted(p, key=lambda i: -self.lengths[i])]
+        steps = [order[at : at + self.step] for at in range(0, len(order), self.step)]
+        last = steps.pop() if len(steps[-1]) < self.step else []  # only the last may be short
+        shuffled = torch.randperm(len(steps), generator=generator).tolist()
+        shuffled.sort(key=lambda i: i != self._longest(steps))  # stable
+        return iter([i for n in shuffled for i in steps[n]] + last)
+
+    def _longest(self, steps: list[list[int]]) -> int:
+        return max(range(len(steps)), key=lambda n: max(self.lengths[i] for i in steps[n]))
+
+
+class _SetEpoch(TrainerCallback):
+    """accelerate tells samplers the epoch in some arrangements of loaders and not in others."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.epoch = math.floor((state.epoch or 0) + 1e-6)
+
+
+class Progress(ProgressCallback):
+    """transformers' bars, with the figures of a step in one line on stderr."""
+
+    SHOWN = {  # name in the logs: how it is shown
+        "loss": "loss {:.4f}",
+        "balance_loss": "balance {:.4f}",
+        "grad_norm": "norm {:.3f}",
+        "learning_rate": "rate {:.2e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "gpu_memory_gb": "{:.1f} GB",
+        "eval_loss": "evaluation: loss {:.4f}",
+        "eval_perplexity": "perplexity {:.2f}",
+    }
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = [form.format(logs[key]) for key, form in self.SHOWN.items() if key in logs]
+        if shown and self.training_bar is not None:
+            step = f"step {state.global_step}/{state.max_steps}"
+            self.training_bar.write("  ".join([step, *shown]), file=sys.stderr)
+
+
+class StopAtSignal(TrainerCallback):
+    """SIGTERM, or Ctrl-C: saves at the end of the step, on all processes, and stops."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # the second one means it
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stop = torch.tensor(self.signal or 0, device=args.device)
+        if args.world_size > 1:  # it may have reached the others a step later
+            distributed.all_reduce(stop, distributed.ReduceOp.MAX)
+        if int(stop) and state.global_step < state.max_steps:
+            self.signal = int(stop)
+            control.should_save = control.should_training_stop = True

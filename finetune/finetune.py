@@ -1,0 +1,81 @@
+"""Fine-tunes DeepSeek-MoE: fully, with LoRA, or with QLoRA, alone or under DeepSpeed.
+
+    python finetune.py --data_path data.json --output_dir out --use_lora True
+    deepspeed finetune.py --data_path data.json --output_dir out --bf16 True \\
+        --deepspeed configs/ds_config_zero3.json
+
+Repeating a command goes on where it was interrupted. --help lists the options, and --dry_run True
+says what a run would do and need.
+"""
+
+import sys
+from functools import partial
+
+from transformers import set_seed
+
+from deepseek_moe.adapters import build_model, parameter_table
+from deepseek_moe.arguments import DataArguments, FineTuningArguments, parse_arguments
+from deepseek_moe.checkpoint import locate
+from deepseek_moe.cli import one_line_errors
+from deepseek_moe.data import Collator, load_examples, pack, show, split
+from deepseek_moe.runs import Run, settings_of
+from deepseek_moe.tokenization_deepseek import DeepseekTokenizer
+from deepseek_moe.training import FineTuner
+
+
+def main() -> None:
+    options, data, args = parse_arguments(sys.argv[1:])
+    say = partial(print, file=sys.stderr) if args.process_index == 0 else lambda *_: None
+    set_seed(args.seed)
+    with args.main_process_first():  # downloads and prepares; the others find it done
+        folder = locate(options.model_name_or_path)
+        tokenizer = DeepseekTokenizer.from_pretrained(folder)
+        train, evaluation = load_data(data, tokenizer, args, options.cache_dir, say)
+
+    run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
+    if run.finished:
+        print(f"this run is finished: its result is in {run.folder}")
+        return
+    with args.main_process_first():
+        run.start()
+
+    model = build_model(folder, options, args)
+    say(parameter_table(model))
+    trainer = FineTuner(
+        model=model,
+        args=args,
+        train_dataset=pack(train, data.model_max_length) if data.packing else train,
+        eval_dataset=evaluation,
+        data_collator=Collator(tokenizer.pad_token_id, data.packing),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    trainer.leave_if_stopped()
+    run.save_result(trainer, folder, options.merge_on_save)
+    say(f"the result is in {run.folder}")
+
+
+def load_data(data: DataArguments, tokenizer, args: FineTuningArguments, cache_dir, say):
+    load = partial(
+        load_examples,
+        tokenizer=tokenizer,
+        max_length=data.model_max_length,
+        skip_bad_rows=data.skip_bad_rows,
+        cache_dir=cache_dir,
+    )
+    train, report = load(data.data_path)
+    say(report)
+    evaluation = None
+    if data.eval_data_path:
+        evaluation, report = load(data.eval_data_path)
+        say(report)
+    elif data.eval_fraction:
+        train, evaluation = split(train, data.eval_fraction, args.seed)
+    for row in train.select(range(min(data.show_examples, len(train)))):
+        say(show(tokenizer, row["input_ids"], row["trained"], sys.stderr.isatty()))
+    return train, evaluation
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
