@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .arguments import ALL_LINEARS, FineTuningArguments, ModelArguments, names, zero_stage
+from .checkpoint import one_line
 from .errors import UserError
 from .experts import NAME as EXPERTS
 from .experts import grouped_experts_forward, grouped_low_rank
@@ -76,8 +77,9 @@ def targets(names: Sequence[str]) -> tuple[list[str], list[str]]:
     `gate_proj` and `up_proj` are the same names in dense, shared and routed experts, and mean all
     of them; a longer name (`shared_experts.down_proj`) means the ones that end in it.
     """
-    modules = [name for name in names if not name.endswith(EXPERT_PARAMETERS)]
-    parameters = [name for name in names if name.endswith(EXPERT_PARAMETERS)]
+    stacks = ("gate_up_proj", *EXPERT_PARAMETERS)
+    parameters = [name for name in names if any(_ends(name, stack) for stack in stacks)]
+    modules = [name for name in names if name not in parameters]
     if {"gate_proj", "up_proj"} <= set(modules):
         parameters.append(EXPERT_PARAMETERS[0])
     elif {"gate_proj", "up_proj"} & set(modules):
@@ -109,6 +111,7 @@ def add_lora(
         raise UserError(f"lora_dropout is {dropout}; it must be from 0 to below 1")
     modules, parameters = targets(trainable)
     _refuse_unknown(model, [*modules, *parameters, *modules_to_save])
+    _refuse_other_than_linear(model, modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -126,10 +129,16 @@ def add_lora(
 
 
 def choose(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Lets only the parameters train whose module or own name ends in one of `names`."""
-    _refuse_unknown(model, names)
+    """Lets only the parameters train that `names` name, or whose modules, at any depth.
+
+    `gate_proj`, `up_proj` and `down_proj` mean what they mean to `targets`.
+    """
+    modules, parameters = targets(names)
+    _refuse_unknown(model, [*modules, *parameters])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(_ends(name.removesuffix(".weight"), n) for n in names))
+        parts = name.removesuffix(".weight").split(".")
+        within = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        parameter.requires_grad_(any(_ends(w, n) for w in within for n in [*modules, *parameters]))
 
 
 def _ends(name: str, ending: str) -> bool:
@@ -143,6 +152,17 @@ def _refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:
         if not any(_ends(one, name) for one in known):
             last = sorted({one.rsplit(".", 1)[-1] for one in known if one.endswith("_proj")})
             raise UserError(f"this model has no module {name!r}; it has {', '.join(last)}")
+
+
+def _refuse_other_than_linear(model: nn.Module, names: Sequence[str]) -> None:
+    """PEFT would adapt an embedding, which `export` cannot merge, and fails on all else."""
+    for one, module in model.named_modules():
+        for name in names:
+            if _ends(one, name) and not isinstance(module, nn.Linear):
+                raise UserError(
+                    f"{name} is no linear layer, which adapters need; name linear layers, or train "
+                    "it whole: --modules_to_save"
+                )
 
 
 KINDS = {
@@ -168,8 +188,6 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
     return [(kind, total, trains) for kind, (total, trains) in counts.items() if total]
 
 
-
-
 def build_model(
     folder: Path, options: ModelArguments, training: FineTuningArguments
 ) -> PreTrainedModel | PeftModel:
@@ -190,17 +208,29 @@ def build_model(
         wanted["quantization_config"] = quantization.config(names(options.modules_to_save))
     if zero_stage(training) != 3:  # which places the weights by itself
         wanted["device_map"] = {"": training.device}
-    model = DeepseekForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=options.attention(dtype),
-        experts_implementation=EXPERTS,
-        use_safetensors=True,
-        **wanted,
-    )
+    with one_line(f"{folder} cannot be loaded", "get the checkpoint anew"):
+        model = DeepseekForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=options.attention(dtype),
+            experts_implementation=EXPERTS,
+            use_safetensors=True,
+            **wanted,
+        )
     model.config.use_cache = False
+    model = adapt(model, options)
+    if not training.deepspeed:  # PEFT casts adapters, but not `modules_to_save`
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    model.base_quantization = quantization
+    return model
+
+
+def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:
+    """`model` with what `options` let train."""
     if options.use_lora:
-        adapted = add_lora(
+        return add_lora(
             model,
             names(options.trainable or ALL_LINEARS),
             options.lora_rank,
@@ -208,8 +238,6 @@ def build_model(
             options.lora_dropout,
             names(options.modules_to_save),
         )
-        adapted.base_quantization = quantization
-        return adapted
     if options.trainable:
         choose(model, names(options.trainable))
     return model

@@ -6,14 +6,18 @@ published commands work as written.
 
 import difflib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_available
 
 from .attention import NAME as VARLEN
 from .cli import BUNDLED_MODEL
@@ -57,11 +61,16 @@ class ModelArguments:
 class DataArguments:
     data_path: list[str] = field(
         default_factory=list,
-        metadata={"help": "files, folders or a hub id: instruction/output or messages", "nargs": "+"},
+        metadata={
+            "help": "files, folders or a hub id: instruction/output or messages",
+            "nargs": "+",
+        },
     )
     eval_data_path: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     eval_fraction: float = _option(0.0, "hold out this part of the data for evaluation")
-    model_max_length: int = _option(512, "tokens of an example; a longer one is cut", "--max_length")
+    model_max_length: int = _option(
+        512, "tokens of an example; a longer one is cut", "--max_length"
+    )
     packing: bool = _option(False, "put several examples into a row of model_max_length tokens")
     skip_bad_rows: bool = _option(False, "drop rows that are not usable instead of stopping")
     show_examples: int = _option(0, "print so many examples, with what is trained in colour")
@@ -87,7 +96,22 @@ if any(one.name == "activation_checkpointing" for one in fields(TrainingArgument
         f"--gradient_checkpointing{end}": f"--activation_checkpointing{end}"
         for end in ("", "_kwargs")
     }
+LEAST = (
+    ("model", "lora_rank", 1),
+    ("data", "model_max_length", 2),
+    ("data", "show_examples", 0),
+    ("training", "per_device_train_batch_size", 1),
+    ("training", "per_device_eval_batch_size", 1),
+    ("training", "gradient_accumulation_steps", 1),
+    ("training", "logging_steps", 1),
+    ("training", "learning_rate", 0),
+)
 DROPPED = ("--logging_dir", "--overwrite_output_dir", "--save_safetensors", "--group_by_length")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
 
 
 def parse_arguments(
@@ -98,7 +122,7 @@ def parse_arguments(
     Raises:
         UserError: an unknown option (with the nearest known one), or settings that cannot work.
     """
-    parser = HfArgumentParser(
+    parser = _Parser(
         (ModelArguments, DataArguments, FineTuningArguments),
         allow_abbrev=False,
         description="Fine-tunes DeepSeek-MoE: fully, with LoRA, or with QLoRA.",
@@ -117,12 +141,19 @@ def parse_arguments(
         warnings.simplefilter("ignore", FutureWarning)  # transformers, on its own deprecations
         model, data, training = _build(parser, argv)
     training.label_names = ["labels"]
-    if training.deepspeed and training.use_cpu:  # accelerate does it on GPUs only
+    _refuse_what_cannot_work(model, data, training)
+    _start_deepspeed(training)
+    return model, data, training
+
+
+def _start_deepspeed(training: FineTuningArguments) -> None:
+    if not is_deepspeed_available():
+        return
+    with redirect_stdout(sys.stderr):  # it prints, and logs to what stdout is at its import
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    _refuse_what_cannot_work(model, data, training)
-    return model, data, training
+        if training.deepspeed and training.use_cpu:  # accelerate does it on GPUs only
+            deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
 def _translate(argv: list[str]) -> list[str]:
@@ -140,6 +171,14 @@ def _translate(argv: list[str]) -> list[str]:
 
 
 def _build(parser: HfArgumentParser, argv: list[str]):
+    file = parser.parse_args(argv).deepspeed
+    if file and not file.startswith("{"):
+        _refuse_broken_settings(file)
+    if file and "RANK" not in os.environ:
+        raise UserError(
+            "--deepspeed needs its launcher; write deepspeed (deepspeed --num_gpus 1 for one GPU) "
+            "instead of python"
+        )
     try:
         return parser.parse_args_into_dataclasses(argv)
     except UserError:
@@ -148,13 +187,34 @@ def _build(parser: HfArgumentParser, argv: list[str]):
         raise UserError(f"{' '.join(str(error).split())[:400]}; change that option") from error
 
 
+def _refuse_broken_settings(file: str) -> None:
+    """transformers would end in its depths."""
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        right = isinstance(settings["zero_optimization"]["stage"], int)
+    except OSError as error:
+        raise UserError(f"--deepspeed {file} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--deepspeed {file} is no DeepSpeed configuration ({error!r})") from error
+    if not right:
+        raise UserError(f"--deepspeed {file} has no number as the stage of zero_optimization")
+
+
 def _refuse_what_cannot_work(
     model: ModelArguments, data: DataArguments, training: FineTuningArguments
 ) -> None:
+    if not training.output_dir:
+        raise UserError("--output_dir is empty; give a folder")
     if not data.data_path:
         raise UserError("--data_path is missing; give a file, a folder or a hub id")
     if model.bits not in (4, 8, 16):
         raise UserError(f"--bits is {model.bits}; use 4, 8, or 16 for none")
+    if model.quant_type not in ("nf4", "fp4"):
+        raise UserError(f"--quant_type is {model.quant_type}; use nf4 or fp4")
+    for group, name, least in LEAST:
+        options = {"model": model, "data": data, "training": training}[group]
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
     if model.bits != 16 and not model.use_lora:
         raise UserError(
             f"--bits {model.bits} freezes the weights, so nothing would train; add --use_lora True"
@@ -164,6 +224,12 @@ def _refuse_what_cannot_work(
             "ZeRO-3 cannot divide quantised weights among GPUs; "
             "use --deepspeed configs/ds_config_zero2_no_offload.json with --bits 4 or 8"
         )
+    for block, option in (("scheduler", "--lr_scheduler_type"), ("optimizer", "--optim")):
+        if block in deepspeed_settings(training):
+            raise UserError(
+                f"{training.deepspeed} has a block {block!r}, which would silently replace what "
+                f"{option} and --learning_rate say; take it out"
+            )
     if model.merge_on_save and not model.use_lora:
         raise UserError("--merge_on_save is for LoRA; a full fine-tuning is saved whole anyway")
     if training.fp16:
@@ -172,8 +238,8 @@ def _refuse_what_cannot_work(
         raise UserError("--logging_nan_inf_filter would log NaN as a number; leave it False")
     if training.load_best_model_at_end:
         raise UserError("--load_best_model_at_end is not supported; choose among the checkpoints")
-    if data.model_max_length < 2:
-        raise UserError(f"--model_max_length is {data.model_max_length}; it must be 2 or more")
+    if training.num_train_epochs <= 0 and training.max_steps <= 0:
+        raise UserError(f"--num_train_epochs is {training.num_train_epochs}; nothing would train")
     if data.eval_data_path and data.eval_fraction:
         raise UserError("give --eval_data_path or --eval_fraction, not both")
     if training.eval_strategy != "no" and not (data.eval_data_path or data.eval_fraction):

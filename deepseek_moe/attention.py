@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 NAME = "varlen"
@@ -56,4 +57,16 @@ def varlen_attention_forward(
     return out.unflatten(0, (B, L)), None
 
 
+def varlen_mask(
+    *, attention_mask: torch.Tensor | None, q_length: int, kv_length: int, **kwargs: Any
+) -> torch.Tensor | None:
+    """sdpa's mask where there is padding or a cache (as when generating), which varlen never has;
+    None in training, so that the mask of a packed row is never made."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    lengths = {"q_length": q_length, "kv_length": kv_length}
+    return sdpa_mask(attention_mask=attention_mask, **lengths, **kwargs)
+
+
 AttentionInterface.register(NAME, varlen_attention_forward)
+AttentionMaskInterface.register(NAME, varlen_mask)

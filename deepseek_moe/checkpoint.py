@@ -53,11 +53,11 @@ def load(
     folder = locate(model, trust_remote_code)
     place = _device(device)
     numbers = _count_numbers(folder)
-    with _one_line(f"{folder / 'config.json'} cannot be used", _remedy(folder, trust_remote_code)):
+    with one_line(f"{folder / 'config.json'} cannot be used", _remedy(folder, trust_remote_code)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     number_type = DTYPES.get(dtype) or _auto_dtype(place, numbers, config.dtype)
     _refuse_too_little_memory(numbers * number_type.itemsize, number_type, place)
-    with _one_line(f"{folder} cannot be loaded", "get the checkpoint anew"):
+    with one_line(f"{folder} cannot be loaded", "get the checkpoint anew"):
         network, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -69,31 +69,30 @@ def load(
         )
         if info["missing_keys"]:  # of other architectures; ours refuses them by itself
             raise UserError(f"{folder} lacks {min(info['missing_keys'])}; get the checkpoint anew")
-    with _one_line(f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"):
-        if isinstance(config, DeepseekConfig):  # whatever class the files name
-            tokenizer = DeepseekTokenizer.from_pretrained(folder)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if isinstance(config, DeepseekConfig):  # whatever class the files name
+        return network.eval(), own_tokenizer(folder)
+    with one_line(f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return network.eval(), tokenizer
 
 
-def locate(model: str, trust_remote_code: bool = False) -> Path:
-    """The folder of a local checkpoint, or of a hub checkpoint after its download.
+def locate(model: str, trust_remote_code: bool = False, cache_dir: str | None = None) -> Path:
+    """The folder of a local checkpoint, or of a hub checkpoint after its download (to `cache_dir`).
 
     Raises:
         UserError: there is none, or it is not one that can be loaded safely.
     """
-    with _one_line(f"{model[:80]!r} is no path", "give a checkpoint folder or a hub id"):
+    with one_line(f"{model[:80]!r} is no path", "give a checkpoint folder or a hub id"):
         folder = Path(model).expanduser()
         exists = folder.exists()
     if not exists:
         if not HUB_ID.fullmatch(model):
             raise UserError(f"{model} does not exist; give a checkpoint folder or a hub id")
         failed = f"{model} is no folder here and could not be downloaded as a hub id"
-        with _one_line(failed, "check the name and the network"):
+        with one_line(failed, "check the name and the network"):
             wanted = ["*.json", "*.safetensors", "*.jinja"]
             wanted += ["*.py"] if trust_remote_code else []
-            folder = Path(snapshot_download(model, allow_patterns=wanted))
+            folder = Path(snapshot_download(model, allow_patterns=wanted, cache_dir=cache_dir))
     if folder.is_file():
         raise UserError(f"{folder} is a file; give the folder that holds it and config.json")
     if not (folder / "config.json").is_file():
@@ -107,8 +106,21 @@ def locate(model: str, trust_remote_code: bool = False) -> Path:
     return folder
 
 
+def own_tokenizer(folder: Path) -> DeepseekTokenizer:
+    """The tokenizer of a checkpoint that must be of this architecture.
+
+    Raises:
+        UserError: it is of another one, or its files are broken.
+    """
+    kind = _read_object(folder / "config.json").get("model_type")
+    if kind != DeepseekConfig.model_type:
+        raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
+    with one_line(f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"):
+        return DeepseekTokenizer.from_pretrained(folder)
+
+
 @contextmanager
-def _one_line(what: str, remedy: str) -> Iterator[None]:
+def one_line(what: str, remedy: str) -> Iterator[None]:
     """Turns what libraries make of broken files or networks, of any class, into a UserError."""
     try:
         yield

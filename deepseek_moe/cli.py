@@ -11,7 +11,8 @@ import torch
 
 from .errors import UserError
 
-BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-base"
+MODELS = Path(__file__).resolve().parents[1] / "models"
+BUNDLED_MODEL, BUNDLED_CHAT = MODELS / "tiny-base", MODELS / "tiny-chat"
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: Path = BUNDLED_MODEL) -> None:

@@ -1,77 +1,114 @@
-"""How much GPU memory a fine-tuning run takes, reckoned before any weight is loaded.
+"""What a fine-tuning run would do and take, reckoned before any weight is loaded.
 
-Letters: T tokens a device and micro-batch, N = T*K picks, D hidden size, F expert width,
-V vocabulary.
+A step passes three peaks, on top of weights and optimizer states, which always stay:
+
+- the loss: the kept input of each layer, and logits and their gradients in fp32
+- the end of the backward pass: nearly all gradients, and what one layer computes with
+- the optimizer's step: all gradients
+
+Letters: T tokens a device and micro-batch, K experts a token, D hidden size, F expert width,
+V vocabulary. The constants were fitted to what `benchmarks/memory.py` measures.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
-from transformers import PreTrainedModel
 
-from .adapters import add_lora, choose, parameter_table
-from .arguments import (
-    ALL_LINEARS,
-    FineTuningArguments,
-    ModelArguments,
-    deepspeed_settings,
-    names,
-)
+from .adapters import adapt, parameter_table
+from .arguments import FineTuningArguments, ModelArguments, deepspeed_settings
 from .configuration_deepseek import DeepseekConfig
 from .modeling_deepseek import DeepseekForCausalLM
 from .quantization import STACKS
 
+LOGITS = 12  # bytes a logit at the loss's peak: log-probabilities and two gradients, in fp32
+BUCKET_BYTES = 2e9  # what ZeRO's buckets for gradients and weights in flight take, as configured
+
 
 @dataclass
 class Memory:
-    """Bytes a device."""
+    """Bytes a device at the highest of the peaks; CUDA itself takes about 0.5 GB more."""
 
     weights: float
-    gradients: float
     optimizer: float
+    gradients: float
     activations: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.optimizer + self.gradients + self.activations
 
 
-def meta_model(folder: Path, options: ModelArguments) -> Any:
+def meta_model(folder: Path, options: ModelArguments) -> nn.Module:
     """The model that would train, adapters and all, without its numbers."""
     with torch.device("meta"):
-        model = DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder))
-        if options.use_lora:
-            return add_lora(
-                model,
-                names(options.trainable or ALL_LINEARS),
-                options.lora_rank,
-                options.lora_alpha,
-                options.lora_dropout,
-                names(options.modules_to_save),
-            )
-        if options.trainable:
-            choose(model, names(options.trainable))
-    return model
+        return adapt(DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder)), options)
 
 
 def estimate(
-    model: nn.Module, options: ModelArguments, training: FineTuningArguments, length: int
+    model: nn.Module, options: ModelArguments, training: FineTuningArguments, tokens: int
 ) -> Memory:
-    """What a step on rows of `length` tokens takes at its peak."""
+    """The peak of a step with `tokens` tokens a device and micro-batch, padding included."""
+    config, low = model.config, 2 if training.bf16 else 4
     zero = deepspeed_settings(training).get("zero_optimization", {})
-    stage, ranks = zero.get("stage", 0), training.world_size
-    low = 2 if training.bf16 else 4
+    stage, ranks = zero.get("stage", 0), max(1, training.world_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stored = sum(_stored(name, p, options, training, low) for name, p in model.named_parameters())
-    return Memory(
-        weights=stored,
-        gradients=trained * (low if training.deepspeed else 4),
-        optimizer=trained * 8,
-        activations=0.0,
-    )
+    weights = sum(_stored(name, p, options, training, low) for name, p in model.named_parameters())
+    copies = _computing_copies(model, options, training, low)
+    if stage:  # bf16 gradients and fp32 weights and states, divided among the ranks
+        off = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        optimizer = 0 if off else 12 * trained / ranks
+        gradients = trained * low / ranks * (0 if off else 1)
+        at_once = min(trained / ranks, zero.get("sub_group_size", 1e9) if stage == 3 else math.inf)
+        stepping = 0 if off else 4 * at_once  # gradients in fp32
+        largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
+        stepping += 8 * largest / ranks  # whose norm is taken in fp64
+        copies += min(BUCKET_BYTES, 2 * low * trained)
+        if stage == 3:
+            stepping += 0 if off else low * at_once
+            weights = 0 if zero.get("offload_param") else weights / ranks
+            copies += 2 * low * 1e9  # max_live_parameters and as much on its way
+    else:
+        optimizer, gradients, stepping = 8 * trained, 4 * trained, 0
+    kept, layer = _activations(config, options, training, low)
+    at_loss = (kept + LOGITS * config.vocab_size) * tokens
+    at_loss += 0 if training.gradient_checkpointing else copies
+    at_end = gradients * (1 - 2 / config.num_hidden_layers) + layer * tokens + copies
+    peaks = {at_loss: 0, at_end: gradients, gradients + stepping: gradients}
+    peak = max(peaks)
+    return Memory(weights, optimizer, peaks[peak], peak - peaks[peak])
+
+
+def _activations(
+    config: DeepseekConfig, options: ModelArguments, training: FineTuningArguments, low: int
+) -> tuple[float, float]:
+    """Bytes a token: what is kept for the backward pass, and what one layer takes at its peak."""
+    K, D, F = config.num_experts_per_tok or 1, config.hidden_size, config.moe_intermediate_size
+    stream = low if options.use_lora or training.deepspeed else 4  # the residual stream and norms
+    kept = K * (2 * D * low + 4 * F * low) + 12 * D * stream
+    if options.use_lora and options.lora_dropout:
+        kept += K * (D + F) * (low + 1)
+    layer = kept + K * 2 * D * 4  # weighted outputs and their gradients
+    if training.gradient_checkpointing:
+        kept = D * stream
+    return config.num_hidden_layers * kept, layer
+
+
+def _computing_copies(
+    model: nn.Module, options: ModelArguments, training: FineTuningArguments, low: int
+) -> float:
+    """Bytes of weights unpacked or cast for computing, with gradients of the same size."""
+    stacks = [p.numel() for name, p in model.named_parameters() if name.endswith(STACKS)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = model.config.num_hidden_layers if training.gradient_checkpointing else 1
+    unpacked = max(stacks, default=0) * low if options.bits != 16 else 0
+    cast = training.bf16 and not training.deepspeed  # fp32 weights, kept as bf16 by autograd
+    return unpacked + (trained * low / layers if cast else 0)
 
 
 def _stored(
@@ -84,11 +121,84 @@ def _stored(
     """Bytes of a parameter where it is kept for computing."""
     if parameter.requires_grad:
         return parameter.numel() * (low if training.deepspeed else 4)
-    if options.bits == 16 or not _quantised(name):
+    linear = ".layers." in name and "_proj" in name
+    if options.bits == 16 or not linear:
         return parameter.numel() * low
-    scales = 4 / 64 if not options.double_quant else 1 / 64 + 4 / 64 / 256
-    return parameter.numel() * (options.bits / 8 + (scales if options.bits == 4 else 0))
+    if options.bits == 8:
+        return parameter.numel() + 4 * parameter.numel() / parameter.shape[-1]
+    scale = 1 + 4 / 256 if options.double_quant else 4  # bytes, for each 64 numbers
+    return parameter.numel() * (0.5 + scale / 64)
 
 
-def _quantised(name: str) -> bool:
-    return name.endswith(STACKS) or (".layers." in name and "_proj" in name)
+def plan(
+    folder: Path,
+    options: ModelArguments,
+    training: FineTuningArguments,
+    lengths: list[int],
+) -> None:
+    """Prints what a run over rows of `lengths` tokens would do, to stdout."""
+    model = meta_model(folder, options)
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    step *= max(1, training.world_size)
+    steps = training.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(len(lengths) / step) * training.num_train_epochs)
+    console = Console(width=100)
+    settings = {
+        "model": folder,
+        "method": _method(options, training),
+        "rows": f"{len(lengths):,} of at most {max(lengths):,} tokens, {sum(lengths):,} in all",
+        "steps": f"{steps:,} of {step} rows",
+        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}, "
+        f"{training.get_warmup_steps(steps)} steps of warm-up",
+        "a step": f"{training.per_device_train_batch_size} rows x "
+        f"{training.gradient_accumulation_steps} x {max(1, training.world_size)} device(s)",
+        "optimizer": f"{getattr(training.optim, 'value', training.optim)}, gradients clipped at "
+        f"{training.max_grad_norm:g}, weight decay {training.weight_decay:g}",
+        "computing in": "bf16" if training.bf16 else "fp32",
+        "recomputing layers": "yes" if training.gradient_checkpointing else "no",
+        "seed": training.seed,
+        "output": training.output_dir,
+    }
+    console.print(_table("settings", [], [(key, str(value)) for key, value in settings.items()]))
+    console.print(trainable_table(model))
+    tokens = training.per_device_train_batch_size * max(lengths)
+    memory = estimate(model, options, training, tokens)
+    rows = [(part, f"{getattr(memory, part) / 1e9:.2f} GB") for part in vars(memory)]
+    rows.append(("in all", f"{memory.total / 1e9:.2f} GB"))
+    title = f"memory a device at its peak, {tokens:,} tokens at a time (estimated)"
+    console.print(_table(title, [], rows))
+    if torch.cuda.is_available():
+        free, there = torch.cuda.mem_get_info()
+        fits = "fits" if memory.total + 0.5e9 < free else "does not fit"
+        console.print(f"it {fits} the GPU here: {free / 1e9:.1f} of {there / 1e9:.1f} GB are free")
+
+
+def trainable_table(model: nn.Module) -> Table:
+    """How many parameters of each kind there are and train."""
+    rows = [(kind, f"{n:,}", f"{t:,}", f"{t / n:.2%}") for kind, n, t in parameter_table(model)]
+    return _table("parameters", ["", "all", "trained", ""], rows)
+
+
+def _method(options: ModelArguments, training: FineTuningArguments) -> str:
+    stage = deepspeed_settings(training).get("zero_optimization", {}).get("stage")
+    under = f" under ZeRO-{stage}" if stage else ""
+    if not options.use_lora:
+        return ("chosen modules" if options.trainable else "all weights") + under
+    base = "" if options.bits == 16 else f" over a base in {options.bits} bits"
+    return f"LoRA of rank {options.lora_rank}{base}{under}"
+
+
+def _table(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        show_header=bool(columns),
+        box=None,
+        min_width=len(title) + 2,
+    )
+    for at, column in enumerate(columns or [""] * len(rows[0])):
+        table.add_column(column, justify="right" if at and columns else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -306,7 +306,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         except OSError:
             return  # transformers says what it looked for
         config = kwargs.get("config")
-        if not isinstance(config, DeepseekConfig):
+        if config is None or isinstance(config, (str, Path)):
             config = DeepseekConfig.from_pretrained(config or Path(found).parent)
         if not hasattr(config, "quantization_config"):
             with torch.device("meta"):

@@ -20,7 +20,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import data as examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, names, zero_stage
 from .errors import UserError
-from .export import base_tensors, merged_tensors, write_checkpoint
+from .export import write_checkpoint
+from .merge import base_tensors, merged_tensors
 from .training import INCOMPLETE, FineTuner, one_line_write_errors
 from .weights import weight_files
 
@@ -36,12 +37,26 @@ class Run:
 
     def __init__(self, output_dir: str, settings: dict[str, Any]) -> None:
         self.folder, self.settings = Path(output_dir), settings
-        self.checkpoint = get_last_checkpoint(output_dir) if self.folder.is_dir() else None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} is no folder and cannot be made ({error.strerror}); give another "
+                "--output_dir"
+            ) from error
+        self.checkpoint = get_last_checkpoint(output_dir)
         self.finished = False
         if (self.folder / FILE).is_file():
-            found = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
-            self._refuse_others(found["settings"])
-            self.finished = found["finished"]
+            try:
+                found = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
+                settings, self.finished = dict(found["settings"]), bool(found["finished"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{self.folder / FILE} is not what a run writes ({error!r}); give another "
+                    "--output_dir"
+                ) from error
+            if self.checkpoint or self.finished:  # else there is nothing to go on from
+                self._refuse_others(settings)
         elif self.checkpoint or (self.folder / "config.json").is_file():
             raise UserError(
                 f"{self.folder} holds a model or checkpoints, but no {FILE} that says what of; "
@@ -52,7 +67,8 @@ class Run:
         keys = list(dict.fromkeys([*found, *self.settings]))
         differ = [key for key in keys if found.get(key) != self.settings.get(key)]
         if differ:
-            shown = "; ".join(f"{k}: {found.get(k)} there, {self.settings.get(k)} now" for k in differ)
+            now = self.settings
+            shown = "; ".join(f"{k}: {found.get(k)} there, {now.get(k)} now" for k in differ)
             raise UserError(
                 f"{self.folder} holds a run with other settings ({shown}); repeat its command, or "
                 "give another --output_dir"
@@ -60,9 +76,9 @@ class Run:
 
     def start(self) -> None:
         """Claims the folder, and clears away what an interrupted save left."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
-        self._write(finished=False)
+        with one_line_write_errors(self.folder, self.folder / INCOMPLETE, main=True):
+            self._write(finished=False)
 
     def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
         """The whole model, or the adapter, or both (then the adapter in a folder of its own), at

@@ -59,13 +59,16 @@ class DeepseekTokenizer(TokenizersBackend):
         return super()._encode_plus(text, *args, add_special_tokens=add_special_tokens, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        """As transformers' own, with a class name and fields that other readers know too."""
+        """As transformers' own, with a class name and fields that other readers know too, and
+        without the `auto_map` of the files that it was loaded from, whose code stays behind."""
         self.backend_tokenizer.no_truncation()  # the last call's limits would be saved with it
         self.backend_tokenizer.no_padding()
         files = super().save_pretrained(save_directory, *args, **kwargs)
         prefix = kwargs.get("filename_prefix")
         path = Path(save_directory) / f"{prefix + '-' if prefix else ''}tokenizer_config.json"
         fields = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("auto_map", "is_local", "local_files_only"):  # of how it was loaded
+            fields.pop(key, None)
         fields |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.add_bos_token,

@@ -19,15 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from .errors import RunError
+from .errors import RunError, UserError
 
 INCOMPLETE = "incomplete"
+
+
+class EveryProcess(RunError):
+    """One that all processes of a run come to."""
 
 
 class FineTuner(Trainer):
@@ -37,22 +42,30 @@ class FineTuner(Trainer):
         super().__init__(*args, **kwargs)
         self.stopper = StopAtSignal()
         self.add_callback(self.stopper)
+        self.progress = Progress()
         if self.pop_callback(ProgressCallback):
-            self.add_callback(Progress())
+            self.add_callback(self.progress)
         self._aside: str | None = None  # where a checkpoint is being written
         self._sources: list[str] = []  # the rows of the running step
         self._sequences_in_step = 0
+        self._broken_loss: float | None = None
         self._evaluated = torch.zeros(2)
         self._reset_counters()
 
     def _reset_counters(self) -> None:
-        self._counted_from, self._tokens = time.perf_counter(), 0
+        self._counted_from, self._tokens, self._steps = time.perf_counter(), 0, 0
         self._balance = torch.zeros((), device=self.args.device)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.progress.close()
 
     def leave_if_stopped(self) -> None:
         """Ends the process, if a signal ended the training, as that signal would have."""
-        if self.stopper.signal:
-            raise SystemExit(128 + self.stopper.signal)
+        if self.stopper.stopped:
+            raise SystemExit(128 + self.stopper.stopped)
 
     # ---- the loss ----
 
@@ -62,6 +75,7 @@ class FineTuner(Trainer):
         count = torch.tensor(sum(len(batch["sources"]) for batch in batches))
         count = self.accelerator.gather(count.to(self.args.device).view(1)).sum()
         self._sequences_in_step, self._sources = int(count), []
+        self._steps += 1
         return batches, num_items
 
     def compute_loss(
@@ -80,22 +94,30 @@ class FineTuner(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if outputs.aux_loss is not None:
             self._balance += outputs.aux_loss.detach() * inputs["aux_loss_scale"]
-        self._refuse_non_finite("loss", loss.detach())
+        if not math.isfinite(loss.detach()):
+            self._broken_loss = float(loss.detach())
+            if self.accelerator.num_processes == 1:
+                self._refuse("loss", self._broken_loss)
+            # With others, all stop at the gradient norm, which it makes NaN on every process.
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        if norm is not None:
-            self._refuse_non_finite("gradient norm", norm)
+        if norm is not None and not 0 <= float(norm) < math.inf:  # DeepSpeed may say -1
+            self._refuse("gradient norm", float(norm))
         return norm
 
-    def _refuse_non_finite(self, what: str, value: Any) -> None:
-        if math.isfinite(float(value)):
-            return
-        rows = ", ".join(self._sources[:8]) + (" ..." if len(self._sources) > 8 else "")
+    def _refuse(self, what: str, value: float) -> None:
+        """Stops all processes in a step that has a number that is none; called by all of them."""
+        found = gather_object([(self._broken_loss, self._sources)])
+        broken = [(loss, sources) for loss, sources in found if loss is not None]
+        if broken:
+            what, value, found = "loss", broken[0][0], broken
+        sources = [source for _, some in found for source in some]
+        rows = ", ".join(sources[:8]) + (" ..." if len(sources) > 8 else "")
         good = get_last_checkpoint(self.args.output_dir)
-        raise RunError(
-            f"step {self.state.global_step + 1}: the {what} is {float(value)}, in rows {rows}; "
+        raise EveryProcess(
+            f"step {self.state.global_step + 1}: the {what} is {value}, in rows {rows}; "
             f"the last good checkpoint is {good or 'none yet'}: look at these rows, or lower "
             "--learning_rate"
         )
@@ -103,12 +125,10 @@ class FineTuner(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds balance loss, tokens/s of all processes, and GPU memory to the training's lines."""
         if "loss" in logs:
-            steps = max(1, self.state.global_step - getattr(self, "_counted_at", 0))
-            self._counted_at = self.state.global_step
             seconds = time.perf_counter() - self._counted_from
             counts = torch.stack([self._balance, self._balance.new_tensor(self._tokens)])
             counts = self.accelerator.gather(counts[None])
-            logs["balance_loss"] = counts[:, 0].mean().item() / steps
+            logs["balance_loss"] = counts[:, 0].mean().item() / self._steps
             logs["tokens_per_second"] = round(counts[:, 1].sum().item() / seconds, 1)
             if torch.cuda.is_available():
                 logs["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
@@ -170,10 +190,10 @@ class FineTuner(Trainer):
         if self.is_world_process_zero():
             shutil.rmtree(output / name, ignore_errors=True)  # of the same step: as good as ours
             os.replace(aside / name, output / name)
-            aside.rmdir()
-            limit = self.args.save_total_limit
-            for old in sort_checkpoints(str(output))[: -limit if limit else None]:
-                shutil.rmtree(old) if limit else None
+            if self.args.save_total_limit:
+                for old in sort_checkpoints(str(output))[: -self.args.save_total_limit]:
+                    os.replace(old, aside / Path(old).name)  # half deleted, it must not be found
+            shutil.rmtree(aside)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -194,6 +214,19 @@ class FineTuner(Trainer):
 
 
 @contextmanager
+def said_once() -> Iterator[None]:
+    """What every process finds by itself, as wrong use: the first one says it."""
+    try:
+        yield
+    except UserError as error:
+        of_one = isinstance(error, RunError) and not isinstance(error, EveryProcess)
+        if of_one or int(os.environ.get("RANK", 0)) == 0:
+            raise
+        time.sleep(3)  # when one process leaves, the launcher ends the others
+        raise SystemExit(error.exit_code) from error
+
+
+@contextmanager
 def one_line_write_errors(output: str | Path, aside: Path, main: bool) -> Iterator[None]:
     """Whatever a library makes of a full disk: removes what is half written and says it once."""
     try:
@@ -203,10 +236,10 @@ def one_line_write_errors(output: str | Path, aside: Path, main: bool) -> Iterat
             shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(output).free / 1e9
         found = " ".join(str(error).split())[:200]
+        good = get_last_checkpoint(str(output)) or "none"
         raise RunError(
             f"{output} could not be written to ({found}; {free:.1f} GB free there); the last "
-            f"complete checkpoint is {get_last_checkpoint(str(output)) or 'none'}: make room and repeat "
-            "the command to go on from it"
+            f"complete checkpoint is {good}: make room and repeat the command to go on from it"
         ) from error
 
 
@@ -267,6 +300,12 @@ class Progress(ProgressCallback):
         "eval_perplexity": "perplexity {:.2f}",
     }
 
+    def close(self) -> None:
+        """Ends the line of a bar, so that an error stands on one of its own."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = [form.format(logs[key]) for key, form in self.SHOWN.items() if key in logs]
         if shown and self.training_bar is not None:
@@ -278,20 +317,25 @@ class StopAtSignal(TrainerCallback):
     """SIGTERM, or Ctrl-C: saves at the end of the step, on all processes, and stops."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = 0  # that came to this process
+        self.stopped = 0  # that all processes stopped for; none in the last step: that ends anyway
+        self.noted = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # the second one means it
+        if not self.signal:
+            self.signal, self.noted = number, time.monotonic()
+        elif time.monotonic() - self.noted > 5:  # sooner, a launcher passes on the first one
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop = torch.tensor(self.signal or 0, device=args.device)
+        stop = torch.tensor(self.signal, device=args.device)
         if args.world_size > 1:  # it may have reached the others a step later
             distributed.all_reduce(stop, distributed.ReduceOp.MAX)
         if int(stop) and state.global_step < state.max_steps:
-            self.signal = int(stop)
+            self.stopped = int(stop)
             control.should_save = control.should_training_stop = True

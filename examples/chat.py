@@ -19,6 +19,7 @@ from prompt_toolkit.output.defaults import create_output
 from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, fit
 from deepseek_moe.checkpoint import load
 from deepseek_moe.cli import (
+    BUNDLED_CHAT,
     add_model_options,
     add_sampling_options,
     check_prompt,
@@ -39,7 +40,7 @@ Ctrl-C stops an answer, Ctrl-D leaves."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Talks with a DeepSeek-MoE chat model.")
-    add_model_options(parser)
+    add_model_options(parser, BUNDLED_CHAT)
     parser.add_argument("--prompt", help="ask this, print the answer, leave")
     add_sampling_options(parser, max_new_tokens=512)
     args = parser.parse_args()

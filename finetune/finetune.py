@@ -11,40 +11,50 @@ says what a run would do and need.
 import sys
 from functools import partial
 
+from rich.console import Console
 from transformers import set_seed
 
-from deepseek_moe.adapters import build_model, parameter_table
+from deepseek_moe.adapters import build_model
 from deepseek_moe.arguments import DataArguments, FineTuningArguments, parse_arguments
-from deepseek_moe.checkpoint import locate
+from deepseek_moe.checkpoint import locate, own_tokenizer
 from deepseek_moe.cli import one_line_errors
 from deepseek_moe.data import Collator, load_examples, pack, show, split
+from deepseek_moe.memory import plan, trainable_table
 from deepseek_moe.runs import Run, settings_of
-from deepseek_moe.tokenization_deepseek import DeepseekTokenizer
-from deepseek_moe.training import FineTuner
+from deepseek_moe.training import FineTuner, said_once
 
 
 def main() -> None:
     options, data, args = parse_arguments(sys.argv[1:])
-    say = partial(print, file=sys.stderr) if args.process_index == 0 else lambda *_: None
+    main_process = args.process_index == 0
+    say = partial(print, file=sys.stderr) if main_process else lambda *_: None
     set_seed(args.seed)
     with args.main_process_first():  # downloads and prepares; the others find it done
-        folder = locate(options.model_name_or_path)
-        tokenizer = DeepseekTokenizer.from_pretrained(folder)
+        folder = locate(options.model_name_or_path, cache_dir=options.cache_dir)
+        tokenizer = own_tokenizer(folder)
         train, evaluation = load_data(data, tokenizer, args, options.cache_dir, say)
+        packed = pack(train, data.model_max_length) if data.packing else train
+    if data.dry_run:
+        if main_process:
+            plan(folder, options, args, packed["length"])
+        return
 
     run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
     if run.finished:
-        print(f"this run is finished: its result is in {run.folder}")
+        say("this run is finished already")
+        if main_process:
+            print(run.folder)
         return
     with args.main_process_first():
         run.start()
 
     model = build_model(folder, options, args)
-    say(parameter_table(model))
+    if main_process:
+        Console(stderr=True, width=100).print(trainable_table(model))
     trainer = FineTuner(
         model=model,
         args=args,
-        train_dataset=pack(train, data.model_max_length) if data.packing else train,
+        train_dataset=packed,
         eval_dataset=evaluation,
         data_collator=Collator(tokenizer.pad_token_id, data.packing),
         processing_class=tokenizer,
@@ -52,7 +62,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.leave_if_stopped()
     run.save_result(trainer, folder, options.merge_on_save)
-    say(f"the result is in {run.folder}")
+    if main_process:
+        print(run.folder)
 
 
 def load_data(data: DataArguments, tokenizer, args: FineTuningArguments, cache_dir, say):
@@ -77,5 +88,5 @@ def load_data(data: DataArguments, tokenizer, args: FineTuningArguments, cache_d
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), said_once():
         main()

@@ -185,7 +185,7 @@ def test_download_takes_neither_pickles_nor_unasked_code(
 ) -> None:
     wanted = []
 
-    def download(model: str, allow_patterns: list[str]) -> str:
+    def download(model: str, allow_patterns: list[str], cache_dir: str | None) -> str:
         wanted.extend(allow_patterns)
         return str(whole)
 

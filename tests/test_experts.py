@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_moe import DeepseekConfig, experts
+from deepseek_moe import DeepseekConfig
+from deepseek_moe.experts import NAME as GROUPED
 from deepseek_moe.modeling_deepseek import DeepseekMoE, Routing, balance_loss
 
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", experts.NAME]
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", GROUPED]
 
 
 def plain_picks(scores: torch.Tensor, how_many: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Merged equals unmerged, exports load with transformers alone, nothing is left half written."""
+"""Exports load with transformers alone and natively; nothing is left half written."""
 
 import json
 import os
@@ -13,24 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_fixtures import (
+    ADAPTED,
+    add_tokenizer,
+    load,
+    make_adapter,
+    peft,
+    tensors_in,
+)
 from packaging.requirements import Requirement
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, export
 from deepseek_moe.cli import one_line_errors
 from deepseek_moe.errors import RunError, UserError
-from deepseek_moe.tokenization_deepseek import BOS, EOS
+from deepseek_moe.merge import ADAPTER_FILE, base_tensors, merged_tensors
+from deepseek_moe.tokenization_deepseek import BOS
 from deepseek_moe.weights import official_tensors
-
-peft = pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
-
-LINEARS = [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91]])
-Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
 @pytest.fixture
@@ -42,79 +42,14 @@ def base(tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path) -> Path
     return folder
 
 
-def add_tokenizer(folder: Path) -> None:
-    words = {BOS: 0, EOS: 1} | {f"w{i}": i for i in range(2, 96)}
-    Tokenizer(WordLevel(words, unk_token=EOS)).save(str(folder / "tokenizer.json"))
-    tokens = {"bos_token": BOS, "eos_token": EOS, "model_max_length": 64}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
-
-
-def make_adapter(model: PreTrainedModel, folder: Path, scale: float = 0.1, **fields: Any) -> Path:
-    """An adapter as PEFT saves it, with random numbers in every tensor that trains."""
-    torch.manual_seed(1)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**fields))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn_like(parameter))
-    adapted.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    return make_adapter(
-        load(base), tmp_path / "adapter", r=3, target_modules=LINEARS, target_parameters=EXPERTS
-    )
-
-
-def load(folder: Path, **options: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(IDS).logits.float()
+    return make_adapter(load(base), tmp_path / "adapter", **ADAPTED)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["export", *map(str, args)])
     export.main()
-
-
-def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: x for file in folder.glob("*.safetensors") for k, x in load_file(file).items()}
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"r": 3, "target_modules": LINEARS, "target_parameters": EXPERTS},
-        {"r": 4, "lora_alpha": 1, "target_modules": LINEARS, "target_parameters": EXPERTS},
-        {"r": 3, "target_modules": [], "target_parameters": EXPERTS},
-        {"r": 3, "target_modules": [], "target_parameters": EXPERTS[:1]},
-        {"r": 3, "target_modules": [], "target_parameters": EXPERTS[1:]},
-        {"r": 3, "target_modules": LINEARS},
-        {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-        {"r": 3, "use_rslora": True, "target_modules": LINEARS, "target_parameters": EXPERTS},
-        {
-            "r": 3,
-            "target_modules": LINEARS,
-            "target_parameters": EXPERTS,
-            "rank_pattern": {"mlp.experts.down_proj": 2, r"layers.1.self_attn.q_proj": 5},
-            "alpha_pattern": {"mlp.experts.gate_up_proj": 20},
-        },
-    ],
-    ids=lambda fields: "-".join(map(str, fields)),
-)
-def test_merged_equals_unmerged(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
-    adapter, merged = make_adapter(load(base), tmp_path / "adapter", **fields), tmp_path / "merged"
-    export.write_checkpoint(export.merged_tensors(base, adapter), base, merged, dtype=None)
-    before = logits(load(base))
-    wanted = logits(peft.PeftModel.from_pretrained(load(base), adapter))
-    found = logits(load(merged))
-    assert (wanted - before).abs().max() > 0.01
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_command_writes_shards_with_the_official_names(
@@ -174,88 +109,40 @@ def test_exported_folder_loads_natively_and_its_code_is_not_run(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     merged, mark = tmp_path / "merged", tmp_path / "mark"
-    export.write_checkpoint(export.merged_tensors(base, adapter), base, merged, None)
+    export.write_checkpoint(merged_tensors(base, adapter), base, merged, None)
     for file in merged.glob("*.py"):
         file.write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
     assert type(load(merged)) is DeepseekForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    assert type(tokenizer) is DeepseekTokenizer
-    assert tokenizer(f"{BOS}w7").input_ids == tokenizer("w7").input_ids == [0, 7]
-    assert tokenizer.model_max_length == 64
+    again = tmp_path / "again"
+    load(merged).save_pretrained(again)
+    AutoTokenizer.from_pretrained(merged).save_pretrained(again)
+    for folder in (merged, again):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert type(tokenizer) is DeepseekTokenizer
+        assert tokenizer(f"{BOS}w7").input_ids == tokenizer("w7").input_ids == [0, 7]
+        assert tokenizer.model_max_length == 64
+        fields = json.loads((folder / "tokenizer_config.json").read_text())
+        assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert "auto_map" not in fields
     assert not mark.exists()
 
 
-def test_code_is_everything_the_model_imports(base: Path) -> None:
-    """Of the package it imports nothing that is left behind, or that needs more than torch."""
-    export.add_code(base)
+def test_code_is_all_that_the_model_imports_and_no_more(base: Path) -> None:
+    old = json.loads((base / "config.json").read_text())
+    stale = {"auto_map": {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]}}
+    (base / "config.json").write_text(json.dumps(old | stale))
+    for _ in range(2):  # again does no harm
+        export.add_code(base)
     names = {file.name for file in base.glob("*.py")}
-    assert {"configuration_deepseek.py", "modeling_deepseek.py", "weights.py"} < names
-    export.add_code(base)  # again does no harm
+    assert names == {"configuration_deepseek.py", "modeling_deepseek.py", "weights.py"}
     fields = json.loads((base / "config.json").read_text())
-    assert fields["auto_map"]["AutoModelForCausalLM"] == "modeling_deepseek.DeepseekForCausalLM"
-    assert fields["n_routed_experts"] == 8
+    assert fields.pop("auto_map") == {
+        "AutoConfig": "configuration_deepseek.DeepseekConfig",
+        "AutoModel": "modeling_deepseek.DeepseekModel",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+    }
+    assert fields == old
     assert not list(base.glob("*.tmp"))
-
-
-def make_quantized(folder: Path, base: Path, quantization: Any) -> tuple[Path, torch.nn.Module]:
-    """An adapter as fine-tuning over a quantised base saves it, and the model it belongs to."""
-    from deepseek_moe.adapters import add_lora
-
-    config = quantization.config(torch.float32, [])
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
-    trainable = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = add_lora(model, trainable, rank=3, alpha=6, dropout=0.0)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    adapted.save_pretrained(folder)
-    quantization.save(folder)
-    return folder, adapted
-
-
-# 64: bitsandbytes quantises blocks of 64 numbers. The experts' double quantisation spans them all.
-QUANTIZABLE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
-
-
-@pytest.mark.parametrize(
-    ("options", "tolerance"),
-    [
-        ({"bits": 4, "double_quant": True}, 1e-4),
-        ({"bits": 4, "double_quant": False}, 1e-4),
-        ({"bits": 8}, 0.1),  # bitsandbytes rounds the inputs of the linears to 8 bits too
-    ],
-    ids=["4-double", "4", "8"],
-)
-def test_over_a_quantised_base_merged_equals_unmerged(
-    options: dict[str, Any],
-    tolerance: float,
-    tiny_model: Callable[..., DeepseekForCausalLM],
-    tmp_path: Path,
-) -> None:
-    pytest.importorskip("bitsandbytes", reason="it quantises")
-    from deepseek_moe.quantization import Quantization
-
-    base, merged = tmp_path / "base", tmp_path / "merged"
-    tiny_model(**QUANTIZABLE, initializer_range=0.15).save_pretrained(base)
-    add_tokenizer(base)
-    adapter, model = make_quantized(tmp_path / "adapter", base, Quantization(**options))
-    export.write_checkpoint(export.merged_tensors(base, adapter), base, merged, None)
-    # While training bitsandbytes multiplies in fp32; in evaluation mode its CPU kernel does not.
-    wanted, found = logits(model.train()), logits(load(merged))
-    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
-    (adapter / "base_quantization.json").unlink()
-    other = tmp_path / "other"
-    export.write_checkpoint(export.merged_tensors(base, adapter), base, other, None)
-    if options["bits"] == 4:  # what it would be without the quantisation is far off
-        assert (logits(load(other)) - wanted).abs().max() > 0.1
-    k_proj = (
-        "model.layers.1.self_attn.k_proj.weight"  # has no adapter, and is quantised all the same
-    )
-    assert not torch.equal(tensors_in(merged)[k_proj], tensors_in(base)[k_proj])
-    for name in ("lm_head.weight", "model.layers.1.mlp.gate.weight", "model.norm.weight"):
-        assert torch.equal(tensors_in(merged)[name], tensors_in(base)[name])
 
 
 TRAIN = """
@@ -352,21 +239,27 @@ sys.path.insert(0, {packages!r})
 for name in ("deepseek_moe", "peft", "accelerate", "bitsandbytes", "datasets", "psutil"):
     assert importlib.util.find_spec(name) is None, name
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
-tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
+talk = [{{"role": "user", "content": "Hello"}}]
+for trust in (False, True):  # engines that know the model load its tokenizer without trust
+    tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=trust)
+    assert type(tokenizer).__module__.startswith("transformers."), type(tokenizer)
+    assert tokenizer.padding_side == "left"
+    bos = tokenizer.bos_token_id
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    assert ids[0, 0] == bos and ids[0].tolist().count(bos) == 1, ids
+    chat = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    assert chat == tokenizer.bos_token + "User: Hello\\n\\nAssistant:", chat
+    found = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=True).input_ids
+    assert found[0] == bos and found.count(bos) == 1, found
+    assert found == tokenizer(chat, add_special_tokens=False).input_ids
 model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.")
-assert type(tokenizer).__module__.startswith("transformers_modules.")
-bos, text = tokenizer.bos_token, "Once upon a time"
-ids = tokenizer(text, return_tensors="pt").input_ids
-assert ids.tolist() == tokenizer(bos + text, return_tensors="pt").input_ids.tolist()
-assert ids[0].tolist().count(tokenizer.bos_token_id) == 1 and ids[0, 0] == tokenizer.bos_token_id
-chat = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, tokenize=False
-)
-assert chat == bos + "User: Hello\\n\\nAssistant:", chat
-assert tokenizer.padding_side == "left"
+config = AutoConfig.from_pretrained({folder!r}, trust_remote_code=True)
+config.use_cache = False
+given = AutoModelForCausalLM.from_pretrained({folder!r}, config=config, trust_remote_code=True)
+assert not given.config.use_cache
 with torch.no_grad():
     logits = model(ids).logits
 made = model.generate(ids, max_new_tokens=5, do_sample=False)
@@ -377,8 +270,7 @@ torch.save((ids, logits, made, transformers.__file__), {result!r})
 def test_exported_folder_works_with_transformers_alone(
     bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"r": 3, "target_modules": LINEARS, "target_parameters": EXPERTS}
-    adapter = make_adapter(load(bundled_model), tmp_path / "adapter", scale=0.02, **fields)
+    adapter = make_adapter(load(bundled_model), tmp_path / "adapter", scale=0.02, **ADAPTED)
     merged, result = tmp_path / "merged", tmp_path / "result.pt"
     options = ["--adapter", adapter, "--output", merged, "--dtype", "float32"]
     run(monkeypatch, "--model", bundled_model, *options)
@@ -402,97 +294,6 @@ def test_exported_folder_works_with_transformers_alone(
     assert torch.equal(made, load(merged).generate(ids, max_new_tokens=5, do_sample=False))
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
-def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(adapter / export.ADAPTER_FILE)
-    change(tensors)
-    save_file(tensors, adapter / export.ADAPTER_FILE)
-
-
-def change_config(adapter: Path, **fields: Any) -> None:
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
-def zero_b(tensors: dict[str, torch.Tensor]) -> None:
-    for name, x in tensors.items():
-        if "lora_B" in name:
-            x.zero_()
-
-
-TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
-    "zero": (zero_b, "changes nothing"),
-    "missing": (lambda x: x.pop(Q_PROJ.format("A")), "q_proj.lora_A.weight is missing"),
-    "surplus": (lambda x: x.update(extra=torch.ones(1)), "extra is surplus"),
-    "nan": (lambda x: x[Q_PROJ.format("B")][0].fill_(torch.nan), "NaN or inf"),
-    "shape": (
-        lambda x: x.update({Q_PROJ.format("A"): torch.ones(3, 31)}),
-        r"\[3, 31\] where \[3, 32\] is wanted",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", TENSOR_FAULTS)
-def test_adapters_with_bad_tensors_are_refused(fault: str, base: Path, adapter: Path) -> None:
-    change, message = TENSOR_FAULTS[fault]
-    change_tensors(adapter, change)
-    with pytest.raises(UserError, match=message):
-        export.merged_tensors(base, adapter)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"use_dora": True}, "use_dora=True; only plain LoRA"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"peft_type": "VERA"}, "only LoRA can be merged"),
-        ({"peft_type": "NO_SUCH"}, "cannot be used"),
-        ({"target_modules": ["no_such"], "target_parameters": None}, "does not fit this base"),
-        ({"r": 4}, "is wanted"),
-    ],
-    ids=str,
-)
-def test_adapters_of_another_kind_are_refused(
-    fields: dict[str, Any], message: str, base: Path, adapter: Path
-) -> None:
-    change_config(adapter, **fields)
-    with pytest.raises(UserError, match=message):
-        export.merged_tensors(base, adapter)
-
-
-def test_adapter_that_leaves_its_saved_modules_as_they_are_is_refused(
-    base: Path, tmp_path: Path
-) -> None:
-    fields = {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    same = make_adapter(load(base), tmp_path / "same", scale=0, **fields)
-    with pytest.raises(UserError, match="changes nothing"):
-        export.merged_tensors(base, same)
-    change_tensors(same, lambda x: x["base_model.model.lm_head.weight"][0].add_(1))
-    export.merged_tensors(base, same)
-
-
-def test_adapter_of_another_base_is_refused(
-    adapter: Path, tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path
-) -> None:
-    tiny_model(hidden_size=64).save_pretrained(tmp_path / "wider")
-    with pytest.raises(UserError, match="does not fit this base"):
-        export.merged_tensors(tmp_path / "wider", adapter)
-
-
-def test_adapter_of_the_head_of_a_tied_base_is_refused(
-    tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path
-) -> None:
-    model = tiny_model(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "tied")
-    fields = {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
-    adapter = make_adapter(model, tmp_path / "adapter", **fields)
-    with pytest.raises(UserError, match="ties to each other"):
-        export.merged_tensors(tmp_path / "tied", adapter)
-
-
 def command_error(monkeypatch: pytest.MonkeyPatch, capsys: Any, *args: Any) -> str:
     with pytest.raises(SystemExit) as left, one_line_errors():
         run(monkeypatch, *args)
@@ -514,7 +315,7 @@ def test_command_refuses_in_one_line(
     assert "pass it as --adapter" in error("--deepspeed_checkpoint", adapter)
     assert "no file 'latest'" in error("--deepspeed_checkpoint", tmp_path)
     assert "is no size" in error("--max_shard_size", "5 potatoes")
-    (adapter / export.ADAPTER_FILE).write_bytes(b"broken")
+    (adapter / ADAPTER_FILE).write_bytes(b"broken")
     assert "get the adapter anew" in error("--adapter", adapter)
     (base / "tokenizer.json").write_text("{}")
     assert "no usable tokenizer" in error()
@@ -552,15 +353,16 @@ def test_killed_in_the_middle_leaves_no_folder_and_the_next_run_cleans_up(
 ) -> None:
     output, aside = tmp_path / "new", tmp_path / "new.partial"
     script = f"""
+import time
 from pathlib import Path
-from deepseek_moe import export
+from deepseek_moe.export import base_tensors, write_checkpoint
 def slowly():
-    for number, one in enumerate(export.base_tensors(Path({str(base)!r}))):
+    for number, one in enumerate(base_tensors(Path({str(base)!r}))):
         if number == 20:
             print("now", flush=True)
             time.sleep(60)
         yield one
-export.write_checkpoint(slowly(), Path({str(base)!r}), Path({str(output)!r}), None, "5KB")
+write_checkpoint(slowly(), Path({str(base)!r}), Path({str(output)!r}), None, "5KB")
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "now\n"
@@ -590,28 +392,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
 def test_only_an_empty_folder_is_filled(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "new"
     output.mkdir()
-    export.write_checkpoint(export.base_tensors(base), base, output, None)
+    export.write_checkpoint(base_tensors(base), base, output, None)
     load(output)
     with pytest.raises(UserError, match="is there already"):
-        export.write_checkpoint(export.base_tensors(base), base, output, None)
-
-
-def test_tensors_are_read_when_they_are_written(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No more than one stack of experts is read ahead of what has been handed on."""
-    read: list[str] = []
-    original = export._Checkpoint.read
-
-    def note(self: Any, parameter: str) -> torch.Tensor:
-        read.append(parameter)
-        return original(self, parameter)
-
-    tensors = export.merged_tensors(base, adapter)
-    monkeypatch.setattr(export._Checkpoint, "read", note)
-    assert not read
-    parameters = list(export._Checkpoint(base).parameters)
-    for name, _ in tensors:
-        before = name.split(".experts.")[0]
-        assert read[-1].startswith(before)
-        assert read == parameters[: len(read)]
+        export.write_checkpoint(base_tensors(base), base, output, None)

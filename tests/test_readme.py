@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_moe.arguments import OLD_NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODELS_README = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
@@ -30,21 +32,47 @@ def test_python_snippets_run_with_the_bundled_model(snippet, capsys):
 
 
 def commands() -> list[list[str]]:
-    """The python commands of the bash blocks, split into words."""
+    """The python and deepspeed commands of the bash blocks, split into words."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [shlex.split(part) for part in parts if part.startswith("python ")]
+    return [shlex.split(part) for part in parts if part.startswith(("python ", "deepspeed "))]
 
 
-@pytest.mark.parametrize("script", ["completion.py", "chat.py"])
-def test_commands_use_options_that_exist(script):
-    used = [words for words in commands() if words[1] == f"examples/{script}"]
+@pytest.mark.parametrize(
+    "program, script",
+    [
+        ("examples/completion.py", "examples/completion.py"),
+        ("examples/chat.py", "examples/chat.py"),
+        ("finetune/finetune.py", "finetune/finetune.py"),
+        ("finetune.py", "finetune/finetune.py"),  # by deepspeed, in its folder
+        ("-m deepseek_moe.export", "-m deepseek_moe.export"),
+    ],
+)
+def test_commands_use_options_that_exist(program, script):
+    used = [words for words in commands() if " ".join(words[1:]).startswith(program + " ")]
     assert used
     shown = subprocess.run(
-        [sys.executable, ROOT / "examples" / script, "--help"], capture_output=True, text=True
+        [sys.executable, *script.split(), "--help"], capture_output=True, text=True, cwd=ROOT
     ).stdout
     for option in (word for words in used for word in words if word.startswith("--")):
-        assert option in shown
+        assert option in shown or option in OLD_NAMES, option
+
+
+@pytest.mark.slow
+def test_the_sample_is_learnt_and_chatted_with(tmp_path):
+    tune, talk = (
+        [word.replace("output/sample", str(tmp_path)) for word in words]
+        for words in commands()
+        if "output/sample" in words
+    )
+    done = [
+        subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, cwd=ROOT)
+        for words in (tune, talk)
+    ]
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
+    losses = [float(loss) for loss in re.findall(r"  loss ([\d.]+)", done[0].stderr)]
+    assert sum(losses[-5:]) < sum(losses[:5]) / 2
+    assert done[1].stdout.strip()
 
 
 def test_the_requirements_files_exist_and_are_pinned():
@@ -57,7 +85,7 @@ def test_the_requirements_files_exist_and_are_pinned():
 
 def test_the_tree_lists_every_module_and_example():
     tree = next(block for block in blocks("") if "deepseek_moe/\n" in block)
-    folders = {"deepseek_moe": "*.py", "examples": "*.py"}
+    folders = {"deepseek_moe": "*.py", "examples": "*.py", "finetune": "*.py", "benchmarks": "*.py"}
     for folder, pattern in folders.items():
         for file in (ROOT / folder).glob(pattern):
             assert f"  {file.name} " in tree, f"{file.name} is not in the README's tree"
@@ -87,8 +115,8 @@ def test_the_figures_of_the_bundled_model_are_the_measured_ones():
     assert f"{report['parameters']:,}" in MODELS_README
     loads = [share for layer in test["expert_load"] for share in layer]
     assert f"between {min(loads)} and {max(loads)} times" in MODELS_README
-    weights = ROOT / "models/tiny-base/model.safetensors"
-    assert weights.stat().st_size <= 16 * 2**20
+    for name in ("tiny-base", "tiny-chat"):
+        assert (ROOT / f"models/{name}/model.safetensors").stat().st_size <= 16 * 2**20
 
 
 def test_the_training_script_runs_on_other_text(tmp_path):

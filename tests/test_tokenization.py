@@ -19,7 +19,7 @@ from text_fixtures import (
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from deepseek_moe.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS
+from deepseek_moe.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
 
 TALK = [user("Hi!"), assistant("Hello, who are you?"), user("Me?\nNobody.")]
 CONVERSATIONS = {
@@ -209,6 +209,26 @@ def test_saved_config_has_what_other_readers_look_for(folder: Path, tmp_path: Pa
         "tokenizer_config.json",
         "chat_template.jinja",
     }
+
+
+def test_saved_config_does_not_name_code_that_stays_behind(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        copy(BUNDLED, folder, without="tokenizer_config.json")
+    fields = json.loads((BUNDLED / "tokenizer_config.json").read_text(encoding="utf-8"))
+    fields |= {
+        "tokenizer_class": "DeepseekTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]},
+    }
+    (old / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
+    for folder in (old, new):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert type(tokenizer) is DeepseekTokenizer
+        tokenizer.save_pretrained(new)
+        saved = json.loads((new / "tokenizer_config.json").read_text(encoding="utf-8"))
+        assert "auto_map" not in saved
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize("config", [{"model_type": "llama"}, None], ids=["llama", "no config"])

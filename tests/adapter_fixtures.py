@@ -1,0 +1,53 @@
+"""What the tests of merge and export share: adapters, a tokenizer, what a folder computes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from deepseek_moe.tokenization_deepseek import BOS, EOS
+
+peft = pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
+
+LINEARS = [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ADAPTED = {"r": 3, "target_modules": LINEARS, "target_parameters": EXPERTS}
+IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91]])
+
+
+def add_tokenizer(folder: Path) -> None:
+    words = {BOS: 0, EOS: 1} | {f"w{i}": i for i in range(2, 96)}
+    Tokenizer(WordLevel(words, unk_token=EOS)).save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": BOS, "eos_token": EOS, "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+
+
+def make_adapter(model: PreTrainedModel, folder: Path, scale: float = 0.1, **fields: Any) -> Path:
+    """An adapter as PEFT saves it, with random numbers in every tensor that trains."""
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**fields))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(IDS).logits.float()
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: x for file in folder.glob("*.safetensors") for k, x in load_file(file).items()}

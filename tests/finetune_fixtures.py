@@ -1,0 +1,252 @@
+"""What the tests of fine-tuning share: a small base model, rows, and ways to run the script.
+
+Most tests fork the script from a process that has imported its libraries already (a second instead
+of seven); `command` and `launch` start it as a person would.
+"""
+
+import json
+import multiprocessing
+import os
+import pkgutil
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+from text_fixtures import BUNDLED, ROOT
+
+from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+
+SCRIPT = ROOT / "finetune" / "finetune.py"
+IDS = {"vocab_size": 4096, "bos_token_id": 4094, "eos_token_id": 4095, "pad_token_id": 4095}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+IMPORTS = ("adapters", "arguments", "data", "memory", "runs", "training")
+WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "bird", "of", "gold", "which"]
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([f"deepseek_moe.{name}" for name in IMPORTS])
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that says what was wrong."""
+        assert "Traceback" not in self.err, self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        return lines[0].removeprefix("error: ")
+
+
+def write_base(folder: Path, **changes: Any) -> Path:
+    """A checkpoint with random bf16 weights and the bundled tokenizer."""
+    torch.manual_seed(0)
+    config = DeepseekConfig(**(TINY | IDS | {"max_position_embeddings": 256} | changes))
+    DeepseekForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(BUNDLED / name, folder / name)
+    return folder
+
+
+def write_rows(file: Path, count: int = 24) -> Path:
+    """JSON lines, answers of 1 to 37 words."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as stream:
+        for i in range(count):
+            words = [WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + (i * 11) % 37)]
+            row = {"instruction": f"{WORDS[i % 12]} {i}", "output": " ".join(words)}
+            stream.write(json.dumps(row) + "\n")
+    return file
+
+
+def options(**values: Any) -> list[str]:
+    """--name value, for each."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def start(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> BaseProcess:
+    """The script in a process of its own, its output in `log`.out and `log`.err."""
+    process = FORKS.Process(target=_script, args=(list(argv), log, before), daemon=True)
+    process.start()
+    return process
+
+
+def end(process: BaseProcess, log: Path, timeout: float = 120) -> Ended:
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"still running after {timeout} s: {read(log, 'err')}")
+    return Ended(process.exitcode, read(log, "out"), read(log, "err"))
+
+
+def run(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> Ended:
+    return end(start(argv, log, before), log)
+
+
+def read(log: Path, kind: str) -> str:
+    return Path(f"{log}.{kind}").read_text(encoding="utf-8").replace("\r", "\n")
+
+
+def _script(argv: list[str], log: Path, before: Callable[[], None] | None) -> None:
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    if before:
+        before()
+    sys.argv = [str(SCRIPT), *argv]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def command(argv: Sequence[str], folder: Path = ROOT, timeout: float = 240) -> Ended:
+    """A command as a person types it in `folder`. A hang is an error, and leaves nothing behind."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        list(argv), cwd=folder, env=environment, start_new_session=True, **pipes
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return Ended(process.returncode, out, err.replace("\r", "\n"))
+
+
+def launch(processes: int, argv: Sequence[str], script: Path = SCRIPT) -> Ended:
+    """Through the real launcher, in the folder of the script."""
+    return command([*launcher(processes), str(script), *argv], SCRIPT.parent)
+
+
+def launcher(processes: int) -> list[str]:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    return [deepspeed, "--num_gpus", str(processes), "--master_port", str(free_port())]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+# --- What a run leaves
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(one.name.split("-")[1]) for one in folder.glob("checkpoint-*"))
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """The logged steps, from the last checkpoint."""
+    state = folder / f"checkpoint-{checkpoints(folder)[-1]}" / "trainer_state.json"
+    return json.loads(state.read_text())["log_history"]
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    return [line[key] for line in history(folder) if key in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    [file] = [*folder.glob("model.safetensors"), *folder.glob("adapter_model.safetensors")]
+    return load_file(file)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+# --- Accidents, to be passed as `before`
+
+
+def kill_at(owner: str, name: str, count: int, half: bool = False) -> Callable[[], None]:
+    """SIGKILL at the `count`-th call of a function; `half`: when half of its file is written."""
+    return partial(_kill_at, owner, name, count, half)
+
+
+def _kill_at(owner: str, name: str, count: int, half: bool) -> None:
+    def die(original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
+        if half:
+            original(*args, **kwargs)
+            os.truncate(args[1], os.path.getsize(args[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _at(owner, name, count, die)
+
+
+def limit_files_at(count: int, size: int) -> Callable[[], None]:
+    """From the `count`-th checkpoint on no file can grow over `size` bytes: a full disk."""
+    return partial(_limit_files_at, count, size)
+
+
+def _limit_files_at(count: int, size: int) -> None:
+    def limit(*_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    _at("deepseek_moe.training.FineTuner", "_save_checkpoint", count, limit)
+
+
+def _at(
+    owner: str,
+    name: str,
+    count: int,
+    then: Callable[..., None],
+) -> None:
+    where: Any = pkgutil.resolve_name(owner)
+    original, calls = getattr(where, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            then(original, args, kwargs)
+        return original(*args, **kwargs)
+
+    setattr(where, name, counted)
+
+
+def terminate_at(count: int, number: int = signal.SIGTERM) -> None:
+    """A signal to this process in the `count`-th forward pass, twice: a launcher passes it on."""
+
+    def terminate(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    _at("deepseek_moe.training.FineTuner", "compute_loss", count, terminate)
+
+
+def route_apart(folder: str) -> None:
+    """Process r of four routes to experts 2r and 2r + 1, and notes in `folder` what it picked."""
+    from deepseek_moe.modeling_deepseek import DeepseekGate
+
+    rank, original, picked = int(os.environ["RANK"]), DeepseekGate.forward, set()
+
+    def forward(self: Any, hidden_TD: torch.Tensor, routing: Any = None) -> Any:
+        index_TK = 2 * rank + torch.arange(2).expand(len(hidden_TD), 2)
+        if routing is not None:
+            routing.index_TK = index_TK
+        out = original(self, hidden_TD, routing)
+        picked.update(out[2].unique().tolist())
+        Path(folder, f"picks{rank}.json").write_text(json.dumps(sorted(picked)))
+        return out
+
+    DeepseekGate.forward = forward
+
+
+def be_process(rank: str) -> None:
+    os.environ["RANK"] = rank

@@ -1,0 +1,89 @@
+"""The DeepSpeed files: what is in them, and that nothing in one overrules an option silently."""
+
+import json
+from pathlib import Path
+
+import pytest
+from text_fixtures import ROOT
+
+from deepseek_moe.arguments import parse_arguments, zero_stage
+from deepseek_moe.errors import UserError
+from deepseek_moe.modeling_deepseek import DeepseekMoE
+
+CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+EVERY = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+AUTO = (
+    "gradient_clipping",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+)
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+
+
+def parse(file: Path):
+    return parse_arguments(["--data_path", "x", "--output_dir", "o", "--deepspeed", str(file)])
+
+
+def test_the_published_names_are_there() -> None:
+    names = {file.name for file in CONFIGS}
+    wanted = ["zero2_no_offload", "zero3", "zero3_offload"]
+    assert names >= {f"ds_config_{name}.json" for name in wanted}
+    assert (ROOT / "finetune" / "configs").resolve() == ROOT / "configs"
+
+
+@EVERY
+def test_the_command_line_decides_all_that_it_has_an_option_for(file: Path) -> None:
+    config = json.loads(file.read_text())
+    assert not config.keys() & {"optimizer", "scheduler", "fp16"}
+    assert config["bf16"] == {"enabled": "auto"}
+    assert [config[key] for key in AUTO] == ["auto"] * len(AUTO)
+
+
+@EVERY
+def test_the_stage_is_the_named_one_and_stage_3_takes_a_moe_block_whole(file: Path) -> None:
+    zero = json.loads(file.read_text())["zero_optimization"]
+    assert f"zero{zero['stage']}" in file.name
+    assert ("offload_param" in zero) == ("_offload" in file.name and "no_offload" not in file.name)
+    if zero["stage"] == 3:
+        assert zero["leaf_module"] == {"classes": [DeepseekMoE.__name__]}
+        assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.mark.parametrize(
+    ("block", "option"), [("scheduler", "--lr_scheduler_type"), ("optimizer", "--optim")]
+)
+def test_a_block_that_would_overrule_an_option_is_refused(
+    block: str, option: str, tmp_path: Path
+) -> None:
+    config = json.loads(CONFIGS[0].read_text())
+    config[block] = {"type": "WarmupLR", "params": {}}
+    (tmp_path / "own.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"own.json has a block '{block}'.*{option}") as caught:
+        parse(tmp_path / "own.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"zero_optimization": 3}', '{"zero_optimization": {"stage": "3"}}'],
+)
+def test_a_broken_file_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(content)
+    with pytest.raises(UserError, match=r"own\.json") as caught:
+        parse(tmp_path / "own.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_launcher_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK")
+    with pytest.raises(UserError, match="deepspeed --num_gpus 1"):
+        parse(CONFIGS[0])
+
+
+def test_the_stage_is_0_without_a_file() -> None:
+    assert zero_stage(parse_arguments(["--data_path", "x", "--output_dir", "o"])[2]) == 0

@@ -1,0 +1,229 @@
+"""Through the real `deepspeed` launcher, with several processes on the CPU."""
+
+import json
+import math
+import shlex
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_fixtures import (
+    SCRIPT,
+    Ended,
+    checkpoints,
+    command,
+    launch,
+    launcher,
+    logged,
+    options,
+    run,
+    weights,
+    write_base,
+    write_rows,
+)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+
+FULL = """
+deepspeed finetune.py --model_name_or_path $MODEL_PATH --data_path $DATA_PATH --output_dir $OUTPUT_PATH \
+  --num_train_epochs 3 --model_max_length 1024 --per_device_train_batch_size 16 --per_device_eval_batch_size 1 \
+  --gradient_accumulation_steps 4 --evaluation_strategy "no" --save_strategy "steps" --save_steps 100 --save_total_limit 100 \
+  --learning_rate 2e-5 --warmup_steps 10 --logging_steps 1 --lr_scheduler_type "cosine" --gradient_checkpointing True \
+  --report_to "tensorboard" --deepspeed configs/ds_config_zero3.json --bf16 True --use_lora False
+"""  # noqa: E501 - as published
+QLORA = FULL.replace(
+    "--deepspeed configs/ds_config_zero3.json --bf16 True --use_lora False",
+    "--deepspeed configs/ds_config_zero2_no_offload.json --bf16 True --use_lora True --bits 4 "
+    "--max_grad_norm 0.3 --double_quant --lora_r 64 --lora_alpha 16 --quant_type nf4",
+)
+TRACED = """
+import os, runpy, sys
+sys.path[:0] = [{tests!r}]
+import finetune_fixtures
+{then}
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    write_base(folder / "base")
+    write_rows(folder / "rows.jsonl", 24)
+    write_rows(folder / "held.jsonl", 7)
+    return folder
+
+
+def published(text: str, place: Path, output: Path) -> Ended:
+    """The command as published; a smaller batch and length, and a port that is free."""
+    values = {"MODEL_PATH": place / "base", "DATA_PATH": place / "rows.jsonl"}
+    for name, value in (values | {"OUTPUT_PATH": output}).items():
+        text = text.replace(f"${name}", shlex.quote(str(value)))
+    words = shlex.split(text)
+    assert words.pop(0) == "deepspeed"
+    for option, value in (("model_max_length", "128"), ("per_device_train_batch_size", "1")):
+        words[words.index(f"--{option}") + 1] = value
+    words += ["--cache_dir", str(place / "cache")]
+    return command([*launcher(2), *words], SCRIPT.parent)
+
+
+def test_the_published_full_fine_tuning(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = published(FULL, place, output)
+    assert done.code == 0, done.err
+    assert done.out.splitlines().count(str(output)) == 1
+    assert "MISSING" not in done.out + done.err
+    rates = [2e-5 * step / 10 for step in range(9)]
+    assert logged(output, "learning_rate") == pytest.approx(rates)
+    trained, base = weights(output), weights(place / "base")
+    assert {name: x.dtype for name, x in trained.items()} == {n: x.dtype for n, x in base.items()}
+    # The learning rate is small, and the weights are bf16: most move by less than can be seen.
+    changed = {name for name in base if not torch.equal(trained[name], base[name])}
+    assert any(".experts." in name for name in changed) and "lm_head.weight" in changed
+    assert all((trained[name] - x).abs().max() < 0.01 for name, x in base.items())
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model(torch.tensor([[4094, 5]])).logits.isfinite().all()
+
+
+def test_the_published_qlora(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = published(QLORA, place, output)
+    assert done.code == 0, done.err
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (64, 16)
+    quantization = json.loads((output / "base_quantization.json").read_text())
+    assert (quantization["bits"], quantization["quant_type"]) == (4, "nf4")
+    assert quantization["double_quant"] is True
+    assert all(norm > 0.3 for norm in logged(output, "grad_norm"))  # before it is clipped
+    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, output).eval()
+    learnt = {n for n, p in adapted.named_parameters() if "lora_B" in n and p.abs().max() > 0}
+    assert any("mlp.experts" in name for name in learnt)
+    assert any("self_attn" in name for name in learnt)
+    ids = torch.tensor([[4094, 17, 5]])
+    with torch.no_grad(), adapted.disable_adapter():
+        before = adapted(ids).logits
+    assert not torch.equal(adapted(ids).logits, before)
+
+
+def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(
+    place: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of 0 the result is the base, bit for bit, experts included."""
+    argv = arguments(place, tmp_path / "out", "zero3_offload", max_steps=2, learning_rate=0)
+    done = launch(2, argv)
+    assert done.code == 0, done.err
+    assert "MISSING" not in done.out + done.err
+    found, base = weights(tmp_path / "out"), weights(place / "base")
+    assert found.keys() == base.keys()
+    assert [name for name in base if not torch.equal(found[name], base[name])] == []
+    assert all(norm > 0 for norm in logged(tmp_path / "out", "grad_norm"))
+
+
+# --- Equal to one process
+
+
+def arguments(place: Path, output: Path, config: str | None, **changes: Any) -> list[str]:
+    """2 epochs of 3 steps of 8 rows on two processes, evaluated after each of them."""
+    plain = {
+        "model_name_or_path": place / "base",
+        "data_path": place / "rows.jsonl",
+        "eval_data_path": place / "held.jsonl",
+        "cache_dir": place / "cache",
+        "output_dir": output,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 3,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+    }
+    if config:
+        plain["deepspeed"] = f"configs/ds_config_{config}.json"
+    return options(**(plain | changes))
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> Path:
+    """The same run on one process."""
+    one = arguments(place, place / "alone", None, per_device_train_batch_size=4)
+    done = run(one, place / "alone_log")
+    assert done.code == 0, done.err
+    return place / "alone"
+
+
+def assert_equal_curves(found: Path, wanted: Path) -> None:
+    keys = ("loss", "balance_loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
+    for key in keys:
+        curve = logged(wanted, key)
+        assert len(curve) == (2 if "eval" in key else 6)
+        assert logged(found, key) == pytest.approx(curve, rel=2e-4), key
+
+
+def test_the_rates_are_those_asked_for(alone: Path) -> None:
+    rates = [0, 0.5e-3] + [0.5e-3 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert logged(alone, "learning_rate") == pytest.approx(rates)
+
+
+def test_zero3_on_two_processes_equals_one(place: Path, alone: Path, tmp_path: Path) -> None:
+    done = launch(2, arguments(place, tmp_path / "out", "zero3"))
+    assert done.code == 0, done.err
+    assert_equal_curves(tmp_path / "out", alone)
+
+
+def test_zero2_stopped_on_one_process_goes_on_and_equals_one(
+    place: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    signal = 'if os.environ["RANK"] == "1": finetune_fixtures.terminate_at(3)'
+    argv = arguments(place, output, "zero2_no_offload")
+    stopped = launch(2, argv, traced(tmp_path, signal))
+    assert stopped.code == 143, stopped.err
+    assert checkpoints(output) == [2]
+    assert "Traceback" not in stopped.err
+    repeated = launch(2, argv)
+    assert repeated.code == 0, repeated.err
+    assert "step 3/6" in repeated.err and "step 2/6" not in repeated.err
+    assert_equal_curves(output, alone)
+
+
+def traced(folder: Path, then: str) -> Path:
+    """The script, after some Python of the test's."""
+    script = folder / "traced.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(TRACED.format(tests=tests, then=then, script=str(SCRIPT)))
+    return script
+
+
+# --- Routing apart
+
+
+def test_four_processes_that_route_to_different_experts_do_not_wait_for_each_other(
+    place: Path, tmp_path: Path
+) -> None:
+    """K is 2 of 8 experts, and process r uses 2r and 2r + 1 only."""
+    write_base(tmp_path / "base", num_experts_per_tok=2)
+    changes = {
+        "model_name_or_path": tmp_path / "base",
+        "per_device_train_batch_size": 1,
+        "num_train_epochs": 1,
+    }
+    then = f"finetune_fixtures.route_apart({str(tmp_path)!r})"
+    done = launch(4, arguments(place, tmp_path / "out", "zero3", **changes), traced(tmp_path, then))
+    assert done.code == 0, done.err
+    picked = [set(json.loads((tmp_path / f"picks{r}.json").read_text())) for r in range(4)]
+    assert all(len(experts) == 2 for experts in picked)
+    assert all(not one & other for one, other in combinations(picked, 2))
+    found, base = weights(tmp_path / "out"), weights(tmp_path / "base")
+    for expert in range(8):  # the gradients of all ranks' experts arrived
+        name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
+        assert not torch.equal(found[name], base[name])

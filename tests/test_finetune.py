@@ -1,0 +1,392 @@
+"""The script end to end: killed, stopped and repeated, out of disk, out of numbers, misused."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_fixtures import (
+    ROOT,
+    SCRIPT,
+    Ended,
+    assert_same,
+    be_process,
+    checkpoints,
+    command,
+    history,
+    kill_at,
+    limit_files_at,
+    logged,
+    options,
+    run,
+    terminate_at,
+    weights,
+    write_base,
+    write_rows,
+)
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+KILLED = -signal.SIGKILL
+FULL: dict[str, Any] = {}
+LORA = {"use_lora": True, "lora_dropout": 0.2, "lora_rank": 3}
+MODES = pytest.mark.parametrize("mode", ["full", "lora"])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model and 24 rows: 6 steps an epoch, a checkpoint every 3 steps."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_base(folder / "base")
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def argv(place: Path) -> Callable[..., list[str]]:
+    """A command of 12 steps; keywords change it."""
+
+    def argv(output: Path, **changes: Any) -> list[str]:
+        plain = {
+            "model_name_or_path": place / "base",
+            "data_path": place / "rows.jsonl",
+            "cache_dir": place / "cache",
+            "output_dir": output,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "save_steps": 3,
+        }
+        return options(**(plain | changes))
+
+    return argv
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, argv: Callable[..., list[str]]) -> dict[str, Path]:
+    """The output folders of uninterrupted runs."""
+    for mode, settings in (("full", FULL), ("lora", LORA)):
+        done = run(argv(place / mode, **settings), place / f"{mode}_log")
+        assert done.code == 0, done.err
+        assert done.out == f"{place / mode}\n"  # results only
+    return {"full": place / "full", "lora": place / "lora"}
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
+
+
+def assert_complete(output: Path, reference: Path) -> None:
+    """Every folder that is called a checkpoint has all the files that it has to."""
+    for step in checkpoints(output):
+        found = files_of(output / f"checkpoint-{step}")
+        assert found == files_of(reference / f"checkpoint-{checkpoints(reference)[0]}")
+        json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
+
+
+# --- Stop and go
+
+KILLS = [  # where, and the checkpoints that must be there afterwards
+    (kill_at("deepseek_moe.training.FineTuner", "compute_loss", 2), []),
+    (kill_at("torch", "save", 2, half=True), []),  # in the first save
+    (kill_at("deepseek_moe.training.FineTuner", "compute_loss", 8), [3, 6]),
+    (kill_at("deepseek_moe.training.FineTuner", "compute_loss", 5), [3, 6, 9]),  # from the border
+    (kill_at("torch", "save", 1, half=True), [3, 6, 9]),  # from the middle of an epoch
+    (kill_at("deepseek_moe.training.os", "replace", 1), [3, 6, 9]),  # written, but not renamed
+    (kill_at("deepseek_moe.runs.Run", "_publish", 1), [3, 6, 9, 12]),  # all trained
+    (kill_at("deepseek_moe.runs.os", "replace", 4), [3, 6, 9, 12]),  # of the result's files
+]
+
+
+@MODES
+def test_killed_at_any_moment_and_repeated_it_ends_with_the_same_weights(
+    mode: str, finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    output, settings = tmp_path / "out", {"full": FULL, "lora": LORA}[mode]
+    for accident, there in KILLS:
+        killed = run(argv(output, **settings), tmp_path / "log", accident)
+        assert killed.code == KILLED, killed.err
+        assert checkpoints(output) == there
+        assert_complete(output, finished[mode])
+        assert not json.loads((output / "run.json").read_text())["finished"]
+    assert run(argv(output, **settings), tmp_path / "log").code == 0
+    assert_same(output, finished[mode])
+    wanted = [name for name in files_of(finished[mode]) if not name.startswith("runs")]
+    assert [name for name in files_of(output) if not name.startswith("runs")] == wanted
+    for key in ("loss", "balance_loss", "grad_norm", "learning_rate"):
+        assert logged(output, key) == logged(finished[mode], key)
+
+
+def test_the_same_command_in_another_folder_gives_the_same_weights(
+    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert run(argv(tmp_path / "out"), tmp_path / "log").code == 0
+    assert_same(tmp_path / "out", finished["full"])
+    assert run(argv(tmp_path / "seed", seed=1), tmp_path / "log").code == 0
+    assert logged(tmp_path / "seed", "loss") != logged(finished["full"], "loss")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_repeat_goes_on(
+    number: signal.Signals,
+    finished: dict[str, Path],
+    argv: Callable[..., list[str]],
+    tmp_path: Path,
+) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    stopped = run(argv(output), log, partial(terminate_at, 5, number))
+    assert stopped.code == 128 + number, stopped.err
+    assert "Traceback" not in stopped.err and stopped.out == ""
+    assert checkpoints(output) == [3, 5]
+    assert_complete(output, finished["full"])
+    repeated = run(argv(output), log)
+    assert repeated.code == 0
+    assert "step 6/12" in repeated.err and "step 5/12" not in repeated.err
+    assert_same(output, finished["full"])
+
+
+def test_a_finished_run_says_so_and_touches_nothing(
+    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    def seen() -> dict[str, int]:
+        folder = finished["full"]
+        return {name: (folder / name).stat().st_mtime_ns for name in [".", *files_of(folder)]}
+
+    before = seen()
+    again = run(argv(finished["full"]), tmp_path / "log")
+    assert again.code == 0
+    assert "finished" in again.err
+    assert again.out == f"{finished['full']}\n"
+    assert seen() == before
+
+
+def test_other_settings_are_refused_with_the_difference(
+    finished: dict[str, Path], argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    changes = {
+        "learning_rate: 0.01 there, 0.02 now": {"learning_rate": 0.02},
+        "data: ": {"data_path": write_rows(tmp_path / "rows.jsonl", 25)},
+        "lora_rank: 3 there, 4 now": {"lora_rank": 4},
+        "model: ": {"model_name_or_path": tmp_path / "base"},
+        "use_lora: True there, False now": {"use_lora": False},
+        "batch_size: 4 there, 8 now": {"gradient_accumulation_steps": 2},
+    }
+    for shown, change in changes.items():
+        done = run(argv(finished["lora"], **(LORA | change)), tmp_path / "log")
+        assert done.code == 2
+        assert shown in done.error and "--output_dir" in done.error
+    moved = shutil.copytree(place / "base", tmp_path / "elsewhere")
+    same = {"model_name_or_path": moved, "logging_steps": 2}  # decide nothing
+    assert run(argv(finished["lora"], **(LORA | same)), tmp_path / "log").code == 0
+
+
+def test_a_folder_with_another_model_in_it_is_refused(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    before = files_of(place / "base")
+    done = run(argv(place / "base"), tmp_path / "log")
+    assert done.code == 2 and "holds a model" in done.error
+    assert files_of(place / "base") == before
+
+
+def test_only_the_newest_checkpoints_are_kept(
+    argv: Callable[..., list[str]], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    done = run(argv(tmp_path / "out", save_steps=1, save_total_limit=2), tmp_path / "log")
+    assert done.code == 0
+    assert checkpoints(tmp_path / "out") == [11, 12]
+    assert_same(tmp_path / "out", finished["full"])
+
+
+# --- No disk, no numbers
+
+
+@pytest.mark.parametrize(("size", "there"), [(600_000, [3]), (1_500_000, [3]), (0, [])])
+def test_a_full_disk_is_one_line_and_the_repeat_goes_on(
+    size: int,
+    there: list[int],
+    finished: dict[str, Path],
+    argv: Callable[..., list[str]],
+    tmp_path: Path,
+) -> None:
+    """Full in the weights, in the optimizer's states, and in the first checkpoint."""
+    output = tmp_path / "out"
+    full = run(argv(output), tmp_path / "log", limit_files_at(1 + len(there), size or 600_000))
+    assert full.code == 1
+    named = output / "checkpoint-3" if there else "none"
+    assert f"{output} could not be written to" in full.error
+    assert f"the last complete checkpoint is {named}" in full.error
+    assert checkpoints(output) == there
+    if there:
+        assert_complete(output, finished["full"])
+        AutoModelForCausalLM.from_pretrained(output / "checkpoint-3")
+    assert not (output / "incomplete").exists()
+    repeated = run(argv(output), tmp_path / "log")
+    assert repeated.code == 0, repeated.err
+    assert_same(output, finished["full"])
+
+
+def test_a_broken_weight_stops_before_it_spoils_anything(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    broken = {"model_name_or_path": tmp_path / "base", "save_steps": 1}
+    done = run(argv(tmp_path / "out", **broken), tmp_path / "log")
+    assert done.code == 1
+    assert "step 1: the loss is nan" in done.error
+    assert "rows.jsonl line " in done.error and "none yet" in done.error
+    assert checkpoints(tmp_path / "out") == []
+
+
+def test_an_absurd_learning_rate_stops_at_the_first_number_that_is_none(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    done = run(argv(output, learning_rate=1e20, save_steps=1), tmp_path / "log")
+    assert done.code == 1
+    last = checkpoints(output)[-1]
+    assert f"step {last + 1}: the " in done.error
+    assert f"the last good checkpoint is {output / f'checkpoint-{last}'}" in done.error
+    for step in checkpoints(output):
+        found = weights(output / f"checkpoint-{step}")
+        assert all(tensor.isfinite().all() for tensor in found.values())
+    assert all(0 < loss < float("inf") for loss in logged(output, "loss"))
+    assert "loss 0.0" not in done.err and "nan" not in done.err.replace(done.error, "")
+
+
+# --- What a run leaves
+
+
+def test_the_result_is_a_model_that_learnt(
+    finished: dict[str, Path], place: Path, tmp_path: Path
+) -> None:
+    full = AutoModelForCausalLM.from_pretrained(finished["full"])
+    assert full.dtype == torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    assert not torch.equal(full.lm_head.weight, base.lm_head.weight)
+    adapted = PeftModel.from_pretrained(base, finished["lora"])
+    assert adapted.peft_config["default"].r == 3
+    for folder in finished.values():
+        losses = logged(folder, "loss")
+        assert len(losses) == 12
+        assert sum(losses[6:]) < sum(losses[:6])
+
+
+def test_tensorboard_has_the_curves(finished: dict[str, Path]) -> None:
+    events = EventAccumulator(str(next(finished["full"].rglob("events.out*")).parent))
+    events.Reload()
+    for name in ("loss", "balance_loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        curve = events.Scalars(f"train/{name}")
+        assert [point.step for point in curve] == list(range(1, 13))
+        assert all(point.value > 0 for point in curve)
+        assert [point.value for point in curve] == pytest.approx(logged(finished["full"], name))
+
+
+def test_lora_merged_is_a_whole_model_beside_its_adapter(
+    argv: Callable[..., list[str]], finished: dict[str, Path], place: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    done = run(argv(output, merge_on_save=True, **LORA), tmp_path / "log")
+    assert done.code == 0, done.err
+    assert_same(output / "adapter", finished["lora"])
+    merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, output / "adapter").eval()
+    ids = torch.tensor([[4094, 17, 5, 44, 80, 900]])
+    with torch.no_grad():
+        assert (merged.eval()(ids).logits - adapted(ids).logits).abs().max() < 0.1
+
+
+def test_perplexity_is_logged_while_training(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    held = {"eval_fraction": 0.25, "evaluation_strategy": "steps", "eval_steps": 5}
+    done = run(argv(tmp_path / "out", **held), tmp_path / "log")
+    assert done.code == 0, done.err
+    lines = [line for line in history(tmp_path / "out") if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [5, 10]
+    for line in lines:
+        assert line["eval_perplexity"] == pytest.approx(torch.tensor(line["eval_loss"]).exp())
+    assert "perplexity" in done.err
+
+
+# --- Wrong use
+
+
+def refused(done: Ended) -> str:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    return done.error
+
+
+def test_wrong_use_is_found_before_the_model_is_loaded(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"broken")
+    (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"output": "b"}]')
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty.jsonl").write_text("")
+
+    def wrong(**changes: Any) -> str:
+        base = {"model_name_or_path": tmp_path / "base"}
+        return refused(run(argv(tmp_path / "out", **(base | changes)), tmp_path / "log"))
+
+    assert "no option --learnin_rate; did you mean --learning_rate" in wrong(learnin_rate=1)
+    assert "bad.json row 2: no instruction" in wrong(data_path=tmp_path / "bad.json")
+    assert "has no rows" in wrong(data_path=tmp_path / "empty.jsonl")
+    assert "does not exist" in wrong(data_path=tmp_path / "none.json")
+    assert "file is no folder" in wrong(output_dir=tmp_path / "file")
+    assert "cannot be made" in wrong(output_dir=tmp_path / "file" / "below")
+    assert "does not exist" in wrong(model_name_or_path=tmp_path / "none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_use_is_said_by_the_first_process_only(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = argv(tmp_path / "out", bits=3)
+    first, second = (run(words, tmp_path / "log", partial(be_process, rank)) for rank in ("0", "1"))
+    assert "--bits is 3" in refused(first)
+    assert (second.code, second.out) == (2, "") and "error" not in second.err
+
+
+def test_shown_examples_have_their_answers_and_their_end_marked(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    done = run(argv(tmp_path / "out", max_steps=1, show_examples=2), tmp_path / "log")
+    shown = [line for line in done.err.splitlines() if "⟦" in line]
+    assert len(shown) == 2
+    assert all(line.startswith("Assistant:⟦ ") for line in shown)
+    assert all(line.endswith("<｜end▁of▁sentence｜>⟧") for line in shown)
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_any_folder(
+    argv: Callable[..., list[str]], finished: dict[str, Path], place: Path, tmp_path: Path
+) -> None:
+    script = os.path.relpath(SCRIPT, ROOT)
+    relative = {"model_name_or_path": "base", "data_path": "rows.jsonl"}
+    words = argv(Path("out"), **relative)
+    done = command([sys.executable, str(SCRIPT), *words], place)
+    assert done.code == 0, done.err
+    assert done.out == "out\n"
+    assert_same(place / "out", finished["full"])
+    wrong: Sequence[str] = [sys.executable, script, "--data", "x"]
+    assert "no option --data" in refused(command(wrong, ROOT))

@@ -1,0 +1,115 @@
+"""The dry run: what it says of memory against bytes that are stored and figures that were measured,
+and that it needs no weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_moe import DeepseekConfig
+from deepseek_moe.adapters import build_model
+from deepseek_moe.arguments import FineTuningArguments, ModelArguments, parse_arguments
+from deepseek_moe.memory import estimate, meta_model
+from deepseek_moe.quantization import stored_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = "--data_path none --output_dir none --bf16 True --report_to none"
+
+# benchmarks/memory.py on one H200, torch 2.11, transformers 5.17, peft 0.21.2: layers, rows of a
+# batch, tokens of a row, options, and the most GB that PyTorch had allocated.
+QLORA = "--use_lora True --bits 4 --lora_r 64"
+RECOMPUTE = "--gradient_checkpointing True"
+MEASURED = {
+    "qlora_16x1024": (28, 16, 1024, f"{QLORA} {RECOMPUTE}", 43.1),
+    "qlora_4x1024": (28, 4, 1024, f"{QLORA} {RECOMPUTE}", 26.5),
+    "qlora_r16_1x1024": (28, 1, 1024, f"--use_lora True --bits 4 --lora_r 16 {RECOMPUTE}", 14.1),
+    "qlora_4x1024_all_kept": (28, 4, 1024, QLORA, 54.7),
+    "lora_8_bits_4x1024": (28, 4, 1024, f"--use_lora True --bits 8 --lora_r 64 {RECOMPUTE}", 36.7),
+    "lora_4x1024": (28, 4, 1024, f"--use_lora True --lora_r 64 {RECOMPUTE}", 50.1),
+    "full_4_layers_8x1024": (4, 8, 1024, RECOMPUTE, 38.2),
+    "full_4_layers_4x1024_all_kept": (4, 4, 1024, "", 39.8),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_estimate_is_within_15_percent_of_what_was_measured(case: str, tmp_path: Path) -> None:
+    layers, rows, length, options, measured = MEASURED[case]
+    DeepseekConfig(num_hidden_layers=layers).save_pretrained(tmp_path)
+    model, _, training = parse_arguments(f"{BASE} {options}".split())
+    memory = estimate(meta_model(tmp_path, model), model, training, rows * length)
+    assert abs(memory.total / 1e9 / measured - 1) < 0.15, memory
+
+
+ZERO_MEASURED = {  # likewise; the last with 2 H200s and all 28 layers, allocated on each
+    "zero2": (4, 1, 8, "2_no_offload", "", 49.9),
+    "zero3": (4, 1, 8, "3", "", 47.1),
+    "zero2_qlora": (28, 1, 16, "2_no_offload", QLORA, 45.0),
+    "zero3_two_gpus": (28, 2, 1, "3", "", 138.5),
+}
+
+
+@pytest.mark.parametrize("case", ZERO_MEASURED)
+def test_the_estimate_under_deepspeed(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, ranks, rows, config, options, measured = ZERO_MEASURED[case]
+    DeepseekConfig(num_hidden_layers=layers).save_pretrained(tmp_path)
+    model, _, training = parse_arguments(f"{BASE} {RECOMPUTE} {options}".split())
+    # As under the launcher, without any process of it.
+    training.deepspeed = str(ROOT / f"configs/ds_config_zero{config}.json")
+    monkeypatch.setattr(FineTuningArguments, "world_size", property(lambda self: ranks))
+    memory = estimate(meta_model(tmp_path, model), model, training, rows * 1024)
+    assert abs(memory.total / 1e9 / measured - 1) < 0.15, memory
+
+
+@pytest.mark.parametrize("options", ["", "--use_lora True", QLORA, "--use_lora True --bits 8"])
+def test_weights_are_those_that_are_stored(options: str) -> None:
+    """Trained and frozen, quantised or not, with the scales."""
+    model, _, training = parse_arguments(f"{BASE} {options}".split())
+    folder = Path(ModelArguments().model_name_or_path)
+    said = estimate(meta_model(folder, model), model, training, 1)
+    with torch.device("cpu"):
+        stored = stored_bytes(build_model(folder, model, training))
+    assert abs(said.weights / stored - 1) < 0.01
+
+
+def test_more_of_everything_takes_more(tmp_path: Path) -> None:
+    DeepseekConfig(num_hidden_layers=3).save_pretrained(tmp_path)
+
+    def total(options: str, tokens: int = 4096) -> float:
+        model, _, training = parse_arguments(f"{BASE} {options}".split())
+        return estimate(meta_model(tmp_path, model), model, training, tokens).total
+
+    plain = total(f"{QLORA} {RECOMPUTE}")
+    assert plain < total(f"{QLORA} {RECOMPUTE}", 8192)
+    assert plain < total(QLORA)
+    assert plain < total(f"--use_lora True --bits 8 --lora_r 64 {RECOMPUTE}")
+    assert plain < total(f"--use_lora True --lora_r 64 {RECOMPUTE}") < total(RECOMPUTE)
+    assert total("--use_lora True --bits 4 --lora_r 8") < total(
+        "--use_lora True --bits 4 --lora_r 9"
+    )
+    assert plain < total(f"{QLORA} {RECOMPUTE} --modules_to_save lm_head")
+
+
+def test_a_dry_run_reads_no_weights_and_writes_nothing(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    bundled = Path(ModelArguments().model_name_or_path)
+    for file in bundled.iterdir():
+        if file.suffix != ".safetensors":
+            (model / file.name).write_bytes(file.read_bytes())
+    (model / "model.safetensors").write_bytes(b"no weights")
+    options = f"--model_name_or_path {model} --data_path {ROOT / 'examples/data/sample.json'} "
+    options += f"--output_dir {tmp_path / 'out'} --dry_run True --show_examples 1 {QLORA}"
+    done = subprocess.run(
+        [sys.executable, ROOT / "finetune/finetune.py", *options.split()],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for said in ("LoRA of rank 64 over a base in 4 bits", "routed experts", "in all", "steps"):
+        assert said in done.stdout
+    assert "User: " in done.stderr  # the example
+    assert not (tmp_path / "out").exists()
