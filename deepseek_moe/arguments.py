@@ -149,6 +149,8 @@ def parse_arguments(
 def _start_deepspeed(training: FineTuningArguments) -> None:
     if not is_deepspeed_available():
         return
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no other
     with redirect_stdout(sys.stderr):  # it prints, and logs to what stdout is at its import
         import deepspeed
 

@@ -33,12 +33,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import cached_file, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek import DeepseekConfig
-from .weights import name_some, refuse_wrong_tensors
+from .weights import name_some, refuse_wrong_checkpoint
 
 
 @dataclass
@@ -282,36 +282,17 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         path = pretrained_model_name_or_path
         local = path is not None and Path(path).is_dir()
         if local:
-            cls._refuse_wrong_tensors(path, kwargs)
+            refuse_wrong_checkpoint(path, kwargs, DeepseekForCausalLM)
         try:
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         finally:  # a hub id's files are here now; an error that names tensors is the better one
             if path is not None and not local:
-                cls._refuse_wrong_tensors(path, kwargs)
+                refuse_wrong_checkpoint(path, kwargs, DeepseekForCausalLM)
         wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         wrong += [f"{key} is not of this model" for key in sorted(info["unexpected_keys"])]
         if wrong:
             raise ValueError(f"{path} does not hold this model: {name_some(wrong)}")
         return (model, info) if output_loading_info else model
-
-    @staticmethod
-    def _refuse_wrong_tensors(path: str | Path, kwargs: dict[str, Any]) -> None:
-        if kwargs.keys() & {"state_dict", "gguf_file", "key_mapping", "quantization_config"}:
-            return
-        where = {
-            key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if key in kwargs
-        }
-        try:
-            found = cached_file(path, "config.json", local_files_only=True, **where)
-        except OSError:
-            return  # transformers says what it looked for
-        config = kwargs.get("config")
-        if config is None or isinstance(config, (str, Path)):
-            config = DeepseekConfig.from_pretrained(config or Path(found).parent)
-        if not hasattr(config, "quantization_config"):
-            with torch.device("meta"):
-                wanted = DeepseekForCausalLM(config)
-            refuse_wrong_tensors(Path(found).parent, wanted)
 
 
 class DeepseekModel(DeepseekPreTrainedModel):

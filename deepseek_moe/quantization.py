@@ -7,11 +7,11 @@ the embedding and the head are left alone.
 """
 
 import json
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -21,10 +21,6 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from .errors import UserError
-
-# It warns of every product that it casts, and of a package that it can do without.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-import bitsandbytes as bnb  # noqa: E402
 
 FILE = "base_quantization.json"
 STACKS = ("experts.gate_up_proj", "experts.down_proj")

@@ -153,11 +153,12 @@ class FineTuner(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers' own, with a loss that each token counts in once, and its perplexity."""
-        self._evaluated = torch.zeros(2)
+        start, self._evaluated = time.perf_counter(), torch.zeros(2)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss = (self._evaluated[0] / self._evaluated[1]).item()
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
+        self._counted_from += time.perf_counter() - start  # not of the next step's tokens/s
         return output
 
     # ---- the order of examples ----
@@ -180,6 +181,7 @@ class FineTuner(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes aside and renames, so that a checkpoint that has its name is complete."""
+        start = time.perf_counter()
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         aside = output / INCOMPLETE
         with one_line_write_errors(self.args.output_dir, aside, self.is_world_process_zero()):
@@ -195,6 +197,7 @@ class FineTuner(Trainer):
                     os.replace(old, aside / Path(old).name)  # half deleted, it must not be found
             shutil.rmtree(aside)
         self.accelerator.wait_for_everyone()
+        self._counted_from += time.perf_counter() - start
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.utils import cached_file
 
 # On disk an expert is three matrices; in memory the experts of a layer are two stacked tensors.
 # transformers applies this while it loads, and backwards while it saves.
@@ -49,6 +52,27 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(names))]
+
+
+def refuse_wrong_checkpoint(
+    path: str | Path, kwargs: dict[str, Any], model_class: type[PreTrainedModel]
+) -> None:
+    """`refuse_wrong_tensors` for what `model_class.from_pretrained(path, **kwargs)` would read, if
+    it is on this disk."""
+    if kwargs.keys() & {"state_dict", "gguf_file", "key_mapping", "quantization_config"}:
+        return
+    where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if key in kwargs}
+    try:
+        found = cached_file(path, "config.json", local_files_only=True, **where)
+    except OSError:
+        return  # transformers says what it looked for
+    config = kwargs.get("config")
+    if config is None or isinstance(config, (str, Path)):
+        config = model_class.config_class.from_pretrained(config or Path(found).parent)
+    if not hasattr(config, "quantization_config"):
+        with torch.device("meta"):
+            wanted = model_class(config)
+        refuse_wrong_tensors(Path(found).parent, wanted)
 
 
 def refuse_wrong_tensors(folder: Path, model: PreTrainedModel) -> None:

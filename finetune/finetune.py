@@ -8,12 +8,20 @@ Repeating a command goes on where it was interrupted. --help lists the options, 
 says what a run would do and need.
 """
 
+import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 
+# Before anything imports it: it warns of every product that it casts, and of a package that it can
+# do without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
+from deepseek_moe import DeepseekTokenizer
 from deepseek_moe.adapters import build_model
 from deepseek_moe.arguments import DataArguments, FineTuningArguments, parse_arguments
 from deepseek_moe.checkpoint import locate, own_tokenizer
@@ -46,7 +54,8 @@ def main() -> None:
             print(run.folder)
         return
     with args.main_process_first():
-        run.start()
+        if main_process:
+            run.start()
 
     model = build_model(folder, options, args)
     if main_process:
@@ -66,7 +75,14 @@ def main() -> None:
         print(run.folder)
 
 
-def load_data(data: DataArguments, tokenizer, args: FineTuningArguments, cache_dir, say):
+def load_data(
+    data: DataArguments,
+    tokenizer: DeepseekTokenizer,
+    args: FineTuningArguments,
+    cache_dir: str | None,
+    say: Callable[[object], None],
+) -> tuple[Dataset, Dataset | None]:
+    """The examples to train on and those to evaluate on; says what it read, and shows some."""
     load = partial(
         load_examples,
         tokenizer=tokenizer,
