@@ -235,7 +235,9 @@ def _refuse_what_cannot_work(
     if model.merge_on_save and not model.use_lora:
         raise UserError("--merge_on_save is for LoRA; a full fine-tuning is saved whole anyway")
     if training.fp16:
-        raise UserError("--fp16 would overflow in this model's layers; use --bf16 True")
+        raise UserError(
+            "--fp16 scales the loss, and the balance loss would miss it; use --bf16 True"
+        )
     if training.logging_nan_inf_filter:
         raise UserError("--logging_nan_inf_filter would log NaN as a number; leave it False")
     if training.load_best_model_at_end:

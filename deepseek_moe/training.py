@@ -271,12 +271,12 @@ class EpochSampler(Sampler[int]):
         order = [i for p in pieces for i in sorted(p, key=lambda i: -self.lengths[i])]
         steps = [order[at : at + self.step] for at in range(0, len(order), self.step)]
         last = steps.pop() if len(steps[-1]) < self.step else []  # only the last may be short
-        shuffled = torch.randperm(len(steps), generator=generator).tolist()
-        shuffled.sort(key=lambda i: i != self._longest(steps))  # stable
-        return iter([i for n in shuffled for i in steps[n]] + last)
-
-    def _longest(self, steps: list[list[int]]) -> int:
-        return max(range(len(steps)), key=lambda n: max(self.lengths[i] for i in steps[n]))
+        if steps:
+            shuffled = torch.randperm(len(steps), generator=generator).tolist()
+            longest = max(shuffled, key=lambda n: max(self.lengths[i] for i in steps[n]))
+            shuffled.remove(longest)
+            steps = [steps[n] for n in [longest, *shuffled]]
+        return iter([i for step in steps for i in step] + last)
 
 
 class _SetEpoch(TrainerCallback):
