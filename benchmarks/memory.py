@@ -69,7 +69,7 @@ def main() -> None:
         command += "--save_strategy no --report_to none --logging_steps 1 --learning_rate 1e-6 "
         command += "" if "gradient_checkpointing" in options else "--gradient_checkpointing True "
         plan = finetune(command + options + " --dry_run True")
-        steps = re.findall(r"([\d,]+) tokens/s  ([\d.]+) GB", finetune(command + options))
+        steps = re.findall(r"([\d,]+) tok/s  ([\d.]+) GB", finetune(command + options))
         found = re.search(r"in all +([\d.]+) GB", plan)
         if not found or not steps:
             print(f"{name:46} failed", flush=True)

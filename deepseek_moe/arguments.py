@@ -18,6 +18,7 @@ from typing import NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_available
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import NAME as VARLEN
 from .cli import BUNDLED_MODEL
@@ -109,9 +110,19 @@ LEAST = (
 DROPPED = ("--logging_dir", "--overwrite_output_dir", "--save_safetensors", "--group_by_length")
 
 
+NOT_SUPPORTED = {  # option: when it is off, and why it is not taken
+    "fp16": (False, "it scales the loss, and the balance loss would miss it; use --bf16 True"),
+    "logging_nan_inf_filter": (False, "it would log NaN as a number; leave it out"),
+    "label_smoothing_factor": (0.0, "transformers would take its labels unshifted; leave it out"),
+    "load_best_model_at_end": (False, "choose among the checkpoints"),
+    "save_only_model": (False, "nothing could go on from such a checkpoint; leave it out"),
+    "resume_from_checkpoint": (None, "repeating a command goes on by itself; leave it out"),
+}
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
+        raise UserError(f"{message.rstrip('.')}; --help lists the options")
 
 
 def parse_arguments(
@@ -135,6 +146,8 @@ def parse_arguments(
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
             raise UserError(f"there is no option {name}; {hint}")
+    if not any(word.partition("=")[0] in ("--output_dir", "--help", "-h") for word in argv):
+        raise UserError("--output_dir is missing; give a folder for checkpoints and the result")
     if not torch.cuda.is_available() and "--use_cpu" not in argv:
         argv += ["--use_cpu", "True"]
     with warnings.catch_warnings():
@@ -160,15 +173,16 @@ def _start_deepspeed(training: FineTuningArguments) -> None:
 
 def _translate(argv: list[str]) -> list[str]:
     """Old names to new; options that nothing reads any more are dropped with a note."""
-    words, out = iter(argv), []
-    for word in words:
+    out, dropped = [], False
+    for word in argv:
         name, equals, value = word.partition("=")
         if name in DROPPED:
             print(f"note: {name} has no effect on transformers 5", file=sys.stderr)
-            if not equals:
-                next(words, None)
+            dropped = not equals
             continue
-        out.append(OLD_NAMES.get(name, name) + equals + value)
+        if not (dropped and not word.startswith("--")):  # its value
+            out.append(OLD_NAMES.get(name, name) + equals + value)
+        dropped = False
     return out
 
 
@@ -186,7 +200,8 @@ def _build(parser: HfArgumentParser, argv: list[str]):
     except UserError:
         raise
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise UserError(f"{' '.join(str(error).split())[:400]}; change that option") from error
+        said = " ".join(str(error).split())[:400].rstrip(".")
+        raise UserError(f"{said}; change that option") from error
 
 
 def _refuse_broken_settings(file: str) -> None:
@@ -234,18 +249,28 @@ def _refuse_what_cannot_work(
             )
     if model.merge_on_save and not model.use_lora:
         raise UserError("--merge_on_save is for LoRA; a full fine-tuning is saved whole anyway")
-    if training.fp16:
+    for name, (off, why) in NOT_SUPPORTED.items():
+        if getattr(training, name) != off:
+            raise UserError(f"--{name} is not supported: {why}")
+    if training.save_strategy == "best":
+        raise UserError("--save_strategy best is not supported; use steps, epoch or no")
+    known = {"auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+    if model.attn_implementation not in known and "/" not in model.attn_implementation:
         raise UserError(
-            "--fp16 scales the loss, and the balance loss would miss it; use --bf16 True"
+            f"--attn_implementation {model.attn_implementation} is unknown; use auto, eager, sdpa, "
+            f"{VARLEN} or flash_attention_2"
         )
-    if training.logging_nan_inf_filter:
-        raise UserError("--logging_nan_inf_filter would log NaN as a number; leave it False")
-    if training.load_best_model_at_end:
-        raise UserError("--load_best_model_at_end is not supported; choose among the checkpoints")
     if training.num_train_epochs <= 0 and training.max_steps <= 0:
         raise UserError(f"--num_train_epochs is {training.num_train_epochs}; nothing would train")
     if data.eval_data_path and data.eval_fraction:
         raise UserError("give --eval_data_path or --eval_fraction, not both")
+    if training.eval_strategy == "no" and (data.eval_data_path or data.eval_fraction):
+        raise UserError(
+            "there are rows to evaluate on, but --eval_strategy is no; add --eval_strategy epoch, "
+            "or steps with --eval_steps"
+        )
+    if not 0 <= data.eval_fraction < 1:
+        raise UserError(f"--eval_fraction is {data.eval_fraction}; it must be from 0 to below 1")
     if training.eval_strategy != "no" and not (data.eval_data_path or data.eval_fraction):
         raise UserError(
             f"--eval_strategy {training.eval_strategy.value} has nothing to evaluate on; give "

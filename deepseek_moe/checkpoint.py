@@ -95,6 +95,11 @@ def locate(model: str, trust_remote_code: bool = False, cache_dir: str | None = 
             folder = Path(snapshot_download(model, allow_patterns=wanted, cache_dir=cache_dir))
     if folder.is_file():
         raise UserError(f"{folder} is a file; give the folder that holds it and config.json")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter; merge it first: python -m deepseek_moe.export "
+            f"--model BASE --adapter {folder} --output FOLDER"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a folder in Hugging Face layout")
     if not (folder / "tokenizer.json").is_file() and not trust_remote_code:
@@ -131,7 +136,7 @@ def one_line(what: str, remedy: str) -> Iterator[None]:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return " ".join(str(error).split())[:400].rstrip(".") or type(error).__name__
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ folder appears under its name when it is complete.
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
@@ -34,7 +35,7 @@ from .errors import RunError, UserError
 from .merge import ADAPTER_FILE, Checkpoint, base_tensors, merged_tensors, official_parts
 from .modeling_deepseek import DeepseekForCausalLM
 from .tokenization_deepseek import DeepseekTokenizer
-from .weights import name_some
+from .weights import fingerprint, name_some
 
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek.DeepseekConfig",
@@ -74,8 +75,11 @@ def main() -> None:
 
     output = args.output.expanduser()
     _refuse_occupied(output)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a package to do without
     with redirect_stdout(sys.stderr):  # DeepSpeed prints and logs there
         base = locate(args.model)
+        for folder in filter(None, (args.adapter, args.deepspeed_checkpoint)):
+            _refuse_other_base(folder.expanduser(), base)
         if args.adapter:
             tensors = merged_tensors(base, args.adapter.expanduser())
         elif args.deepspeed_checkpoint:
@@ -84,6 +88,18 @@ def main() -> None:
             tensors = base_tensors(base)
         write_checkpoint(tensors, base, output, DTYPES.get(args.dtype), args.max_shard_size)
     print(output)
+
+
+def _refuse_other_base(folder: Path, base: Path) -> None:
+    """By the run.json that fine-tuning leaves in `folder` or above it, if it is there."""
+    for file in (folder / "run.json", folder.parent / "run.json"):
+        if file.is_file():
+            trained_over = json.loads(file.read_text(encoding="utf-8"))["settings"]["model"]
+            if trained_over != fingerprint(base):
+                raise UserError(
+                    f"{folder} was not trained over {base}, by {file}; give the --model that was"
+                )
+            return
 
 
 def consolidated_tensors(base: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -158,14 +158,17 @@ def plan(
         "computing in": "bf16" if training.bf16 else "fp32",
         "recomputing layers": "yes" if training.gradient_checkpointing else "no",
         "seed": training.seed,
+        "checkpoints": f"by {training.save_strategy.value}, every {training.save_steps:g}"
+        if training.save_strategy == "steps"
+        else f"by {training.save_strategy.value}",
         "output": training.output_dir,
     }
     console.print(_table("settings", [], [(key, str(value)) for key, value in settings.items()]))
     console.print(trainable_table(model))
     tokens = training.per_device_train_batch_size * max(lengths)
     memory = estimate(model, options, training, tokens)
-    rows = [(part, f"{getattr(memory, part) / 1e9:.2f} GB") for part in vars(memory)]
-    rows.append(("in all", f"{memory.total / 1e9:.2f} GB"))
+    rows = [(part, _size(getattr(memory, part))) for part in vars(memory)]
+    rows.append(("in all", _size(memory.total)))
     title = f"memory a device at its peak, {tokens:,} tokens at a time (estimated)"
     console.print(_table(title, [], rows))
     if torch.cuda.is_available():
@@ -178,6 +181,10 @@ def trainable_table(model: nn.Module) -> Table:
     """How many parameters of each kind there are and train."""
     rows = [(kind, f"{n:,}", f"{t:,}", f"{t / n:.2%}") for kind, n, t in parameter_table(model)]
     return _table("parameters", ["", "all", "trained", ""], rows)
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _method(options: ModelArguments, training: FineTuningArguments) -> str:

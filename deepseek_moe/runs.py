@@ -4,7 +4,7 @@
 command goes on from the last checkpoint, if all of these are the same, or says that all is done.
 """
 
-import hashlib
+import fcntl
 import json
 import os
 import shutil
@@ -23,7 +23,7 @@ from .errors import UserError
 from .export import write_checkpoint
 from .merge import base_tensors, merged_tensors
 from .training import INCOMPLETE, FineTuner, one_line_write_errors
-from .weights import weight_files
+from .weights import fingerprint
 
 FILE = "run.json"
 
@@ -75,7 +75,21 @@ class Run:
             )
 
     def start(self) -> None:
-        """Claims the folder, and clears away what an interrupted save left."""
+        """Claims the folder for this process, and clears away what an interrupted save left.
+
+        Raises:
+            UserError: another process is running in it.
+        """
+        self._lock = (self.folder / ".lock").open("w")  # the system lets go of it when we end
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"another process is running in {self.folder}; wait for it, end it, or give "
+                "another --output_dir"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
         with one_line_write_errors(self.folder, self.folder / INCOMPLETE, main=True):
             self._write(finished=False)
@@ -93,6 +107,9 @@ class Run:
             trainer.save_model(str(trained))  # gathers what the processes hold
             if main:
                 (trained / "training_args.bin").unlink()  # a pickle; run.json says it better
+                (trained / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
+                for file in trained.glob("*.safetensors"):
+                    file.chmod(0o644)
                 result = self._result(trained, base, isinstance(trainer.model, PeftModel), merge)
                 self._publish(result)
                 shutil.rmtree(aside)
@@ -149,28 +166,16 @@ def settings_of(
         keys = ("lora_rank", "lora_alpha", "lora_dropout", "modules_to_save", "bits")
         keys += ("quant_type", "double_quant") if model.bits == 4 else ()
         found |= {key: getattr(model, key) for key in keys}
-    keys = ("model_max_length", "packing")
+    keys = ("model_max_length", "packing", "eval_fraction")
     found |= {key: getattr(data, key) for key in keys}
     keys = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay")
     keys += ("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "seed")
-    keys += ("data_seed", "train_sampling_strategy")
+    keys += ("data_seed", "train_sampling_strategy", "neftune_noise_alpha", "optim_args")
     found |= {key: getattr(training, key) for key in keys}
     return found | {
+        "lr_scheduler_kwargs": str(training.lr_scheduler_kwargs or ""),
         "lr_scheduler_type": str(getattr(training.lr_scheduler_type, "value", "")),
         "optim": str(getattr(training.optim, "value", training.optim)),
         "batch_size": batch * training.world_size,
         "zero_stage": zero_stage(training),
     }
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's config and weight files: their sizes and samples of their bytes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with file.open("rb") as handle:
-            for at in range(0, size, max(1, size // 32)):
-                handle.seek(at)
-                digest.update(handle.read(4096))
-    return digest.hexdigest()[:16]

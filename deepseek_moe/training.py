@@ -65,6 +65,9 @@ class FineTuner(Trainer):
     def leave_if_stopped(self) -> None:
         """Ends the process, if a signal ended the training, as that signal would have."""
         if self.stopper.stopped:
+            if self.is_world_process_zero():
+                last = get_last_checkpoint(self.args.output_dir)
+                print(f"stopped; repeat the command to go on from {last}", file=sys.stderr)
             raise SystemExit(128 + self.stopper.stopped)
 
     # ---- the loss ----
@@ -294,10 +297,10 @@ class Progress(ProgressCallback):
 
     SHOWN = {  # name in the logs: how it is shown
         "loss": "loss {:.4f}",
-        "balance_loss": "balance {:.4f}",
-        "grad_norm": "norm {:.3f}",
-        "learning_rate": "rate {:.2e}",
-        "tokens_per_second": "{:,.0f} tokens/s",
+        "balance_loss": "bal {:.4f}",
+        "grad_norm": "norm {:.2f}",
+        "learning_rate": "lr {:.1e}",
+        "tokens_per_second": "{:,.0f} tok/s",
         "gpu_memory_gb": "{:.1f} GB",
         "eval_loss": "evaluation: loss {:.4f}",
         "eval_perplexity": "perplexity {:.2f}",

@@ -10,11 +10,13 @@ says what a run would do and need.
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 
-# Before anything imports it: it warns of every product that it casts, and of a package that it can
-# do without.
+# Before anything imports them: libraries warn one another of renamed functions, and bitsandbytes of
+# every product that it casts and of a package that it can do without.
+warnings.filterwarnings("ignore", category=FutureWarning)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from datasets import Dataset
@@ -24,10 +26,10 @@ from transformers import set_seed
 from deepseek_moe import DeepseekTokenizer
 from deepseek_moe.adapters import build_model
 from deepseek_moe.arguments import DataArguments, FineTuningArguments, parse_arguments
-from deepseek_moe.checkpoint import locate, own_tokenizer
+from deepseek_moe.checkpoint import locate, one_line, own_tokenizer
 from deepseek_moe.cli import one_line_errors
 from deepseek_moe.data import Collator, load_examples, pack, show, split
-from deepseek_moe.memory import plan, trainable_table
+from deepseek_moe.memory import meta_model, plan, trainable_table
 from deepseek_moe.runs import Run, settings_of
 from deepseek_moe.training import FineTuner, said_once
 
@@ -50,24 +52,30 @@ def main() -> None:
     run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
     if run.finished:
         say("this run is finished already")
+        if options.merge_on_save and not (run.folder / "config.json").is_file():
+            say(f"merge it: python -m deepseek_moe.export --model {folder} --adapter {run.folder}")
         if main_process:
             print(run.folder)
         return
+    table = trainable_table(meta_model(folder, options))  # refuses what cannot train, in a second
+    if main_process:
+        Console(stderr=True, width=100).print(table)
     with args.main_process_first():
         if main_process:
             run.start()
+    if run.checkpoint:
+        say(f"going on from {run.checkpoint}")
 
     model = build_model(folder, options, args)
-    if main_process:
-        Console(stderr=True, width=100).print(trainable_table(model))
-    trainer = FineTuner(
-        model=model,
-        args=args,
-        train_dataset=packed,
-        eval_dataset=evaluation,
-        data_collator=Collator(tokenizer.pad_token_id, data.packing),
-        processing_class=tokenizer,
-    )
+    with one_line("the trainer cannot be set up", "change that option"):
+        trainer = FineTuner(
+            model=model,
+            args=args,
+            train_dataset=packed,
+            eval_dataset=evaluation,
+            data_collator=Collator(tokenizer.pad_token_id, data.packing),
+            processing_class=tokenizer,
+        )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.leave_if_stopped()
     run.save_result(trainer, folder, options.merge_on_save)
@@ -98,6 +106,7 @@ def load_data(
         say(report)
     elif data.eval_fraction:
         train, evaluation = split(train, data.eval_fraction, args.seed)
+        say(f"{len(evaluation):,} rows are held out to evaluate on")
     for row in train.select(range(min(data.show_examples, len(train)))):
         say(show(tokenizer, row["input_ids"], row["trained"], sys.stderr.isatty()))
     return train, evaluation

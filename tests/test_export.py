@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from deepseek_moe.cli import one_line_errors
 from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.merge import ADAPTER_FILE, base_tensors, merged_tensors
 from deepseek_moe.tokenization_deepseek import BOS
-from deepseek_moe.weights import official_tensors
+from deepseek_moe.weights import fingerprint, official_tensors
 
 
 @pytest.fixture
@@ -90,6 +91,22 @@ def test_base_dtypes_are_kept_but_added_in_fp32(
     for name, x in load(merged).state_dict().items():
         assert x.dtype == torch.bfloat16
         torch.testing.assert_close(x, wanted.state_dict()[name].bfloat16(), msg=name)
+
+
+def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the note that fine-tuning left."""
+    trained = tmp_path / "trained"
+    shutil.copytree(adapter, trained)
+    for name, works in ((fingerprint(base), True), ("0" * 16, False)):
+        (trained / "run.json").write_text(json.dumps({"settings": {"model": name}}))
+        options = ("--model", base, "--adapter", trained, "--output", tmp_path / f"new{works}")
+        if works:
+            run(monkeypatch, *options)
+            continue
+        with pytest.raises(UserError, match="was not trained over"):
+            run(monkeypatch, *options)
 
 
 def test_without_adapter_the_base_is_written_as_it_is(

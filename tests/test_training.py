@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +340,20 @@ def test_a_run_knows_whether_it_is_new_begun_or_finished(tmp_path: Path) -> None
         Run(str(run.folder), settings)
 
 
+def test_a_folder_where_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    hold += "print(flush=True); input()"
+    lock = tmp_path / ".lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process is running"):
+            Run(str(tmp_path), {}).start()
+        other.communicate(b"\n")
+    Run(str(tmp_path), {}).start()
+
+
 def test_a_broken_note_of_the_run_is_one_line(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"finished": true}'):
         (tmp_path / FILE).write_text(content)
@@ -387,6 +403,17 @@ def test_old_names_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--logging_dir has no effect" in said.err and "--group_by_length has" in said.err
 
 
+def test_a_dropped_option_takes_its_own_value_only() -> None:
+    for words in (["--group_by_length"], ["--group_by_length", "True"]):
+        _, data, _ = parse(*words, "--packing")
+        assert data.packing
+
+
+def test_output_dir_is_asked_for() -> None:
+    with pytest.raises(UserError, match="--output_dir is missing"):
+        parse_arguments(["--data_path", "x"])
+
+
 def test_a_flag_without_a_value_is_true() -> None:
     model, _, _ = parse("--double_quant", "--use_lora", "--bits", "4")
     assert model.double_quant and model.use_lora
@@ -404,6 +431,13 @@ def test_a_flag_without_a_value_is_true() -> None:
         ("--fp16 True", "--fp16"),
         ("--logging_nan_inf_filter True", "--logging_nan_inf_filter"),
         ("--load_best_model_at_end True --eval_strategy no", "--load_best_model_at_end"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor"),
+        ("--save_only_model True", "--save_only_model"),
+        ("--resume_from_checkpoint x", "--resume_from_checkpoint"),
+        ("--save_strategy best", "--save_strategy best"),
+        ("--attn_implementation none", "--attn_implementation none"),
+        ("--eval_fraction 0.1", "--eval_strategy epoch"),
+        ("--eval_fraction 1.5 --eval_strategy epoch", "--eval_fraction is 1.5"),
         ("--model_max_length 1", "--model_max_length is 1"),
         ("--eval_strategy steps", "nothing to evaluate"),
         ("--eval_fraction 0.1 --eval_data_path x", "not both"),
