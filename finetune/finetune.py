@@ -19,6 +19,7 @@ from functools import partial
 warnings.filterwarnings("ignore", category=FutureWarning)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
@@ -81,6 +82,7 @@ def main() -> None:
     run.save_result(trainer, folder, options.merge_on_save)
     if main_process:
         print(run.folder)
+    PartialState().destroy_process_group()  # left to the exit, its threads may abort the process
 
 
 def load_data(
