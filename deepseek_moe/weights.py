@@ -60,7 +60,7 @@ def refuse_wrong_checkpoint(
 ) -> None:
     """`refuse_wrong_tensors` for what `model_class.from_pretrained(path, **kwargs)` would read, if
     it is on this disk."""
-    if kwargs.keys() & {"state_dict", "gguf_file", "key_mapping", "quantization_config"}:
+    if kwargs.keys() & {"state_dict", "gguf_file", "key_mapping"}:
         return
     where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if key in kwargs}
     try:
@@ -70,6 +70,8 @@ def refuse_wrong_checkpoint(
     config = kwargs.get("config")
     if config is None or isinstance(config, (str, Path)):
         config = model_class.config_class.from_pretrained(config or Path(found).parent)
+    # Files of quantised weights (the config says so) hold other tensors. Weights that are quantised
+    # while they are read (the keyword) lie there like any; transformers takes any shape of them.
     if not hasattr(config, "quantization_config"):
         with torch.device("meta"):
             wanted = model_class(config)

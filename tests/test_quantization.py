@@ -181,6 +181,25 @@ def test_router_norms_embedding_and_head_stay_as_loaded(base: Path, way: Quantiz
         assert left_alone == norms | others
 
 
+@pytest.mark.parametrize("wrong", ["missing", "surplus", "shape"])
+@pytest.mark.parametrize("way", [WAYS["nf4-double"], WAYS["8"]], ids=["nf4-double", "8"])
+def test_wrong_tensors_are_named(
+    tiny_model: MakeModel, tmp_path: Path, way: Quantization, wrong: str
+) -> None:
+    tiny_model(**WIDE).save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors = load_file(file)
+    if wrong == "missing":
+        del tensors[name]
+    else:
+        other = name if wrong == "shape" else "model.odd.weight"
+        tensors[other] = torch.ones(64, 72)
+    save_file(tensors, file, metadata={"format": "pt"})
+    said = {"missing": f"{name} is missing", "surplus": "model.odd.weight is not of this model"}
+    with pytest.raises(ValueError, match=said.get(wrong, f"{name} has shape")):
+        load(tmp_path, way)
+
+
 def test_modules_to_save_are_left_alone(base: Path) -> None:
     config = WAYS["nf4"].config(["o_proj"])
     model = DeepseekForCausalLM.from_pretrained(base, quantization_config=config)
