@@ -25,6 +25,7 @@ from transformers import (
 
 from .configuration_deepseek import DeepseekConfig
 from .errors import UserError
+from .packing import BITS, PackingConfig, packed_bytes
 from .tokenization_deepseek import DeepseekTokenizer
 from .weights import weight_files
 
@@ -33,7 +34,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    model: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    model: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to generate, and its tokenizer.
 
@@ -44,10 +49,14 @@ def load(
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         trust_remote_code: run code that comes with a checkpoint of another architecture. For this
             one the code of this package is used, whatever the checkpoint brings.
+        quantization: int8 or int4 packs the weights of the layers, and the head's in int8, in
+            `dtype` before, while they are read (packing.py); None leaves them as they are.
 
     Raises:
         UserError: one line that says what was found and what to do.
     """
+    if quantization is not None and quantization not in BITS:
+        raise UserError(f"quantization {quantization} is unknown; use {' or '.join(BITS)}")
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype {dtype} is unknown; use auto, {', '.join(DTYPES)}")
     folder = locate(model, trust_remote_code)
@@ -55,8 +64,20 @@ def load(
     numbers = _count_numbers(folder)
     with one_line(f"{folder / 'config.json'} cannot be used", _remedy(folder, trust_remote_code)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    number_type = DTYPES.get(dtype) or _auto_dtype(place, numbers, config.dtype)
-    _refuse_too_little_memory(numbers * number_type.itemsize, number_type, place)
+    if quantization and not isinstance(config, DeepseekConfig):
+        raise UserError(
+            f"{folder} holds a {config.model_type} model, of which {quantization} knows nothing; "
+            "load it without quantization"
+        )
+
+    def size(number_type: torch.dtype) -> int:
+        if quantization is None:
+            return numbers * number_type.itemsize
+        return packed_bytes(numbers, config, BITS[quantization], number_type)
+
+    number_type = DTYPES.get(dtype) or _auto_dtype(place, size(torch.float32), config.dtype)
+    _refuse_too_little_memory(size(number_type), quantization or str(number_type), place)
+    options = {"quantization_config": PackingConfig(BITS[quantization])} if quantization else {}
     with one_line(f"{folder} cannot be loaded", "get the checkpoint anew"):
         network, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -66,6 +87,7 @@ def load(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **options,
         )
         if info["missing_keys"]:  # of other architectures; ours refuses them by itself
             raise UserError(f"{folder} lacks {min(info['missing_keys'])}; get the checkpoint anew")
@@ -211,10 +233,11 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _auto_dtype(device: torch.device, numbers: int, stored: torch.dtype | None) -> torch.dtype:
+def _auto_dtype(device: torch.device, need: int, stored: torch.dtype | None) -> torch.dtype:
+    """`need`: bytes of the weights as float32."""
     if device.type != "cpu":
         return stored or torch.bfloat16
-    return torch.float32 if numbers * 4 < _free_memory(device) else torch.bfloat16
+    return torch.float32 if need < _free_memory(device) else torch.bfloat16
 
 
 def _free_memory(device: torch.device) -> int:
@@ -224,11 +247,11 @@ def _free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _refuse_too_little_memory(need: int, dtype: torch.dtype, device: torch.device) -> None:
+def _refuse_too_little_memory(need: int, stored_as: str, device: torch.device) -> None:
     free = _free_memory(device)
     if need > free:
         raise UserError(
-            f"the weights need {need / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, but "
-            f"{device} has {free / 1e9:.1f} GB free; use --dtype bfloat16, another device, or a "
-            "smaller model"
+            f"the weights need {need / 1e9:.1f} GB as {stored_as.removeprefix('torch.')}, but "
+            f"{device} has {free / 1e9:.1f} GB free; use --dtype bfloat16, --quantization int4, "
+            "another device, or a smaller model"
         )

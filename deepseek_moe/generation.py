@@ -5,74 +5,36 @@ for step in generator.stream([[100000, 17464]], max_new_tokens=20):
     ...  # step holds one new id for each prompt, None where it has ended
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from .engine import Engine
 from .errors import UserError
-
-Sampler = Callable[[torch.Tensor], torch.Tensor]
-"""Logits of the next position, fp32 [B, V], to ids [B]."""
-
-
-def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
-    """The likeliest id of each row."""
-    return logits_BV.argmax(dim=-1)
-
-
-def make_sampler(
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None
-) -> Sampler:
-    """A sampler: greedy at temperature 0, else by chance.
-
-    Args:
-        temperature: divides the logits; below 1 favours the likely, above 1 the unlikely.
-        top_k: keep only the `top_k` likeliest ids; 0 keeps all.
-        top_p: keep the likeliest ids whose probabilities first reach `top_p` together.
-        seed: makes the draws repeatable.
-
-    Raises:
-        UserError: a value that no distribution has.
-    """
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or above")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if top_k < 0:
-        raise UserError(f"top_k is {top_k}; it must be 0 (off) or above")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise UserError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
-    if temperature == 0:
-        return greedy
-    temperature = max(temperature, 1e-30)  # smaller ones are 0 in fp32
-    generators: dict[torch.device, torch.Generator] = {}
-
-    def sample(logits_BV: torch.Tensor) -> torch.Tensor:
-        device = logits_BV.device
-        if seed is not None and device not in generators:
-            generators[device] = torch.Generator(device).manual_seed(seed)
-        # The largest logit becomes 0 first, so that a small temperature cannot overflow.
-        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
-        logits_BV, ids_BV = logits_BV.sort(dim=-1, descending=True)
-        if top_k:
-            logits_BV, ids_BV = logits_BV[:, :top_k], ids_BV[:, :top_k]
-        probs_BV = logits_BV.softmax(dim=-1)
-        before_BV = probs_BV.cumsum(dim=-1) - probs_BV  # 0 for the likeliest, which always stays
-        probs_BV = probs_BV.masked_fill(before_BV >= top_p, 0.0)
-        picks_B1 = torch.multinomial(probs_BV, 1, generator=generators.get(device))
-        return ids_BV.gather(-1, picks_B1).squeeze(-1)
-
-    return sample
+from .sampling import Sampler, greedy
 
 
 class Generator:
-    """Continues batches of prompts of any lengths with a causal language model."""
+    """Continues batches of prompts of any lengths with a causal language model.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else, or all
+    with `fast` False, goes the plain way: the model's own forward over a growing cache.
+
+    Raises:
+        UserError: `fast` is True where the engine cannot run.
+    """
+
+    def __init__(self, model: PreTrainedModel, fast: bool | None = None) -> None:
         self.model = model.eval()
         self.context = model.config.max_position_embeddings
+        if fast and not Engine.supports(model):
+            raise UserError(
+                "the fast engine needs this architecture, in bfloat16 or float16, on one NVIDIA "
+                "GPU with Triton; leave `fast` out"
+            )
+        self.engine = Engine(model) if fast or (fast is None and Engine.supports(model)) else None
 
     def generate(
         self,
@@ -99,7 +61,8 @@ class Generator:
         """Step by step, the next id of every prompt; None for those that have ended.
 
         A sequence ends at one of `stop_ids` (which is not yielded), after `max_new_tokens`, or when
-        it fills the context.
+        it fills the context. In the engine `greedy` and a `Sampling` run inside the CUDA graph, any
+        other function on the logits that it leaves.
 
         Raises:
             UserError: no prompt, an empty one, one that fills the context, nothing to generate.
@@ -107,7 +70,6 @@ class Generator:
         self._check(prompts, max_new_tokens)
         return self._steps(prompts, max_new_tokens, sample, stop_ids)
 
-    @torch.inference_mode()
     def _steps(
         self,
         prompts: Sequence[Sequence[int]],
@@ -115,38 +77,21 @@ class Generator:
         sample: Sampler,
         stop_ids: Collection[int],
     ) -> Iterator[list[int | None]]:
-        device = self.model.device
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        ids_BL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        mask_BL = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
-        position_BL = (mask_BL.cumsum(dim=-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        running = [True] * len(prompts)
-        for made in range(max_new_tokens):
-            logits_BV = self.model(
-                input_ids=ids_BL,
-                attention_mask=mask_BL,
-                position_ids=position_BL,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            next_B = sample(logits_BV.float())
-            step = next_B.tolist()
-            for i, token in enumerate(step):
-                running[i] = running[i] and token not in stop_ids
-                step[i] = token if running[i] else None
-            if any(running):
-                yield step
-            running = [
-                go and n + made + 1 < self.context for go, n in zip(running, lengths, strict=True)
-            ]
-            if not any(running):
+        if self.engine is not None:
+            batch = self.engine.start(prompts, sample, max_new_tokens)
+        else:
+            batch = PlainBatch(self.model, prompts, sample)
+        room = [self.context - len(prompt) for prompt in prompts]
+        running = set(range(len(prompts)))
+        for made in range(1, max_new_tokens + 1):
+            new = {b: token for b, token in batch.next().items() if b in running}
+            running = {b for b, token in new.items() if token not in stop_ids}
+            if running:
+                yield [new[b] if b in running else None for b in range(len(prompts))]
+            running = {b for b in running if made < room[b]}
+            if not running:
                 return
-            ids_BL = next_B[:, None]
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), 1)], dim=-1)
-            position_BL = position_BL[:, -1:] + 1
+            batch.drop(new.keys() - running)
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts or not all(prompts):
@@ -159,3 +104,55 @@ class Generator:
                 f"the prompt has {longest} tokens, but the model's context is {self.context}, "
                 "answer included; shorten the prompt"
             )
+
+
+class PlainBatch:
+    """`engine.Batch` with any model on any device: the model's forward, padded to the left."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sample: Sampler
+    ) -> None:
+        self.model, self.sample = model, sample
+        self.numbers = list(range(len(prompts)))
+        lengths, device = [len(prompt) for prompt in prompts], model.device
+        longest = max(lengths)
+        ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        self.ids_BL = torch.tensor(ids, device=device)
+        self.mask_BL = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
+        self.position_BL = (self.mask_BL.cumsum(dim=-1) - 1).clamp(min=0)
+        self.seen_BV = torch.zeros(
+            len(prompts), model.config.vocab_size, dtype=torch.bool, device=device
+        )
+        for row, prompt in enumerate(prompts):
+            self.seen_BV[row, torch.tensor(list(prompt), device=device)] = True
+        self.cache = DynamicCache(config=model.config)
+
+    @torch.inference_mode()
+    def next(self) -> dict[int, int]:
+        """The next id of each prompt in the batch."""
+        logits_BV = self.model(
+            input_ids=self.ids_BL,
+            attention_mask=self.mask_BL,
+            position_ids=self.position_BL,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        ids_B = self.sample(logits_BV.float(), self.seen_BV)
+        self.seen_BV.scatter_(1, ids_B[:, None], True)
+        self.ids_BL = ids_B[:, None]
+        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(ids_B), 1)], dim=-1)
+        self.position_BL = self.position_BL[:, -1:] + 1
+        return dict(zip(self.numbers, ids_B.tolist(), strict=True))
+
+    @torch.inference_mode()
+    def drop(self, numbers: Collection[int]) -> None:
+        """These prompts have ended: they leave the batch."""
+        kept = [row for row, number in enumerate(self.numbers) if number not in numbers]
+        if len(kept) == len(self.numbers):
+            return
+        self.numbers = [self.numbers[row] for row in kept]
+        index = torch.tensor(kept, device=self.ids_BL.device)
+        self.cache.batch_select_indices(index)
+        for name in ("ids_BL", "mask_BL", "position_BL", "seen_BV"):
+            setattr(self, name, getattr(self, name)[index])

@@ -24,10 +24,11 @@ from deepseek_moe.cli import (
     add_sampling_options,
     check_prompt,
     one_line_errors,
+    sampler_of,
     write_text,
 )
 from deepseek_moe.errors import UserError
-from deepseek_moe.generation import Generator, make_sampler
+from deepseek_moe.generation import Generator
 
 HELP = """\
 /reset      forget the conversation
@@ -47,8 +48,10 @@ def main() -> None:
     if args.prompt is not None:
         check_prompt(args.prompt)
 
-    sample = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
-    model, tokenizer = load(args.model, args.dtype, args.device, args.trust_remote_code)
+    sample = sampler_of(args)
+    model, tokenizer = load(
+        args.model, args.dtype, args.device, args.trust_remote_code, args.quantization
+    )
     chat = Chat(Generator(model), tokenizer, args.max_new_tokens, sample)
     if args.prompt is not None:
         chat.ask(args.prompt)

@@ -23,10 +23,11 @@ from deepseek_moe.cli import (
     check_prompt,
     check_writable,
     one_line_errors,
+    sampler_of,
     write_text,
 )
 from deepseek_moe.errors import UserError
-from deepseek_moe.generation import Generator, make_sampler
+from deepseek_moe.generation import Generator
 
 
 def main() -> None:
@@ -46,8 +47,10 @@ def main() -> None:
         raise UserError(f"batch_size is {args.batch_size}; it must be 1 or more")
     if args.output_file:
         check_writable(args.output_file)
-    sample = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
-    model, tokenizer = load(args.model, args.dtype, args.device, args.trust_remote_code)
+    sample = sampler_of(args)
+    model, tokenizer = load(
+        args.model, args.dtype, args.device, args.trust_remote_code, args.quantization
+    )
     generator = Generator(model)
     encoded = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
     options = (args.max_new_tokens, sample, {tokenizer.eos_token_id})

@@ -181,13 +181,31 @@ def test_one_prompt_with_an_output_file(run: Runner, tmp_path: Path) -> None:
     assert json.loads(row) == {"prompt": "Once", "completion": expected}
 
 
-@pytest.mark.parametrize("options", [[], ["--top_k", "20"], ["--top_p", "0.9"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--top_k", "20"],
+        ["--top_p", "0.9"],
+        ["--min_p", "0.01"],
+        ["--repetition_penalty", "1.2"],
+    ],
+)
 def test_a_seed_repeats_a_sampled_completion(run: Runner, options: list[str]) -> None:
     def text(seed: int) -> str:
         sampling = ["--temperature", "1", "--seed", seed, *options]
         return run("completion.py", "--max_new_tokens", 12, *sampling).out
 
     assert text(1) == text(1) != text(2)
+
+
+def test_a_repetition_penalty_needs_no_temperature(run: Runner) -> None:
+    def text(penalty: float) -> str:
+        return run("completion.py", "--max_new_tokens", 24, "--repetition_penalty", penalty).out
+
+    words = text(2.0).split()
+    assert text(1.0) == completed("Once upon a time", 24) + "\n"
+    assert len(set(words)) > len(set(text(1.0).split()))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -241,6 +259,10 @@ BAD_OPTIONS = [
     (["--top_p", "0"], "top_p is 0"),
     (["--top_p", "1.5"], "top_p is 1.5"),
     (["--top_k", "-1"], "top_k is -1"),
+    (["--min_p", "-0.1"], "min_p is -0.1"),
+    (["--min_p", "1.5"], "min_p is 1.5"),
+    (["--repetition_penalty", "0"], "repetition_penalty is 0"),
+    (["--repetition_penalty", "inf"], "repetition_penalty is inf"),
     (["--temperature", "1", "--seed", str(2**64)], "seed"),
     (["--max_new_tokens", "0"], "max_new_tokens is 0"),
     (["--max_new_tokens", "-1"], "max_new_tokens is -1"),
@@ -290,9 +312,12 @@ def test_memory_that_runs_out(run: Runner, monkeypatch: pytest.MonkeyPatch, scri
 
 def test_help_names_every_option(run: Runner) -> None:
     done = run("completion.py", "--help")
-    options = "model prompt prompts_file output_file max_new_tokens temperature top_p top_k seed"
+    options = """
+        model prompt prompts_file output_file batch_size max_new_tokens dtype device
+        temperature top_k top_p min_p repetition_penalty seed
+    """
     assert done.code == 0
-    assert not [o for o in [*options.split(), "dtype", "device"] if f"--{o}" not in done.out]
+    assert not [option for option in options.split() if f"--{option}" not in done.out]
 
 
 # Chat

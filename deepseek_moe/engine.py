@@ -1,0 +1,334 @@
+"""Continues batches of sequences as fast as the GPU reads the weights.
+
+A step (decoder.py, the sampler, and what both change) is captured in a CUDA graph for each size of
+batch, and always one step is under way on the GPU before the ids of the last are looked at: neither
+Python nor a stop id makes it wait. Sequences that have ended leave the batch.
+
+Without CUDA graphs the same steps run one by one: so the CPU tests this file.
+
+Letters: B sequences, T tokens, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+from .decoder import Decoder, StaticCache
+from .errors import UserError
+from .kernels import plain
+from .modeling_deepseek import (
+    DeepseekDecoderLayer,
+    DeepseekExperts,
+    DeepseekForCausalLM,
+    DeepseekGate,
+    DeepseekMLP,
+    DeepseekModel,
+    DeepseekMoE,
+)
+from .packing import PackedExperts, PackedLinear
+from .sampling import Sampler, Sampling, greedy
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+"""Rows for which graphs are made; a batch takes the next that holds it, above them multiples of
+128."""
+CHUNK = 8192  # tokens of prompts that go through the layers at once
+BLOCK = 64  # the cache's capacity is a multiple
+
+
+class Engine:
+    """A model and what its batches share: the static cache, the state of their rows, the graphs.
+
+    One batch at a time: another takes the place of the one before.
+    """
+
+    def __init__(self, model: DeepseekForCausalLM, chunk: int = CHUNK) -> None:
+        self.device, self.dtype = model.device, model.dtype
+        self.fast = self.device.type == "cuda"
+        if self.fast:
+            from .kernels import fused
+        self.model, self.chunk = model, chunk
+        self.context = model.config.max_position_embeddings
+        self.decoder = Decoder(model, fused if self.fast else plain)
+        self.cache: StaticCache | None = None
+        self.rows: Rows | None = None
+        self.batch: Batch | None = None
+        self.graphs: dict[tuple[int, Sampler], torch.cuda.CUDAGraph | None] = {}
+        self.pool: tuple[int, int] | None = None
+
+    @staticmethod
+    def supports(model: PreTrainedModel) -> bool:
+        """Whether `model` is one that the kernels know, where they run: whole and as it was loaded,
+        in bf16 or fp16 or packed by packing.py, on one NVIDIA GPU."""
+        return (
+            isinstance(model, DeepseekForCausalLM)
+            and model.device.type == "cuda"
+            and torch.version.hip is None
+            and _has_triton()
+            and torch.cuda.get_device_capability(model.device) >= (8, 0)
+            and model.dtype in (torch.bfloat16, torch.float16)
+            and knows(model)
+        )
+
+    def start(self, prompts: Sequence[Sequence[int]], sample: Sampler, steps: int) -> "Batch":
+        """Begins to continue `prompts`, each by up to `steps` tokens."""
+        self.batch = None  # whatever happens below, the one before has lost its rows
+        if (self.model.device, self.model.dtype) != (self.device, self.dtype):
+            raise UserError(
+                "the model was moved or cast after its Generator was made; make a new one"
+            )
+        self.graphs = {key: graph for key, graph in self.graphs.items() if key[1] in (sample, None)}
+        longest = max(map(len, prompts)) + steps
+        with self.here():
+            self._reserve(len(prompts), min(self.context, longest))
+            self.batch = Batch(self, prompts, sample, steps)
+        return self.batch
+
+    def here(self) -> AbstractContextManager:
+        """Makes the model's GPU the current one, on which kernels are launched."""
+        return torch.cuda.device(self.device) if self.fast else nullcontext()
+
+    def _reserve(self, slots: int, positions: int) -> None:
+        size = size_for(slots)
+        if self.cache and self.cache.slots >= slots and self.cache.capacity > positions:
+            return
+        self.graphs.clear()  # they hold the addresses of what is replaced
+        self.cache = self.rows = None
+        if self.fast:  # the whole context if there is room, so that longer texts find it ready
+            whole = StaticCache.bytes(self.model, slots, self.context)
+            if whole < torch.cuda.mem_get_info(self.device)[0] // 4:
+                positions = self.context
+        self.cache = StaticCache(self.model, slots, -(-(positions + 1) // BLOCK) * BLOCK)
+        self.rows = Rows(size, self.model.config.vocab_size, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [B, V] after each prompt, which are now in the slots 0 to B - 1."""
+        logits = []
+        for pieces in _chunks([len(prompt) for prompt in prompts], self.chunk):
+            ids = [np.array(prompts[b][start:end]) for b, start, end in pieces]
+            position = [np.arange(start, end) for _, start, end in pieces]
+            slot = [np.full(end - start, b) for b, start, end in pieces]
+            rows = np.stack(
+                [np.concatenate(part, dtype=np.int32) for part in (ids, position, slot)]
+            )
+            ids_T, position_T, slot_T = torch.from_numpy(rows).to(self.device)
+            ends = np.cumsum([len(piece) for piece in ids]).tolist()
+            out_BV = self.decoder.prefill(ids_T, position_T, slot_T, self.cache, ends)
+            whole = [i for i, (b, _, end) in enumerate(pieces) if end == len(prompts[b])]
+            logits.append(out_BV[whole] if len(whole) < len(pieces) else out_BV)
+        return torch.cat(logits)
+
+    @torch.inference_mode()
+    def step(self, size: int, sample: Sampler) -> None:
+        """Replaces the id of each of the first `size` rows by its next."""
+        captured = self.fast and (sample is greedy or isinstance(sample, Sampling))
+        key = (size, sample if captured else None)
+        if not self.fast or key not in self.graphs:  # the first step, which compiles the kernels
+            self.graphs[key] = None
+            self._decode(size, sample)
+            return
+        if self.graphs[key] is None:
+            self.graphs[key] = self._capture(size, sample if captured else None)
+        self.graphs[key].replay()
+        if not captured:
+            self._advance(size, self.graphs[key].logits, sample)
+
+    def _decode(self, size: int, sample: Sampler | None) -> torch.Tensor:
+        rows = self.rows.first(size)
+        logits_BV = self.decoder.step(rows.ids, rows.position, rows.slot, self.cache)
+        if sample is not None:
+            self._advance(size, logits_BV, sample)
+        return logits_BV
+
+    def _advance(self, size: int, logits_BV: torch.Tensor, sample: Sampler) -> None:
+        rows = self.rows.first(size)
+        # A row that goes on one step too long, unread, must stay inside the cache.
+        last = self.cache.capacity - 1
+        new_B = sample(logits_BV, rows.seen)
+        self.decoder.ops.advance(new_B, rows.ids, rows.position, rows.seen, last)
+
+    def _capture(self, size: int, sample: Sampler | None) -> torch.cuda.CUDAGraph:
+        if not any(self.graphs.values()):  # a pool goes with the last graph that used it
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        if isinstance(sample, Sampling) and sample.generator(self.device) is not None:
+            graph.register_generator_state(sample.generator(self.device))
+        with torch.cuda.graph(graph, pool=self.pool):
+            graph.logits = self._decode(size, sample)
+        return graph
+
+
+class Rows:
+    """What a step reads and writes, a row a sequence: the id to go on from, its position (-1: no
+    sequence), its slot of the cache, which ids it has seen."""
+
+    def __init__(self, size: int, vocabulary: int, device: torch.device) -> None:
+        self.ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self.position = torch.full((size,), -1, dtype=torch.int32, device=device)
+        self.slot = torch.zeros(size, dtype=torch.int32, device=device)
+        self.seen = torch.zeros(size, vocabulary, dtype=torch.bool, device=device)
+
+    def first(self, size: int) -> "Rows":
+        """Views of the first rows."""
+        rows = object.__new__(Rows)
+        for name, tensor in vars(self).items():
+            setattr(rows, name, tensor[:size])
+        return rows
+
+    def keep(self, kept: list[int]) -> None:
+        """Moves rows together; those behind them hold no sequence."""
+        index = torch.tensor(kept, pin_memory=self.ids.is_cuda)  # pinned: the copy does not wait
+        index = index.to(self.ids.device, non_blocking=True)
+        for tensor in vars(self).values():
+            tensor[: len(kept)] = tensor[index]
+        self.position[len(kept) :] = -1
+
+
+class Batch:
+    """Prompts that an engine is continuing."""
+
+    def __init__(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], sample: Sampler, steps: int
+    ) -> None:
+        self.engine, self.sample = engine, sample
+        self.numbers = list(range(len(prompts)))  # which prompt each row continues
+        self.left = steps - 1  # after the one that the prompts themselves give
+        self.under_way: deque[tuple[list[int], torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._prefill(prompts)
+
+    def next(self) -> dict[int, int]:
+        """The next id of each prompt that was in the batch when its step began.
+
+        Raises:
+            UserError: the engine has begun another batch.
+        """
+        if self.engine.batch is not self:
+            raise UserError(
+                "another generation has begun on this model; finish one before the next, or give "
+                "their prompts together"
+            )
+        with self.engine.here():
+            if not self.under_way:
+                self._launch()
+            numbers, ids, event = self.under_way.popleft()
+            if self.started:  # one step ahead, but not before the first id is out
+                self._launch()
+        self.started = True
+        if event is not None:
+            event.synchronize()
+        return dict(zip(numbers, ids.tolist(), strict=True))
+
+    def drop(self, numbers: Collection[int]) -> None:
+        """These prompts have ended: they leave the batch."""
+        kept = [row for row, number in enumerate(self.numbers) if number not in numbers]
+        if len(kept) < len(self.numbers):
+            self.numbers = [self.numbers[row] for row in kept]
+            if kept:
+                with torch.inference_mode(), self.engine.here():
+                    self.engine.rows.keep(kept)
+
+    @torch.inference_mode()
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        engine, count = self.engine, len(prompts)
+        logits_BV = engine.prefill(prompts)
+        rows = engine.rows
+        rows.position.fill_(-1)
+        rows.position[:count] = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        rows.slot[:count] = torch.arange(count, device=engine.device)
+        rows.seen[:count] = False
+        for row, prompt in enumerate(prompts):
+            rows.seen[row, torch.tensor(list(prompt), device=engine.device)] = True
+        engine._advance(count, logits_BV, self.sample)
+        self.started = False
+        self._sent(count)
+
+    def _launch(self) -> None:
+        if self.left > 0 and self.numbers:
+            self.left -= 1
+            self.engine.step(size_for(len(self.numbers)), self.sample)
+            self._sent(len(self.numbers))
+
+    def _sent(self, count: int) -> None:
+        """Sends the ids on their way to the CPU."""
+        ids, event = self.engine.rows.ids[:count], None
+        if self.engine.fast:
+            ids = torch.empty(count, dtype=ids.dtype, pin_memory=True).copy_(ids, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            ids = ids.clone()
+        self.under_way.append((list(self.numbers), ids, event))
+
+
+def knows(model: DeepseekForCausalLM) -> bool:
+    """Whether the kernels compute all that `model` does: no adapter, hook, sharded or otherwise
+    quantised weight in it, and nothing in its config that they leave out."""
+    config = model.config
+    known = (
+        nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, SiLUActivation, PackedLinear,
+        PackedExperts, LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding, DeepseekGate,
+        DeepseekExperts, DeepseekMLP, DeepseekMoE, DeepseekDecoderLayer, DeepseekModel,
+        DeepseekForCausalLM,
+    )  # fmt: skip
+    return (
+        all(type(module) in known for module in model.modules())
+        and not any(map(_foreign_hooks, model.modules()))
+        and all(
+            type(p.data) is torch.Tensor
+            and p.device == model.device
+            and p.dtype in (model.dtype, torch.int32)
+            and p.numel() > 0
+            for p in model.parameters()
+        )
+        and config.rope_parameters["rope_type"] in ("default", "linear")
+        and not config.attention_bias
+        and config.hidden_act == "silu"
+        and bool(config.n_shared_experts)
+        and config.head_dim in (32, 64, 128)
+        and config.hidden_size % 64 == config.moe_intermediate_size % 8 == 0
+    )
+
+
+def _foreign_hooks(module: nn.Module) -> bool:
+    """Hooks other than those by which transformers collects hidden states, once it was asked to."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)
+
+
+def size_for(count: int) -> int:
+    """Rows of the graph for `count` sequences."""
+    return next((size for size in SIZES if size >= count), -(-count // 128) * 128)
+
+
+def _chunks(lengths: list[int], chunk: int) -> list[list[tuple[int, int, int]]]:
+    """Pieces (prompt, start, end) that go through the layers together: whole prompts of up to
+    `chunk` tokens in all, or one piece of a prompt that is longer."""
+    chunks, room = [], 0
+    for b, length in enumerate(lengths):
+        if length <= room:
+            chunks[-1].append((b, 0, length))
+            room -= length
+            continue
+        starts = range(0, length, chunk)
+        chunks += [[(b, start, min(start + chunk, length))] for start in starts]
+        room = chunk - length if length <= chunk else 0
+    return chunks
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,17 @@
+"""The kernels under the names of their plain twins."""
+
+from .attention import attend
+from .between import add_norm, advance, combine, rotate, swiglu
+from .experts import experts_down, experts_gate_up
+from .gate import gate_up, route
+from .grouped import dense, grouped_down, grouped_gate_up, matrix
+from .linear import linear
+from .prompt import attend_prompt
+from .qkv import qkv
+from .sort import choose, sort_picks
+
+__all__ = [
+    "add_norm", "advance", "attend", "attend_prompt", "choose", "combine", "dense", "experts_down",
+    "experts_gate_up", "gate_up", "grouped_down", "grouped_gate_up", "linear", "matrix", "qkv",
+    "rotate", "route", "sort_picks", "swiglu",
+]  # fmt: skip
