@@ -1,10 +1,15 @@
 """Draws the pictures of this folder: `python images/draw.py` (needs matplotlib).
 
-Coordinates are pixels of a picture shown 800 wide, y downwards. The parameter counts are computed
-here from the sizes of the published config.
+Coordinates are pixels of the picture as it is shown, y downwards. The parameter counts are computed
+here from the sizes of the published config; the speeds come from decode.json, which
+benchmarks/decode.py writes.
 """
 
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import pyplot as plt
@@ -25,6 +30,8 @@ E, K, WIDTH, SHARED_EXPERTS = 64, 6, 1408, 2
 PICKED = (5, 16, 24, 38, 47, 58)  # the experts that the drawn token goes to
 
 Point = tuple[float, float]
+Label = tuple[float, str, str]
+"""y, text, colour."""
 
 
 def main() -> None:
@@ -34,6 +41,9 @@ def main() -> None:
     plt.rcParams.update({"font.family": "DejaVu Sans", "svg.hashsalt": "deepseek-moe"})
     save(draw_logo(), "logo")
     save(draw_architecture(), "architecture")
+    report = FOLDER / "decode.json"  # written by benchmarks/decode.py on a GPU
+    if report.is_file():
+        save(draw_decode(json.loads(report.read_text(encoding="utf-8"))), "decode")
 
 
 def draw_logo() -> Figure:
@@ -174,6 +184,82 @@ def draw_counts(ax: Axes) -> None:
         box(ax, x, 570, 10, 10, fill=fill, edge=fill, radius=2)
         write(ax, x + 16, 575, text, ha="left")
         x += width
+
+
+def draw_decode(report: dict[str, Any]) -> Figure:
+    """Tokens a second against the size of the batch, both by their logarithms: `report` is what
+    benchmarks/decode.py writes. What it could not measure is left out."""
+    figure, ax = canvas(460, 336)
+    rows = sorted(report["decode"], key=lambda row: row["batch_size"])
+    what = f"16B model in {rows[0]['weights']}, prompts of {report['prompt_tokens']} tokens"
+    write(ax, 20, 24, "Decoding: tokens/s in total", 15, ha="left", weight="bold")
+    write(ax, 20, 45, f"{what}, {report['machine']['hardware']}", 12, ha="left")
+
+    speeds = [speed for row in rows for speed in measured(row).values()]
+    low, high = math.log(min(speeds) / 1.5), math.log(max(speeds) * 1.2)
+    widest = math.log(max(2, rows[-1]["batch_size"]))
+    left, right, top, bottom = 122, 306, 66, 288
+
+    def place(batch: int, speed: float) -> Point:
+        x = left + (right - left) * math.log(batch) / widest
+        return x, bottom - (bottom - top) * (math.log(speed) - low) / (high - low)
+
+    for decade in range(math.ceil(low / math.log(10)), math.floor(high / math.log(10)) + 1):
+        y = place(1, 10**decade)[1]
+        ax.plot([56, right], [y, y], color=IDLE, lw=0.8, zorder=3)
+        write(ax, 50, y, f"{10**decade:,}", 11, ha="right")
+    for batch in {row["batch_size"] for row in rows}:
+        write(ax, place(batch, 1)[0], bottom + 13, str(batch), 12)
+    write(ax, (left + right) / 2, bottom + 31, "sequences at once", 12)
+
+    ends: list[Label] = []
+    for field, name, color, style in (
+        ("limit_tokens_s", "memory limit", DENSE, "--"),
+        ("tokens_s", "this engine", ROUTED, "-o"),
+        ("stock_tokens_s", "transformers", SHARED, "-o"),
+    ):
+        whole = [r for r in rows if not r["weights"].startswith("int") and field in measured(r)]
+        if not whole:
+            continue
+        points = [place(row["batch_size"], row[field]) for row in whole]
+        ax.plot(*zip(*points, strict=True), style, color=color, lw=2, ms=5, zorder=4)
+        for (x, y), row in zip(points, whole, strict=True):
+            if row is whole[-1]:
+                ends.append((y, f"{name} {row[field]:,.0f}", color))
+            elif "o" in style:
+                write(ax, x + 5, y + 11, f"{row[field]:,.0f}", 11, ha="left", color=color)
+    for y, text, color in spread(ends, 15):
+        write(ax, right + 10, y, text, 11.5, ha="left", color=color, weight="bold")
+    for x, packed in by_place(rows, place).items():
+        ax.plot([x] * len(packed), [y for y, *_ in packed], "D", color=ROUTED, ms=4, zorder=5)
+        for y, text, color in spread(packed, 13):
+            write(ax, x - 8, y, text, 11, ha="right", color=color)
+    return figure
+
+
+def by_place(
+    rows: list[dict[str, Any]], place: Callable[[int, float], Point]
+) -> dict[float, list[Label]]:
+    """What packed weights reached, by the x of the batch."""
+    found: dict[float, list[Label]] = {}
+    for row in rows:
+        if row["weights"].startswith("int") and "tokens_s" in measured(row):
+            x, y = place(row["batch_size"], row["tokens_s"])
+            found.setdefault(x, []).append((y, f"{row['weights']} {row['tokens_s']:,.0f}", ROUTED))
+    return found
+
+
+def measured(row: dict[str, Any]) -> dict[str, float]:
+    """The speeds of a line that are numbers."""
+    return {k: v for k, v in row.items() if k.endswith("tokens_s") and isinstance(v, int | float)}
+
+
+def spread(labels: list[Label], gap: float) -> list[Label]:
+    """From the top down, each moved down where it would stand closer than `gap` to the last."""
+    placed: list[Label] = []
+    for y, text, color in sorted(labels):
+        placed.append((max(y, placed[-1][0] + gap) if placed else y, text, color))
+    return placed
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

@@ -1,0 +1,125 @@
+"""How fast the engine and stock transformers prefill and decode the same prompts."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from limits import median_seconds, wait
+from tqdm import tqdm
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from deepseek_moe.engine import Engine
+from deepseek_moe.generation import Generator
+from deepseek_moe.modeling_deepseek import DeepseekGate
+from deepseek_moe.sampling import greedy
+
+NO_MEMORY = "no memory"
+LEAD = 3  # tokens before the first that counts: the prompt's own, compilation, capture
+REPEATS = 3  # timed runs, of which the median counts
+Prompts = list[list[int]]
+
+
+def decode_seconds(generator: Generator, prompts: Prompts, new: int) -> float:
+    """Seconds a step of `new` greedy steps, from when token LEAD has arrived to when the last has.
+
+    (Nothing waits for the GPU at the first of the two: it is at work on the step after, and to wait
+    would leave that step out of the time.)
+    """
+    # As many steps as later, so that the cache has its size and its graphs stay; a few are run.
+    for _ in islice(generator.stream(prompts, new), LEAD + 1):
+        pass
+    runs = []
+    for _ in tqdm(range(REPEATS), f"decode, batch {len(prompts)}", leave=False):
+        arrived = [time.perf_counter() for _ in generator.stream(prompts, new)]
+        runs.append((arrived[-1] - arrived[LEAD]) / (len(arrived) - 1 - LEAD))
+    return statistics.median(runs)
+
+
+class _Arrivals(StoppingCriteria):
+    """Notes when each token of `generate` is there, and stops nothing. (`generate` itself waits for
+    the GPU after every token.)"""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        wait(input_ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def stock_decode_seconds(model: PreTrainedModel, prompts: Prompts) -> float:
+    """The median step of transformers' `generate`, greedy, with its own cache; few steps."""
+    ids_BL = torch.tensor(prompts, device=model.device)
+    arrivals, new = _Arrivals(), 16 if len(prompts) == 1 else 8
+    model.generate(
+        ids_BL,
+        attention_mask=torch.ones_like(ids_BL),
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        stopping_criteria=StoppingCriteriaList([arrivals]),
+    )
+    times = arrivals.times[1:]  # the prompt's own is not between two, the first step sets up
+    return statistics.median(end - start for start, end in pairwise(times))
+
+
+def prefill_seconds(generator: Generator, prompts: Prompts) -> float:
+    """Of the engine: ids to the logits after each prompt, with the cache filled."""
+    engine = generator.engine or Engine(generator.model)
+    engine.start(prompts, greedy, 1)  # makes the cache
+    return median_seconds(lambda: engine.prefill(prompts), generator.model.device)
+
+
+@torch.inference_mode()
+def stock_prefill_seconds(model: PreTrainedModel, prompts: Prompts) -> float:
+    """The same by the model's own forward."""
+    ids_BL = torch.tensor(prompts, device=model.device)
+    return median_seconds(lambda: model(ids_BL, logits_to_keep=1, use_cache=True), model.device)
+
+
+@torch.inference_mode()
+def chosen_experts(model: PreTrainedModel, texts: Prompts) -> float:
+    """How many different experts the last tokens of `texts`, all of one length, choose together:
+    the mean over the layers. Texts that have grown alike choose fewer than other texts would."""
+    length = len(texts[0])
+    chosen: dict[DeepseekGate, set[int]] = {}
+
+    def note(gate: DeepseekGate, _: Any, out: tuple[torch.Tensor, ...]) -> None:
+        index_TK = out[2]
+        chosen.setdefault(gate, set()).update(index_TK[length - 1 :: length].flatten().tolist())
+
+    gates = [module for module in model.modules() if isinstance(module, DeepseekGate)]
+    hooks = [gate.register_forward_hook(note) for gate in gates]
+    for texts_BL in torch.tensor(texts, device=model.device).split(16):
+        model(texts_BL, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return statistics.mean(map(len, chosen.values()))
+
+
+def random_prompts(model: PreTrainedModel, count: int, length: int) -> Prompts:
+    """The same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (count, length), generator=generator).tolist()
+
+
+def or_no_memory(measure: Callable[[], float], device: torch.device) -> float | str:
+    """What `measure` returns, or NO_MEMORY if the GPU has too little."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return NO_MEMORY
+    finally:
+        release(device)
+
+
+def release(device: torch.device) -> None:
+    """Gives memory that nothing uses back to the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,139 @@
+"""From the start of a process to its first token: the parts of that time, and the host memory.
+
+    python benchmarks/start.py --model /tmp/random-16b
+
+Twice: with an empty Triton cache, so that every kernel is compiled, and with what that left there.
+The weight files are read once before, so that they are in the page cache.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from deepseek_moe.checkpoint import load, locate
+from deepseek_moe.cli import BUNDLED_MODEL, one_line_errors
+from deepseek_moe.errors import UserError
+from deepseek_moe.generation import Generator
+from deepseek_moe.weights import weight_files
+
+PROMPT, NEW = 128, 9  # the ninth token comes after kernels are compiled and a graph is captured
+
+
+@dataclass
+class Start:
+    """One start: `seconds` from the start of the process to the end of each part, and the most host
+    memory that it had, all and without the pages of files."""
+
+    triton_cache: str
+    seconds: dict[str, float]
+    anonymous_bytes: int
+    resident_bytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(BUNDLED_MODEL), help="a folder or a hub id")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.since is not None:
+        print(json.dumps(first_tokens(args.model, args.device, args.since)))
+        return
+    largest = largest_file(args.model)
+    for start in starts(args.model, args.device):
+        print(f"{start.triton_cache} Triton cache: {describe(start, largest)}", flush=True)
+
+
+def first_tokens(model: str, device: str, since: float) -> dict[str, float]:
+    """Loads and begins to generate in this process. Seconds after `since` (of time.time())."""
+    seconds = {"imports": time.time() - since}
+    network, _ = load(model, device=device)
+    seconds["load"] = time.time() - since
+    ids = [2 + i % (network.config.vocab_size - 2) for i in range(PROMPT)]
+    steps = Generator(network).stream([ids], NEW)
+    next(steps)
+    seconds["first token"] = time.time() - since
+    for _ in steps:
+        pass
+    seconds[f"token {NEW}"] = time.time() - since
+    return seconds
+
+
+def starts(model: str, device: str) -> Iterator[Start]:
+    """Two starts, in processes of their own.
+
+    Raises:
+        UserError: a process failed.
+    """
+    for file in tqdm(weight_files(locate(model)), "reading", unit="file", leave=False):
+        with file.open("rb", buffering=0) as handle:
+            while handle.read(2**26):
+                pass
+    with tempfile.TemporaryDirectory() as cache:
+        for name in tqdm(("empty", "filled"), unit="start", leave=False):
+            yield one_start(model, device, name, Path(cache))
+
+
+def one_start(model: str, device: str, name: str, cache: Path) -> Start:
+    """A start with this folder as Triton's cache."""
+    command = [sys.executable, __file__, "--model", model, "--device", device, "--since"]
+    anonymous = resident = 0
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*command, str(time.time())],
+            env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
+            stdout=out,
+            stderr=log,
+        )
+        while process.poll() is None:
+            status = host_memory(process.pid)
+            anonymous = max(anonymous, status.get("RssAnon", 0))
+            resident = max(resident, status.get("VmHWM", 0))
+            time.sleep(0.01)
+        out.seek(0)
+        log.seek(0)
+        printed, said = out.read().split("\n"), log.read().strip().split("\n")
+    if process.returncode:
+        raise UserError(f"a start failed: {said[-1]}; try {' '.join(command[1:4])} by itself")
+    return Start(name, json.loads(printed[-2]), anonymous, resident)
+
+
+def host_memory(pid: int) -> dict[str, int]:
+    """The sizes in a process's status file on Linux, in bytes: RssAnon now, VmHWM at its most."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has just ended, or this is no Linux
+        return {}
+    lines = [line.split() for line in text.split("\n") if line.endswith(" kB")]
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
+
+
+def largest_file(model: str) -> int:
+    """Bytes of the largest weight file."""
+    return max(file.stat().st_size for file in weight_files(locate(model)))
+
+
+def describe(start: Start, largest: int) -> str:
+    """A line of the parts and the memory."""
+    before, parts = 0.0, []
+    for name, seconds in start.seconds.items():
+        parts.append(f"{name} {seconds:.1f} s (+{seconds - before:.1f})")
+        before = seconds
+    return (
+        f"{', '.join(parts)}; host memory at most {start.anonymous_bytes / 1e9:.2f} GB, "
+        f"{start.resident_bytes / 1e9:.2f} GB with files (largest file {largest / 1e9:.2f} GB)"
+    )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,176 @@
+"""That the checks of a GPU pass where all is well, and find what is not."""
+
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_moe.sampling import greedy, make_sampler
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "models" / "tiny-base"
+CPU = torch.device("cpu")
+sys.path.append(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def checks() -> SimpleNamespace:
+    """The modules of check_gpu.py, and the bundled model in both ways."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    gpu, kernels, models = map(import_module, ("check_gpu", "check_kernels", "check_models"))
+    pair = models.Pair(str(BUNDLED), CPU, "float32")
+    return SimpleNamespace(gpu=gpu, kernels=kernels, models=models, pair=pair)
+
+
+def test_without_a_gpu_it_says_so(
+    checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as left:
+        checks.gpu.main()
+    assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_check_that_fails_does_not_end_the_others(
+    checks: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong() -> str:
+        raise RuntimeError("so\nand so")
+
+    assert checks.gpu.run(iter([("a", wrong), ("b", lambda: "well")])) == 1
+    assert capsys.readouterr().out.split("\n")[:3] == [
+        "FAILED  a: RuntimeError: so and so", "ok      b: well", "2 checks, 1 failed",
+    ]  # fmt: skip
+    assert checks.gpu.run(iter([("b", lambda: "well")])) == 0
+    assert checks.gpu.run(iter([])) == 1  # nothing has that name
+
+
+def test_every_kernel_and_every_way_is_among_the_checks(checks: SimpleNamespace) -> None:
+    from kernel_cases import CASES
+
+    kernels = [name for name, _ in checks.kernels.kernel_checks(CPU)]
+    assert kernels == [f"kernel {name}" for name in sorted(CASES)]
+    bundled = [name for name, _ in checks.models.bundled_checks(torch.device("cuda"), 9)]
+    assert len(bundled) == len(set(bundled))
+    assert {"logits, bfloat16", "logits, float16", "logits, int8", "logits, int4"} <= set(bundled)
+    assert len(list(checks.models.model_checks("x", CPU))) == 4
+
+
+@pytest.mark.slow
+def test_all_checks_of_the_engine_pass_on_the_cpu(
+    checks: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checks.gpu.run(checks.models.bundled_checks(CPU, 8)) == 0, capsys.readouterr().out
+
+
+def test_only_what_was_asked_for_is_checked(
+    checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cpu", "--model", str(BUNDLED), "--only", "model's logits, batch 8"]
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py", *options])
+    with pytest.raises(SystemExit) as left:
+        checks.gpu.main()
+    assert left.value.code == 0
+    assert capsys.readouterr().out.split("\n")[1] == "1 checks, 0 failed"
+
+
+def test_a_kernel_that_forgets_a_place_is_found(
+    checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek_moe.kernels import fused, plain
+
+    def forgetful(x_NF: torch.Tensor) -> torch.Tensor:
+        out_NF = torch.empty_like(plain.swiglu(x_NF))
+        out_NF[:-1] = plain.swiglu(x_NF)[:-1]
+        return out_NF
+
+    monkeypatch.setattr(fused, "swiglu", plain.swiglu)
+    assert checks.kernels.check_kernel("swiglu", CPU).startswith("within 0 ")
+    monkeypatch.setattr(fused, "swiglu", forgetful)
+    with pytest.raises(RuntimeError, match=r"1 tokens.*nan"):
+        checks.kernels.check_kernel("swiglu", CPU)
+
+
+def test_routes_agree_only_where_they_do(
+    checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernel_cases import Case
+
+    from deepseek_moe.kernels import fused, plain
+
+    def other(*args: Any) -> tuple[torch.Tensor, ...]:
+        x_TD, act_TF, index_TK, weights_TK = plain.route(*args)
+        return x_TD, act_TF, (index_TK + 1) % 6, weights_TK
+
+    monkeypatch.setattr(fused, "route", plain.route)
+    assert checks.kernels.routes_agree(Case(tokens=8)) == 0
+    monkeypatch.setattr(fused, "route", other)
+    with pytest.raises(RuntimeError, match="apart"):
+        checks.kernels.routes_agree(Case(tokens=8))
+
+
+def test_an_engine_that_is_wrong_is_found(
+    checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, pair = checks.models, checks.pair
+    assert "3 of 3 rows equal" in models.check_greedy(pair, 3, 12)
+    models.check_logits(pair, (3,), 5), models.check_noise(pair, pair, 5)
+    ops = vars(import_module("deepseek_moe.kernels.plain"))
+
+    def too_sharp(q: torch.Tensor, cache: Any, position: Any, slot: Any, scale: float, c: Any):
+        return ops["attend"](q, cache, position, slot, 1.5 * scale, c)
+
+    monkeypatch.setattr(
+        pair.fast.engine.decoder, "ops", SimpleNamespace(**(ops | {"attend": too_sharp}))
+    )
+    for check in (
+        partial(models.check_greedy, pair, 3, 12),
+        partial(models.check_logits, pair, (3,), 5),
+        partial(models.check_noise, pair, pair, 5),
+    ):
+        with pytest.raises(RuntimeError):
+            check()
+
+
+def test_ids_may_differ_by_a_near_tie_only(checks: SimpleNamespace) -> None:
+    same, pair = checks.models.same, SimpleNamespace(loaded=[SimpleNamespace(dtype=torch.bfloat16)])
+    logits = torch.zeros(3, 2, 4)
+    logits[..., 0], logits[..., 1], logits[..., 2] = 10.0, 9.9, 8.0
+    # Numbers near 10 are 1/16 apart in bf16: four such steps are a quarter.
+    assert same(pair, [[0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 1, 2]], logits).startswith("1 of 2")
+    with pytest.raises(RuntimeError, match="row 1 differs from id 1 on, by 2"):
+        same(pair, [[0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 2, 0]], logits)
+    with pytest.raises(RuntimeError, match="row 0 has 3 ids, or 2"):
+        same(pair, [[0, 0, 0]], [[0, 0]], logits)
+
+
+def test_ids_that_cannot_be_drawn_are_counted(checks: SimpleNamespace) -> None:
+    logits = torch.tensor([[5.0, 4.0, 1.0, 0.0]] * 2)
+    seen = torch.zeros(2, 4, dtype=torch.bool)
+    for sample, ids, refused in (
+        (greedy, [[0], [1]], 1),
+        (make_sampler(1.0, top_k=2), [[1], [2]], 1),
+        (make_sampler(1.0, top_p=0.5), [[1], [0]], 1),
+        (make_sampler(1.0), [[3], [2]], 0),
+        (make_sampler(1.0, min_p=0.3), [[1], [2]], 1),
+        (make_sampler(repetition_penalty=2.0), [[0], [3]], 1),
+    ):
+        possible = checks.models.Possible(sample, ids)
+        assert possible(logits, seen).tolist() == [ids[0][0], ids[1][0]]
+        assert possible.refused == refused, sample
+
+
+def test_stop_ids_that_are_ignored_are_found(
+    checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks.models.check_stops(checks.pair, 8)
+    generate = checks.pair.fast.generate
+    monkeypatch.setattr(checks.pair.fast, "generate", lambda *args, stop_ids=(): generate(*args))
+    with pytest.raises(RuntimeError, match="rows of the steps"):
+        checks.models.check_stops(checks.pair, 8)
