@@ -250,8 +250,10 @@ def _free_memory(device: torch.device) -> int:
 def _refuse_too_little_memory(need: int, stored_as: str, device: torch.device) -> None:
     free = _free_memory(device)
     if need > free:
+        packed = stored_as in BITS
+        smaller = "" if packed else "--dtype bfloat16, --quantization int4 (of this architecture), "
         raise UserError(
             f"the weights need {need / 1e9:.1f} GB as {stored_as.removeprefix('torch.')}, but "
-            f"{device} has {free / 1e9:.1f} GB free; use --dtype bfloat16, --quantization int4, "
+            f"{device} has {free / 1e9:.1f} GB free; use {smaller}"
             "another device, or a smaller model"
         )

@@ -37,7 +37,7 @@ from .modeling_deepseek import (
     DeepseekMoE,
 )
 from .packing import PackedExperts, PackedLinear
-from .sampling import Sampler, Sampling, greedy
+from .sampling import Sampler, Sampling, greedy, seen_in
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """Rows for which graphs are made; a batch takes the next that holds it, above them multiples of
@@ -246,9 +246,7 @@ class Batch:
         rows.position.fill_(-1)
         rows.position[:count] = torch.tensor([len(prompt) - 1 for prompt in prompts])
         rows.slot[:count] = torch.arange(count, device=engine.device)
-        rows.seen[:count] = False
-        for row, prompt in enumerate(prompts):
-            rows.seen[row, torch.tensor(list(prompt), device=engine.device)] = True
+        rows.seen[:count] = seen_in(prompts, rows.seen.shape[1], engine.device)
         engine._advance(count, logits_BV, self.sample)
         self.started = False
         self._sent(count)

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from .engine import Engine
 from .errors import UserError
-from .sampling import Sampler, greedy
+from .sampling import Sampler, greedy, seen_in
 
 
 class Generator:
@@ -81,17 +81,21 @@ class Generator:
             batch = self.engine.start(prompts, sample, max_new_tokens)
         else:
             batch = PlainBatch(self.model, prompts, sample)
-        room = [self.context - len(prompt) for prompt in prompts]
-        running = set(range(len(prompts)))
-        for made in range(1, max_new_tokens + 1):
-            new = {b: token for b, token in batch.next().items() if b in running}
-            running = {b for b, token in new.items() if token not in stop_ids}
-            if running:
-                yield [new[b] if b in running else None for b in range(len(prompts))]
-            running = {b for b in running if made < room[b]}
-            if not running:
-                return
-            batch.drop(new.keys() - running)
+        try:
+            room = [self.context - len(prompt) for prompt in prompts]
+            running = set(range(len(prompts)))
+            for made in range(1, max_new_tokens + 1):
+                new = {b: token for b, token in batch.next().items() if b in running}
+                running = {b for b, token in new.items() if token not in stop_ids}
+                if running:
+                    yield [new[b] if b in running else None for b in range(len(prompts))]
+                running = {b for b in running if made < room[b]}
+                if not running:
+                    return
+                batch.drop(new.keys() - running)
+        finally:  # the engine keeps nothing of a batch that is over, or was left
+            if self.engine is not None and self.engine.batch is batch:
+                self.engine.batch = None
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts or not all(prompts):
@@ -120,11 +124,7 @@ class PlainBatch:
         self.ids_BL = torch.tensor(ids, device=device)
         self.mask_BL = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
         self.position_BL = (self.mask_BL.cumsum(dim=-1) - 1).clamp(min=0)
-        self.seen_BV = torch.zeros(
-            len(prompts), model.config.vocab_size, dtype=torch.bool, device=device
-        )
-        for row, prompt in enumerate(prompts):
-            self.seen_BV[row, torch.tensor(list(prompt), device=device)] = True
+        self.seen_BV = seen_in(prompts, model.config.vocab_size, device)
         self.cache = DynamicCache(config=model.config)
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ tensor elsewhere, and its shapes do not depend on the logits.
 Letters that suffix locals: B batch, V vocabulary, K ids that can still be drawn (V or top_k).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,16 @@ and some at the end that hold none, and on a buffer that the next step overwrite
 def greedy(logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
     """The likeliest id of each row."""
     return largest(logits_BV)
+
+
+def seen_in(
+    prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device
+) -> torch.Tensor:
+    """Which ids each prompt holds, bool [B, V]."""
+    seen_BV = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
+    for row, prompt in zip(seen_BV, prompts, strict=True):
+        row[list(prompt)] = True
+    return seen_BV.to(device)
 
 
 def largest(x_BV: torch.Tensor) -> torch.Tensor:

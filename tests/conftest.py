@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test has business on the network
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on the CPU; read when triton is imported
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels on the CPU; read when triton is imported, below
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers.utils import logging
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM

@@ -327,3 +327,14 @@ def test_a_cast_model_is_refused() -> None:
     model.half()
     with pytest.raises(UserError, match="cast"):
         generator.generate([[1, 2]], 2)
+
+
+def test_nothing_is_kept_of_a_batch_that_is_over(prompts: list[list[int]]) -> None:
+    generator = with_engine(bundled_model())
+    generator.generate(prompts, 3)
+    assert generator.engine.batch is None
+    left = generator.stream(prompts, 5)
+    next(left)
+    assert generator.engine.batch is not None
+    left.close()
+    assert generator.engine.batch is None

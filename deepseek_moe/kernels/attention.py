@@ -81,16 +81,22 @@ def _attend(
             tl.store(stat_ptr + (first + split) * 2, top)
             tl.store(stat_ptr + (first + split) * 2 + 1, total)
             if arrive_last(counter_ptr + t * H + h, active):
-                s_S = tl.arange(0, SPLITS)
-                ok_S = s_S < active
-                stat_S = stat_ptr + (first + s_S) * 2
-                top_S = tl.load(stat_S, mask=ok_S, other=float("-inf"), cache_modifier=".cg")
-                total_S = tl.load(stat_S + 1, mask=ok_S, other=0.0, cache_modifier=".cg")
-                share_S = tl.exp(top_S - tl.max(top_S, 0))
-                part_SD = part_ptr + (first + s_S[:, None]) * D + d_D[None, :]
-                part_SD = tl.load(part_SD, mask=ok_S[:, None], other=0.0, cache_modifier=".cg")
-                sum_D = tl.sum(part_SD * share_S[:, None], 0)
-                tl.store(out_D, sum_D / tl.sum(total_S * share_S, 0))
+                _merge(part_ptr + first * D, stat_ptr + first * 2, out_D, active, D, SPLITS)
+
+
+@triton.jit
+def _merge(part_ptr, stat_ptr, out_D, active, D: tl.constexpr, SPLITS: tl.constexpr):
+    """What the first `active` programs of a head found, as one."""
+    s_S = tl.arange(0, SPLITS)
+    ok_S = s_S < active
+    stat_S = stat_ptr + s_S * 2
+    top_S = tl.load(stat_S, mask=ok_S, other=float("-inf"), cache_modifier=".cg")
+    total_S = tl.load(stat_S + 1, mask=ok_S, other=0.0, cache_modifier=".cg")
+    share_S = tl.exp(top_S - tl.max(top_S, 0))
+    part_SD = part_ptr + s_S[:, None] * D + tl.arange(0, D)[None, :]
+    part_SD = tl.load(part_SD, mask=ok_S[:, None], other=0.0, cache_modifier=".cg")
+    sum_D = tl.sum(part_SD * share_S[:, None], 0)
+    tl.store(out_D, sum_D / tl.sum(total_S * share_S, 0))
 
 
 @triton.jit

@@ -109,7 +109,7 @@ def _down_one(
         SW, 16, False, R, BLOCK, PDL,
     )  # fmt: skip
     for k in tl.static_range(K):
-        e = tl.minimum(tl.load(index_ptr + k), E - 1)  # of weight 0 where it is E
+        e = tl.minimum(tl.load(index_ptr + k), E - 1)  # a lone row always has a token
         row_of_R = weight_ptr + (e * D + there_R).to(tl.int64) * W
         acc_RB, unused_B = dot_one(
             acc_RB, unused_B, act_ptr + k * W, act_ptr, row_of_R, row_of_R,
