@@ -189,11 +189,15 @@ def draw_counts(ax: Axes) -> None:
 def draw_decode(report: dict[str, Any]) -> Figure:
     """Tokens a second against the size of the batch, both by their logarithms: `report` is what
     benchmarks/decode.py writes. What it could not measure is left out."""
-    figure, ax = canvas(460, 336)
+    figure, ax = canvas(460, 352)
     rows = sorted(report["decode"], key=lambda row: row["batch_size"])
-    what = f"16B model in {rows[0]['weights']}, prompts of {report['prompt_tokens']} tokens"
+    machine = report["machine"]
+    versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "transformers")]
+    source = f"{machine['hardware']}; {', '.join(versions)}; benchmarks/decode.py"
     write(ax, 20, 24, "Decoding: tokens/s in total", 15, ha="left", weight="bold")
-    write(ax, 20, 45, f"{what}, {report['machine']['hardware']}", 12, ha="left")
+    what = f"16B model in {rows[0]['weights']}, prompts of {report['prompt_tokens']} tokens"
+    write(ax, 20, 45, what, 12, ha="left")
+    write(ax, 20, 336, source, 10, ha="left", color=DENSE)
 
     speeds = [speed for row in rows for speed in measured(row).values()]
     low, high = math.log(min(speeds) / 1.5), math.log(max(speeds) * 1.2)
@@ -227,14 +231,30 @@ def draw_decode(report: dict[str, Any]) -> Figure:
             if row is whole[-1]:
                 ends.append((y, f"{name} {row[field]:,.0f}", color))
             elif "o" in style:
-                write(ax, x + 5, y + 11, f"{row[field]:,.0f}", 11, ha="left", color=color)
+                note(ax, x + 5, y + 11, f"{row[field]:,.0f}", ha="left", color=color)
     for y, text, color in spread(ends, 15):
         write(ax, right + 10, y, text, 11.5, ha="left", color=color, weight="bold")
     for x, packed in by_place(rows, place).items():
-        ax.plot([x] * len(packed), [y for y, *_ in packed], "D", color=ROUTED, ms=4, zorder=5)
+        ax.plot(
+            [x] * len(packed),
+            [y for y, *_ in packed],
+            "D",
+            color=ROUTED,
+            mec=WHITE,
+            mew=0.6,
+            ms=5,
+            zorder=5,
+        )
         for y, text, color in spread(packed, 13):
-            write(ax, x - 8, y, text, 11, ha="right", color=color)
+            note(ax, x - 8, y, text, ha="right", color=color)
     return figure
+
+
+def note(ax: Axes, x: float, y: float, text: str, ha: str, color: str) -> None:
+    """Text that hides the grid behind it."""
+    width = 6.2 * len(text)
+    box(ax, x - (width if ha == "right" else 0), y - 6, width, 12, edge="none", radius=2)
+    write(ax, x, y, text, 11, ha=ha, color=color)
 
 
 def by_place(

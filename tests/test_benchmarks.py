@@ -281,7 +281,8 @@ def made_up() -> dict[str, Any]:
     row("bfloat16", 256, rates.NO_MEMORY, rates.NO_MEMORY)
     row("int8", 1, 900.0, None, 8)
     row("int4", 1, 1133.0, None, 4)
-    return {"machine": {"hardware": "NVIDIA H200"}, "prompt_tokens": 128, "decode": rows}
+    machine = {"hardware": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "transformers": "5.17"}
+    return {"machine": machine, "prompt_tokens": 128, "decode": rows}
 
 
 def test_the_picture_of_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +292,7 @@ def test_the_picture_of_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [ax] = figure.axes
     texts = {text.get_text() for text in ax.texts}
     assert {"615", "37", "1,437", "int8 900", "int4 1,133", "1", "8", "64", "256"} <= texts
-    assert any("NVIDIA H200" in text for text in texts)
+    assert "NVIDIA H200; torch 2.11, triton 3.6, transformers 5.17; benchmarks/decode.py" in texts
     ends = [text for text in texts if re.match(r"(memory limit|this engine|transformers) ", text)]
     assert sorted(ends)[1:] == ["this engine 6,100", "transformers 150"]
     assert int(sorted(ends)[0].split()[-1].replace(",", "")) == pytest.approx(24000, rel=0.02)

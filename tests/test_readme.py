@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in fences if name == language]
 
 
-@pytest.mark.parametrize("snippet", blocks("python"), ids=["completion", "chat"])
+@pytest.mark.parametrize("snippet", blocks("python"), ids=["completion", "chat", "generator"])
 def test_python_snippets_run_with_the_bundled_model(snippet, capsys):
     local = re.sub(
         r'"deepseek-ai/deepseek-moe-16b-\w+"', repr(str(ROOT / "models/tiny-base")), snippet

@@ -13,7 +13,8 @@ from .wait import arrive_last, wait
 
 # Positions read at once, positions that one program takes alone, warps, stages: for few sequences,
 # and for many, which fill the GPU by themselves. Measured on an H200.
-SHAPES = (64, 64, 8, 1), (32, 256, 2, 4)
+SHAPES = (64, 64, 4, 1), (32, 256, 2, 4)
+SPLITS = 16  # programs that share a sequence, at most
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def attend(
     _, kv_heads, capacity, width = cache[0].shape
     heads = q_TD.shape[1] // width
     block, chunk, warps, stages = SHAPES[T > 8]
-    splits = 16
+    splits = SPLITS
     while splits > 1 and (splits * T * heads > 512 or splits * chunk > capacity):
         splits //= 2
     out_TD = q_TD.new_empty(q_TD.shape)
