@@ -6,12 +6,12 @@ after differs then. So beside ids, logits are compared while both ways are given
 Letters: N steps, B sequences, V vocabulary, K ids that can be drawn.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
-from check_kernels import Poison, distance
+from check_kernels import Check, Group, Poison, distance
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepseek_moe.checkpoint import load
@@ -39,8 +39,6 @@ TEXT = (
     "lay in bed and could not sleep for his troubles, he sighed and said to his wife"
 )
 Ids = Sequence[Sequence[int]]
-Check = tuple[str, Callable[[], str]]
-"""A name, and a function that returns a remark or raises."""
 
 
 @dataclass
@@ -83,37 +81,45 @@ def engine_of(model: PreTrainedModel, chunk: int = CHUNK) -> Generator:
     return generator
 
 
-def bundled_checks(device: torch.device, new: int) -> Iterator[Check]:
+def bundled_checks(device: torch.device, new: int) -> Iterator[Group]:
     """Of all that the engine does, on the bundled model, with `new` tokens a generation."""
-    folder = str(BUNDLED_MODEL)
     dtypes = ["bfloat16", "float16"] if device.type == "cuda" else ["float32"]
-    pair = Pair(folder, device, dtypes[0])
-    for batch in BATCHES:
-        yield f"greedy ids, batch {batch}", partial(check_greedy, pair, batch, new)
-        yield f"twice the same, batch {batch}", partial(check_repeats, pair, batch, new)
-    yield "batch equals single", partial(check_single, pair, new)
-    yield "prompts in chunks", partial(check_chunks, pair, new)
-    yield "stop ids", partial(check_stops, pair, new)
-    yield "end of the context", partial(check_context, pair)
-    yield "unwritten memory", partial(check_unwritten, pair)
-    for options in SAMPLINGS:
-        name = ", ".join(f"{key} {value}" for key, value in options.items())
-        yield f"sampling, {name}", partial(check_sampling, pair, options, new)
-    exact = Pair(folder, device, "float32")
-    for other in [pair] + [Pair(folder, device, dtype) for dtype in dtypes[1:]]:
-        yield f"logits, {other.dtype}", partial(check_logits, other, BATCHES, new)
-        yield f"distance from fp32, {other.dtype}", partial(check_noise, other, exact, new)
+    pairs = [Pair(str(BUNDLED_MODEL), device, dtype) for dtype in dtypes]
+    pair, exact = pairs[0], Pair(str(BUNDLED_MODEL), device, "float32")
+    yield Group([sampling_check(pair, options, new) for options in SAMPLINGS])
+    for other in pairs:
+        logits = (f"logits, {other.dtype}", partial(check_logits, other, BATCHES, new))
+        noise = (f"distance from fp32, {other.dtype}", partial(check_noise, other, exact, new))
+        yield Group([logits, noise])
     for quantization in ("int8", "int4"):
-        other = Pair(folder, device, dtypes[0], quantization)
-        yield f"logits, {quantization}", partial(check_logits, other, BATCHES, 20)
+        other = Pair(str(BUNDLED_MODEL), device, dtypes[0], quantization)
+        yield Group([(f"logits, {quantization}", partial(check_logits, other, BATCHES, 20))])
+    stops = ("stop ids", partial(check_stops, pair, new))
+    context = ("end of the context", partial(check_context, pair))
+    unwritten = ("unwritten memory", partial(check_unwritten, pair, BATCHES))
+    yield Group([stops, context, unwritten])
+    ids = []
+    for batch in BATCHES:
+        ids.append((f"greedy ids, batch {batch}", partial(check_greedy, pair, batch, new)))
+        ids.append((f"twice the same, batch {batch}", partial(check_repeats, pair, batch, new)))
+    ids.append(("batch equals single", partial(check_single, pair, new)))
+    ids.append(("prompts in chunks", partial(check_chunks, pair, new)))
+    yield Group(ids)
 
 
-def model_checks(folder: str, device: torch.device) -> Iterator[Check]:
-    """Of any model of this architecture."""
-    pair = Pair(folder, device, "auto")
-    for batch in (1, 8, 64):
-        yield f"model's logits, batch {batch}", partial(check_logits, pair, (batch,), 4)
-    yield "model's unwritten memory", partial(check_unwritten, pair)
+def model_checks(folder: str, device: torch.device) -> Iterator[Group]:
+    """Of any model of this architecture; the memory is the 16B model's."""
+    pair, batches, checks = Pair(folder, device, "auto"), (1, 8, 64), []
+    for batch in batches:
+        name = f"model's logits, batch {batch}"
+        checks.append((name, partial(check_logits, pair, (batch,), 4)))
+    checks.append(("model's unwritten memory", partial(check_unwritten, pair, batches)))
+    yield Group(checks, gigabytes=50)
+
+
+def sampling_check(pair: Pair, options: dict[str, float], new: int) -> Check:
+    name = ", ".join(f"{key} {value}" for key, value in options.items())
+    return f"sampling, {name}", partial(check_sampling, pair, options, new)
 
 
 def check_greedy(pair: Pair, batch: int, new: int) -> str:
@@ -192,7 +198,7 @@ def check_context(pair: Pair) -> str:
     )
 
 
-def check_unwritten(pair: Pair) -> str:
+def check_unwritten(pair: Pair, batches: Sequence[int]) -> str:
     """Rows without a sequence, and memory that holds NaN before it is written, change nothing."""
     engine = pair.fast.engine
 
@@ -201,7 +207,7 @@ def check_unwritten(pair: Pair) -> str:
         step_BV = engine.decoder.step(rows.ids, rows.position, rows.slot, engine.cache)
         return torch.cat([step_BV[: len(prompts)], engine.prefill(prompts)])
 
-    for batch in BATCHES:
+    for batch in batches:
         prompts = pair.prompts(batch)
         engine.start(prompts, greedy, 4)
         rows = engine.rows.first(size_for(batch))

@@ -15,11 +15,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .acceleration import accelerate
 from .arguments import ALL_LINEARS, FineTuningArguments, ModelArguments, names, zero_stage
 from .checkpoint import one_line
 from .errors import UserError
 from .experts import NAME as EXPERTS
-from .experts import grouped_experts_forward, grouped_low_rank
+from .experts import LowRank, grouped_experts_forward
 from .modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
 from .quantization import Quantization, full_shape
 
@@ -37,7 +38,6 @@ class ExpertsLora(ParamWrapper):
         self.dropout_p = config.lora_dropout
         config = LoraConfig(**(config.to_dict() | {"lora_dropout": 0.0}))  # PEFT's cannot
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        self.dropout = nn.Dropout(self.dropout_p)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         # PEFT looks at the tensor, which is packed in 4 bits; it swaps the two by itself.
@@ -45,25 +45,24 @@ class ExpertsLora(ParamWrapper):
         self._param_ndim = 3
         return out_features, in_features
 
-    def adapt(self, x_NI: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-        """scaling * x A B, summed over the active adapters."""
-        out_NO = 0.0
+    def low_rank(self) -> list[LowRank]:
+        """The active adapters."""
+        found = []
         for name in self.active_adapters:
-            if name not in self.lora_A:
-                continue
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            a_ERI = a.view(self.num_experts, -1, a.shape[1])
-            b_ERO = b.view(b.shape[0], -1, self.num_experts).permute(2, 1, 0)
-            low = grouped_low_rank(self.dropout(x_NI), a_ERI, b_ERO, offsets_E)
-            out_NO = out_NO + low * self.scaling[name]
-        return out_NO
+            if name in self.lora_A:
+                a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                a_ERI = a.view(self.num_experts, -1, a.shape[1])
+                b_ERO = b.view(b.shape[0], -1, self.num_experts).permute(2, 1, 0)
+                dropout = self.dropout_p if self.training else 0.0
+                found.append(LowRank(a_ERI, b_ERO * self.scaling[name], dropout))
+        return found
 
     def forward(self, hidden_TD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(hidden_TD, *args, **kwargs)
         adapters, module = {}, self
         while isinstance(module, ExpertsLora):
-            adapters[module.parameter_name] = [module.adapt]
+            adapters[module.parameter_name] = module.low_rank()
             module = module.base_layer
         return grouped_experts_forward(module, hidden_TD, *args, adapters=adapters, **kwargs)
 
@@ -193,11 +192,12 @@ def build_model(
 ) -> PreTrainedModel | PeftModel:
     """The model in `folder`, ready to train what `options` say, on this process's device.
 
-    Weights that train are fp32 (DeepSpeed keeps fp32 copies of its own, so bf16 there) and computed
-    with in bf16 if asked; frozen ones are bf16 where --bf16, or quantised.
+    Weights that train are fp32 and computed with in bf16 if asked; bf16 where DeepSpeed keeps fp32
+    copies of its own, or with --single_gpu_full. Frozen ones are bf16 where --bf16, or quantised.
     """
+    keeps_fp32 = not (training.deepspeed or training.single_gpu_full)
     low = torch.bfloat16 if training.bf16 else torch.float32
-    dtype = low if options.use_lora or training.deepspeed else torch.float32
+    dtype = low if options.use_lora or not keeps_fp32 else torch.float32
     wanted: dict[str, Any] = {}
     quantization = None
     if options.bits != 16:
@@ -219,11 +219,16 @@ def build_model(
         )
     model.config.use_cache = False
     model = adapt(model, options)
-    if not training.deepspeed:  # PEFT casts adapters, but not `modules_to_save`
+    if keeps_fp32:  # PEFT casts adapters, but not `modules_to_save`
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     model.base_quantization = quantization
+    for module in model.modules():
+        if isinstance(module, DeepseekExperts):
+            module.recompute = options.recompute_experts
+    if training.device.type == "cuda" and zero_stage(training) != 3:
+        accelerate(model)
     return model
 
 

@@ -24,6 +24,8 @@ from .attention import NAME as VARLEN
 from .cli import BUNDLED_MODEL
 from .errors import UserError
 
+STEP_IN_BACKWARD = "adamw_8bit_in_backward"
+"""The optimizer of --single_gpu_full, where transformers has the names of its own."""
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
@@ -49,6 +51,9 @@ class ModelArguments:
     bits: int = _option(16, "4 or 8 quantise the base of LoRA, routed experts included")
     quant_type: str = _option("nf4", "nf4 or fp4, for 4 bits")
     double_quant: bool = _option(True, "quantise the scales of the 4 bits too")
+    recompute_experts: bool = _option(
+        False, "keep nothing of the experts for the backward pass: a part of checkpointing"
+    )
     merge_on_save: bool = _option(False, "LoRA: write the whole merged model at the end too")
 
     def attention(self, dtype: torch.dtype) -> str:
@@ -85,6 +90,14 @@ class FineTuningArguments(TrainingArguments):
     logging_nan_inf_filter: bool = _option(False, "must stay off: it would log NaN as a number")
     train_sampling_strategy: str = _option("group_by_length", "or random, or sequential")
     remove_unused_columns: bool = _option(False, "must stay off: the collator takes what it needs")
+    single_gpu_full: bool | None = field(
+        default=None,
+        metadata={
+            "help": "all weights on one GPU, 4 bytes each; None: where nothing stands against it",
+            "nargs": "?",
+            "const": True,
+        },
+    )
 
 
 OLD_NAMES = {
@@ -155,6 +168,8 @@ def parse_arguments(
         model, data, training = _build(parser, argv)
     training.label_names = ["labels"]
     _refuse_what_cannot_work(model, data, training)
+    given = {word.partition("=")[0].replace("-", "_") for word in argv}
+    _settle_single_gpu_full(model, training, clips="__max_grad_norm" in given)
     _start_deepspeed(training)
     return model, data, training
 
@@ -275,6 +290,42 @@ def _refuse_what_cannot_work(
         raise UserError(
             f"--eval_strategy {training.eval_strategy.value} has nothing to evaluate on; give "
             "--eval_data_path or --eval_fraction"
+        )
+
+
+def _settle_single_gpu_full(
+    model: ModelArguments, training: FineTuningArguments, clips: bool
+) -> None:
+    """Makes `single_gpu_full` True or False, and the settings that it decides what they are then.
+    `clips`: --max_grad_norm was given."""
+    devices = training.world_size * max(1, training.n_gpu)
+    accumulation = training.gradient_accumulation_steps
+    against = {
+        "--use_lora True, which trains adapters; leave one of them out": model.use_lora,
+        "--deepspeed, which divides optimizer and gradients itself; leave one of them out": bool(
+            training.deepspeed
+        ),
+        f"{devices} devices; start it with python, and CUDA_VISIBLE_DEVICES=0": devices > 1,
+        "fp32, it keeps the weights in bf16; add --bf16 True": not training.bf16,
+        f"--gradient_accumulation_steps {accumulation}, it steps in each backward pass; use a "
+        "larger --per_device_train_batch_size": accumulation > 1,
+        f"--optim {getattr(training.optim, 'value', training.optim)}, it has an optimizer of its "
+        "own; leave one of them out": training.optim != FineTuningArguments.optim,
+        f"--max_grad_norm {training.max_grad_norm:g}, it lets gradients go before their norm is "
+        "known; use 0": clips and training.max_grad_norm > 0,
+    }
+    found = next((what for what, there in against.items() if there), None)
+    if training.single_gpu_full and found:
+        raise UserError(f"--single_gpu_full True does not work with {found}")
+    if training.single_gpu_full is None:
+        all_train = found is None and not model.trainable
+        training.single_gpu_full = all_train and training.device.type == "cuda"
+    if training.single_gpu_full:
+        training.optim, training.max_grad_norm = STEP_IN_BACKWARD, 0.0
+        print(
+            "training on one GPU: weights in bf16, rounded stochastically, AdamW in 8 bits inside "
+            "the backward pass; gradients are not clipped (--single_gpu_full False: fp32, AdamW)",
+            file=sys.stderr,
         )
 
 

@@ -36,6 +36,7 @@ from .modeling_deepseek import (
     DeepseekModel,
     DeepseekMoE,
 )
+from .packages import has_triton
 from .packing import PackedExperts, PackedLinear
 from .sampling import Sampler, Sampling, greedy, seen_in
 
@@ -74,7 +75,7 @@ class Engine:
             isinstance(model, DeepseekForCausalLM)
             and model.device.type == "cuda"
             and torch.version.hip is None
-            and _has_triton()
+            and has_triton()
             and torch.cuda.get_device_capability(model.device) >= (8, 0)
             and model.dtype in (torch.bfloat16, torch.float16)
             and knows(model)
@@ -322,11 +323,3 @@ def _chunks(lengths: list[int], chunk: int) -> list[list[tuple[int, int, int]]]:
         chunks += [[(b, start, min(start + chunk, length))] for start in starts]
         room = chunk - length if length <= chunk else 0
     return chunks
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True

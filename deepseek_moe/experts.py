@@ -7,36 +7,59 @@ transformers knows it as "grouped", beside its own implementations; the loop in
   never kept for it;
 - low-rank adapters are two thin products beside the base, x A B, instead of a sum W + B A of the
   size of all experts;
-- the products follow autocast.
+- the products follow autocast;
+- on a GPU all between the products is fused (fused_experts.py).
 
 Letters: T tokens, K experts a token, N = T*K picks, E experts, I in, O out, R rank.
 """
 
-from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .fused_experts import FusedExperts, Picks
+from .packages import has_triton
 from .quantization import dequantize
 
 NAME = "grouped"
-Adapter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(x [N, I] in the experts' order, offsets [E]) -> what to add to the product, [N, O]."""
+STACKS = ("gate_up_proj", "down_proj")
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to the product of a stack: dropout(x) A B for each expert."""
+
+    a_ERI: torch.Tensor
+    b_ERO: torch.Tensor  # scaled
+    dropout: float
+
+    def __call__(self, x_NI: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+        """[N, O] of x in the experts' order."""
+        x_NI = F.dropout(x_NI, self.dropout) if self.dropout else x_NI
+        return grouped_low_rank(x_NI, self.a_ERI, self.b_ERO, offsets_E)
+
+
+Adapters = dict[str, list[LowRank]]
+"""Of "gate_up_proj" and "down_proj"."""
+
+
+@torch.compiler.disable  # what is around it compiles (training.py); this is as fast as it gets
 def grouped_experts_forward(
     experts: nn.Module,
     hidden_TD: torch.Tensor,
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    adapters: dict[str, list[Adapter]] | None = None,
+    adapters: Adapters | None = None,
 ) -> torch.Tensor:
-    """As `DeepseekExperts.forward`, with `adapters` of "gate_up_proj" and "down_proj" added."""
+    """As `DeepseekExperts.forward`, with `adapters` added."""
     T, K = index_TK.shape
     dtype = _compute_dtype(hidden_TD)
+    if _can_fuse(experts, hidden_TD, dtype, adapters or {}):
+        return _fused_forward(experts, hidden_TD, index_TK, weights_TK, adapters or {}, dtype)
     expert_N, order_N = index_TK.flatten().sort(stable=True)  # picks of an expert side by side
     numbers_E = torch.arange(experts.num_experts, device=expert_N.device)
     offsets_E = torch.searchsorted(expert_N, numbers_E, right=True).int()
@@ -61,6 +84,54 @@ def grouped_experts_forward(
     return (out_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(hidden_TD.dtype)
 
 
+def _can_fuse(
+    experts: nn.Module, hidden_TD: torch.Tensor, dtype: torch.dtype, adapters: Adapters
+) -> bool:
+    return (
+        hidden_TD.is_cuda
+        and torch.version.hip is None
+        and has_triton()
+        and dtype in (torch.bfloat16, torch.float16)
+        and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+        and all(len(some) <= 1 for some in adapters.values())
+    )
+
+
+def _fused_forward(
+    experts: nn.Module,
+    hidden_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    adapters: Adapters,
+    dtype: torch.dtype,
+    ops: ModuleType | None = None,
+) -> torch.Tensor:
+    """The same by `FusedExperts`; `ops` are the kernels, or their plain twins for tests."""
+    if ops is None:
+        from .kernels import fused as ops
+    up, down = (next(iter(adapters.get(name, ())), None) for name in STACKS)
+    token_N, place_TK, ends_E = ops.sort_picks(index_TK.int(), experts.num_experts)
+    drop = down.dropout if down is not None else 0.0
+    seed = int(torch.randint(2**31 - 1, ())) if drop else 0  # which checkpointing draws again
+    recompute = getattr(experts, "recompute", False)  # set by training
+    picks = Picks(ops, token_N, place_TK, ends_E, recompute, drop, seed)
+    x_TD = hidden_TD.to(dtype)
+    dropped_TD = F.dropout(x_TD, up.dropout) if up is not None and up.dropout else None
+    stacks = []
+    for name, low in zip(STACKS, (up, down), strict=True):
+        factors = (None, None) if low is None else (low.a_ERI, low.b_ERO)
+        stacks += [getattr(experts, name), *(_rows_of_16_bytes(m, dtype) for m in factors)]
+    out_TD = FusedExperts.apply(picks, x_TD, dropped_TD, weights_TK, *stacks)
+    return out_TD.to(hidden_TD.dtype)
+
+
+def _rows_of_16_bytes(factor_ERI: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A rank that grouped_mm takes, side by side."""
+    if factor_ERI is None:
+        return None
+    return F.pad(factor_ERI.to(dtype), (0, 0, 0, -factor_ERI.shape[1] % 8)).contiguous()
+
+
 def grouped_mm(x_NI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor):
     """x[n] @ weight[e] for the rows of each expert, which end at offsets[e]; x sorted by expert."""
     return F.grouped_mm(x_NI, weight_EIO, offs=offsets_E)
@@ -70,8 +141,7 @@ def grouped_low_rank(
     x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, offsets_E: torch.Tensor
 ) -> torch.Tensor:
     """x A B for each expert's rows, in the dtype of x, for any rank."""
-    pad = -a_ERI.shape[1] % 8  # grouped_mm wants rows of whole 16 bytes, side by side
-    a_ERI, b_ERO = (F.pad(m.to(x_NI.dtype), (0, 0, 0, pad)).contiguous() for m in (a_ERI, b_ERO))
+    a_ERI, b_ERO = (_rows_of_16_bytes(m, x_NI.dtype) for m in (a_ERI, b_ERO))
     return grouped_mm(grouped_mm(x_NI, a_ERI.transpose(1, 2), offsets_E), b_ERO, offsets_E)
 
 

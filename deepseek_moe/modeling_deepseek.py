@@ -13,6 +13,7 @@ Letters that suffix locals: B batch, L length, T = B*L tokens, K experts a token
 D hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
+    linear_loss: Callable[..., torch.Tensor] | None = None
+    """For training without logits: (hidden [B, L, D], head's weight, labels, ...) -> loss."""
+
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
         self.model = DeepseekModel(config)
@@ -410,7 +414,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
         While training, the balance loss reaches the gradients from inside the layers, as in the
         published model; it is not part of `loss`, and `aux_loss` shows its value.
-        `logits_to_keep` > 0 computes the logits of that many last positions only.
+        `logits_to_keep` > 0 computes the logits of that many last positions only. Where training
+        has set `linear_loss`, there are none.
         """
         # All named above: generate and Trainer read this signature to see what the model takes.
         outputs = self.model(
@@ -423,9 +428,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
+        hidden_BLD = outputs.last_hidden_state[:, keep]
+        loss = logits = None
+        if labels is not None and self.training and self.linear_loss is not None:
+            loss = self.linear_loss(hidden_BLD, self.lm_head.weight, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_BLD)
+        if labels is not None and logits is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -184,13 +184,51 @@ def _matrix(c: Case) -> list[Any]:
     return [c.weight(c.experts, 24, c.hidden), c.dtype]
 
 
+def _open_gates(c: Case) -> list[Any]:
+    gate_up = c.normal(c.tokens, 2 * 72)
+    return [gate_up, c.normal(c.tokens, 2 * 72), c.normal(c.tokens).float(), 0.0, 0]
+
+
+def _open_gates_alone(c: Case) -> list[Any]:
+    return [c.normal(c.tokens, 2 * c.width), None, c.normal(c.tokens).float(), 0.0, 0]
+
+
+def _close_gates(c: Case) -> list[Any]:
+    grads = c.normal(c.tokens, 72), c.normal(c.tokens, 72)
+    return [*grads, c.normal(c.tokens, 2 * 72), c.normal(c.tokens).float(), True, 0.0, 0]
+
+
+def _close_gates_alone(c: Case) -> list[Any]:
+    gate_up = c.normal(c.tokens, 2 * c.width)
+    grad, weights = c.normal(c.tokens, c.width), c.normal(c.tokens).float()
+    return [grad, None, gate_up, weights, False, 0.0, 0]
+
+
+def _adamw(c: Case) -> list[Any]:
+    shape = (c.tokens, 300 if c.seed % 2 else 512)  # the last block is shorter, or not
+    blocks = -(-shape[0] * shape[1] // plain.BLOCK)
+    weight, grad = c.normal(*shape).bfloat16(), c.normal(*shape).bfloat16()
+    codes = torch.randint(256, (2, *shape), generator=c.random, device=c.device).to(torch.uint8)
+    scales = c.normal(2, blocks).float().abs()
+    return [weight, grad, *codes, *scales, 1e-2, 0.1, (0.9, 0.999), 1e-8, 1 + c.seed, c.seed]
+
+
+def _sum_picks(c: Case) -> list[Any]:
+    place = plain.sort_picks(c.routing()[0], c.experts)[1]
+    x = c.normal(c.tokens * c.top_k, c.hidden)
+    return [x, x * 2 if c.seed % 2 else None, place]
+
+
 CASES: dict[str, Callable[[Case], list[Any]]] = {
+    "adamw": _adamw,
     "add_norm": _add_norm,
     "add_norm:without residual": _norm_alone,
     "advance": _advance,
     "attend": _attend,
     "attend_prompt": _attend_prompt,
     "choose": _choose,
+    "close_gates": _close_gates,
+    "close_gates:without adapter": _close_gates_alone,
     "combine": _combine,
     "dense": _dense,
     "experts_down": _experts_down,
@@ -201,10 +239,13 @@ CASES: dict[str, Callable[[Case], list[Any]]] = {
     "linear": _linear,
     "linear:without norm": _linear_bare,
     "matrix": _matrix,
+    "open_gates": _open_gates,
+    "open_gates:without adapter": _open_gates_alone,
     "qkv": _qkv,
     "rotate": _rotate,
     "route": _route,
     "sort_picks": _sort_picks,
+    "sum_picks": _sum_picks,
     "swiglu": _swiglu,
 }
 

@@ -1,9 +1,11 @@
 """That the checks of a GPU pass where all is well, and find what is not."""
 
+import subprocess
 import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,30 +45,118 @@ def test_a_check_that_fails_does_not_end_the_others(
     def wrong() -> str:
         raise RuntimeError("so\nand so")
 
-    assert checks.gpu.run(iter([("a", wrong), ("b", lambda: "well")])) == 1
+    def run(*made: Any) -> int:
+        return checks.gpu.report(made, map(checks.gpu.outcome, made))
+
+    assert run(("a", wrong), ("b", lambda: "well")) == 1
     assert capsys.readouterr().out.split("\n")[:3] == [
         "FAILED  a: RuntimeError: so and so", "ok      b: well", "2 checks, 1 failed",
     ]  # fmt: skip
-    assert checks.gpu.run(iter([("b", lambda: "well")])) == 0
-    assert checks.gpu.run(iter([])) == 1  # nothing has that name
+    assert run(("b", lambda: "well")) == 0
+    assert run() == 1  # nothing has that name
+
+
+WORKER = """
+import json, os, sys, time
+print("a library says", file=sys.stderr, flush=True)
+for line in sys.stdin:
+    name = line.strip()
+    time.sleep(0.3 if name == "slow" else 0)
+    if name == "dies":
+        print("struck by lightning", file=sys.stderr, flush=True)
+        os._exit(7)
+    print(json.dumps([name != "wrong", f"{name} {os.getpid()}"]), flush=True)
+"""
+WORKS = [sys.executable, "-c", WORKER]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_processes_share_the_checks(
+    jobs: int, checks: SimpleNamespace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    groups = [
+        checks.kernels.Group([(name, str) for name in names])
+        for names in (["slow"], ["a", "b"], ["dies", "after"], ["wrong", "last"])
+    ]
+    names = [name for group in groups for name, _ in group.checks]
+    said = dict(zip(names, checks.gpu.in_processes(groups, jobs, 9, WORKS), strict=True))
+    assert said["dies"] == (False, "its process ended, exit code 7: struck by lightning")
+    of = {name: text.split() for name, (_, text) in said.items() if name != "dies"}
+    assert all(name == words[0] for name, words in of.items())
+    assert [name for name, (passed, _) in said.items() if not passed] == ["dies", "wrong"]
+    assert of["a"][1] == of["b"][1]
+    assert of["wrong"][1] != of["last"][1]  # what is wrong may have spoilt the process
+    assert jobs > 1 or len({words[1] for words in of.values()}) == 3
+    assert "a library says" not in "".join(capfd.readouterr())
+
+
+def test_processes_run_at_the_same_time(checks: SimpleNamespace, tmp_path: Path) -> None:
+    """Each worker answers when both have been asked."""
+    script = """
+import json, pathlib, sys, time
+for line in sys.stdin:
+    pathlib.Path(line.strip()).touch()
+    end = time.time() + 20
+    while len(list(pathlib.Path(line.strip()).parent.iterdir())) < 2 and time.time() < end:
+        time.sleep(0.01)
+    print(json.dumps([time.time() < end, "met"]), flush=True)
+"""
+    groups = [checks.kernels.Group([(str(tmp_path / name), str)]) for name in "ab"]
+    said = checks.gpu.in_processes(groups, 2, 9, [sys.executable, "-c", script])
+    assert list(said) == [(True, "met")] * 2
+
+
+def test_what_needs_much_memory_waits(checks: SimpleNamespace) -> None:
+    Group = checks.kernels.Group
+    most, more, few = Group([("a", str)] * 3, 50), Group([("b", str)] * 2, 40), Group([("c", str)])
+    queue = checks.gpu.Queue([few, more, most], 60)
+    assert queue.take() is most and queue.take() is few
+    waits = Thread(target=lambda: taken.append(queue.take()))
+    taken: list[Any] = []
+    waits.start()
+    waits.join(0.1)
+    assert waits.is_alive() and not taken
+    queue.done(most)
+    waits.join(5)
+    assert taken == [more] and queue.take() is None
+    alone = checks.gpu.Queue([most], 10)  # a GPU that is too small is tried all the same
+    assert alone.take() is most
+
+
+@pytest.mark.slow
+def test_a_run_in_processes_prints_the_same() -> None:
+    options = ["--device", "cpu", "--jobs", "2", "--only", "kernel s"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "check_gpu.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.split("\n")
+    assert [line.split(":")[0] for line in lines[:-2]] == [
+        "ok      kernel sort_picks", "ok      kernel sum_picks", "ok      kernel swiglu",
+    ]  # fmt: skip
+    assert lines[-2] == "3 checks, 0 failed" and done.returncode == 0
 
 
 def test_every_kernel_and_every_way_is_among_the_checks(checks: SimpleNamespace) -> None:
     from kernel_cases import CASES
 
-    kernels = [name for name, _ in checks.kernels.kernel_checks(CPU)]
-    assert kernels == [f"kernel {name}" for name in sorted(CASES)]
-    bundled = [name for name, _ in checks.models.bundled_checks(torch.device("cuda"), 9)]
+    def names(groups: Any) -> list[str]:
+        return [name for group in groups for name, _ in group.checks]
+
+    kernels = names(checks.kernels.kernel_checks(CPU))
+    assert sorted(kernels) == sorted(f"kernel {name}" for name in CASES)
+    bundled = names(checks.models.bundled_checks(torch.device("cuda"), 9))
     assert len(bundled) == len(set(bundled))
     assert {"logits, bfloat16", "logits, float16", "logits, int8", "logits, int4"} <= set(bundled)
-    assert len(list(checks.models.model_checks("x", CPU))) == 4
+    [group] = checks.models.model_checks("x", CPU)  # one process has the model, once
+    assert len(group.checks) == 4 and group.gigabytes > 40
+    assert len(names(checks.kernels.fused_experts_checks(CPU))) == 3
 
 
 @pytest.mark.slow
 def test_all_checks_of_the_engine_pass_on_the_cpu(
     checks: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert checks.gpu.run(checks.models.bundled_checks(CPU, 8)) == 0, capsys.readouterr().out
+    made = [check for group in checks.models.bundled_checks(CPU, 8) for check in group.checks]
+    assert checks.gpu.report(made, map(checks.gpu.outcome, made)) == 0, capsys.readouterr().out
 
 
 def test_only_what_was_asked_for_is_checked(
@@ -95,6 +185,25 @@ def test_a_kernel_that_forgets_a_place_is_found(
     monkeypatch.setattr(fused, "swiglu", forgetful)
     with pytest.raises(RuntimeError, match=r"1 tokens.*nan"):
         checks.kernels.check_kernel("swiglu", CPU)
+
+
+def test_gradients_that_are_wrong_are_found(
+    checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek_moe.kernels import fused, plain
+
+    for name in ("open_gates", "close_gates", "sum_picks", "sort_picks"):
+        monkeypatch.setattr(fused, name, getattr(plain, name))
+    kind = "adapters over bf16"
+    assert checks.kernels.check_fused_experts(kind, CPU).startswith("within ")
+
+    def other(*args: Any) -> Any:
+        grad_gate_up, grad_weights, act = plain.close_gates(*args)
+        return grad_gate_up, 1.1 * grad_weights, act
+
+    monkeypatch.setattr(fused, "close_gates", other)
+    with pytest.raises(RuntimeError, match=r"weights, uniform, recompute False: 0\.1 from fp32"):
+        checks.kernels.check_fused_experts(kind, CPU)
 
 
 def test_routes_agree_only_where_they_do(

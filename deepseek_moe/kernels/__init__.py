@@ -1,4 +1,4 @@
-"""Triton kernels of the decode engine, and their plain twins (plain.py) in torch.
+"""Triton kernels of the decode engine and of training, and their plain twins (plain.py) in torch.
 
 Stages of a layer, in the order in which a token meets them, for a step of few tokens:
 
@@ -9,5 +9,5 @@ Stages of a layer, in the order in which a token meets them, for a step of few t
     experts     gate and up of the chosen; down, weighted sum, shared experts, residual
 
 A step of many tokens leaves the products to the library (grouped.py) and fuses what stands between
-them (between.py, sort.py).
+them (between.py, sort.py); so does training (training.py, for fused_experts.py).
 """

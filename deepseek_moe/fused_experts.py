@@ -1,0 +1,159 @@
+"""The grouped way through the experts (experts.py) with all between its products fused, forward and
+backward: what a GPU takes in training.
+
+The same function, arranged so that little passes through memory and little is kept:
+
+- a pick's weight multiplies what down takes, [N, F], not what it gives, [N, D], of which then
+  nothing is needed again
+- only the output of gate and up is kept for the backward pass, or not even that (`recompute`); the
+  permuted tokens and what down takes are made again in passes that are made anyway
+- an adapter's part is added by the kernel that reads the product next
+
+The plain twin of the whole is `experts.grouped_experts_forward`, of each kernel a function in
+kernels/plain.py.
+
+Letters: T tokens, K experts a token, N = T*K picks, E experts, D hidden, F expert width, R rank.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .quantization import dequantize
+
+Maybe = torch.Tensor | None
+
+
+@dataclass
+class Picks:
+    """Where the picks go, and how they are computed."""
+
+    ops: ModuleType  # kernels.fused or kernels.plain
+    token_N: torch.Tensor
+    place_TK: torch.Tensor
+    ends_E: torch.Tensor
+    recompute: bool  # gate and up again in the backward pass
+    dropout: float  # before down's adapter
+    seed: int
+
+    def product(self, x_NI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
+        """x[n] @ weight[e] for the places of each expert."""
+        return F.grouped_mm(x_NI, weight_EIO, offs=self.ends_E)
+
+    def outer(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
+        """x^T y over the places of each expert, [E, I, O]; 0 for one without."""
+        return F.grouped_mm(x_NI.t(), y_NO, offs=self.ends_E)
+
+
+class FusedExperts(torch.autograd.Function):
+    """Arguments: x [T, D] in the dtype of the products, x with dropout for the adapter (None: x
+    itself), weights [T, K], then of each stack the weight [E, O, I] (frozen and maybe quantised, or
+    not) with an adapter's A [E, R, I] and scaled B [E, R, O], or None. Gives [T, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        picks: Picks,
+        x_TD: torch.Tensor,
+        dropped_TD: Maybe,
+        weights_TK: torch.Tensor,
+        gate_up: torch.Tensor,
+        a_up: Maybe,
+        b_up: Maybe,
+        down: torch.Tensor,
+        a_down: Maybe,
+        b_down: Maybe,
+    ) -> torch.Tensor:
+        weights_N = weights_TK.new_empty(weights_TK.numel())
+        weights_N[picks.place_TK.flatten()] = weights_TK.flatten()
+        gate_up_NF, act_NF, low_act_NF, up_NR = _open(
+            picks, x_TD, dropped_TD, weights_N, gate_up, a_up, b_up
+        )
+        out_ND = picks.product(act_NF, dequantize(down, x_TD.dtype).mT)
+        low_ND = down_NR = None
+        if a_down is not None:
+            down_NR = picks.product(low_act_NF, a_down.mT)
+            low_ND = picks.product(down_NR, b_down)
+        ctx.picks, ctx.stacks = picks, (gate_up, down)  # the parameters themselves, not copies
+        kept_NF = None if picks.recompute else gate_up_NF
+        ctx.save_for_backward(
+            x_TD, dropped_TD, weights_N, kept_NF, a_up, b_up, up_NR, a_down, b_down, down_NR
+        )
+        return picks.ops.sum_picks(out_ND, low_ND, picks.place_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Maybe, ...]:
+        picks, (gate_up, down) = ctx.picks, ctx.stacks
+        x_TD, dropped_TD, weights_N, gate_up_NF, a_up, b_up, up_NR, a_down, b_down, down_NR = (
+            ctx.saved_tensors
+        )
+        needs = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
+        grads: dict[str, Maybe] = dict.fromkeys(NAMES)
+        if gate_up_NF is None:
+            gate_up_NF = _open(picks, x_TD, dropped_TD, weights_N, gate_up, a_up, b_up)[0]
+
+        grad_ND = grad_TD.contiguous()[picks.token_N]
+        grad_act_NF = picks.product(grad_ND, dequantize(down, x_TD.dtype))
+        grad_low_NF = None
+        if a_down is not None:
+            grad_down_NR = picks.product(grad_ND, b_down.mT)
+            grad_low_NF = picks.product(grad_down_NR, a_down)
+            grads["b_down"] = picks.outer(down_NR, grad_ND)
+        grad_gate_up_NF, grad_N, act_NF = picks.ops.close_gates(
+            grad_act_NF, grad_low_NF, gate_up_NF, weights_N, needs["down"] or needs["a_down"],
+            picks.dropout, picks.seed,
+        )  # fmt: skip
+        del gate_up_NF, grad_act_NF, grad_low_NF
+        grads["weights_TK"] = grad_N[picks.place_TK]
+        if needs["down"]:
+            grads["down"] = picks.outer(grad_ND, act_NF).to(down.dtype)
+        if a_down is not None:
+            grads["a_down"] = picks.outer(grad_down_NR, act_NF)
+        del grad_ND, act_NF
+
+        if needs["gate_up"]:
+            outer_EFD = picks.outer(grad_gate_up_NF, x_TD[picks.token_N])
+            grads["gate_up"] = outer_EFD.to(gate_up.dtype)
+        low_ND = None
+        if a_up is not None:
+            low_x_TD = x_TD if dropped_TD is None else dropped_TD
+            grads["b_up"] = picks.outer(up_NR, grad_gate_up_NF)
+            grad_up_NR = picks.product(grad_gate_up_NF, b_up.mT)
+            grads["a_up"] = picks.outer(grad_up_NR, low_x_TD[picks.token_N])
+            low_ND = picks.product(grad_up_NR, a_up)
+        if needs["x_TD"]:
+            grad_ND = picks.product(grad_gate_up_NF, dequantize(gate_up, x_TD.dtype))
+            if dropped_TD is not None:
+                grads["dropped_TD"] = picks.ops.sum_picks(low_ND, None, picks.place_TK)
+                low_ND = None
+            grads["x_TD"] = picks.ops.sum_picks(grad_ND, low_ND, picks.place_TK)
+        return tuple(grads.values())
+
+
+NAMES = (
+    "picks", "x_TD", "dropped_TD", "weights_TK",
+    "gate_up", "a_up", "b_up", "down", "a_down", "b_down",
+)  # fmt: skip
+
+
+def _open(
+    picks: Picks,
+    x_TD: torch.Tensor,
+    dropped_TD: Maybe,
+    weights_N: torch.Tensor,
+    gate_up: torch.Tensor,
+    a_up: Maybe,
+    b_up: Maybe,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Maybe]:
+    """gate and up [N, 2F]; what down and its adapter take, [N, F]; x A [N, R]."""
+    x_ND = x_TD[picks.token_N]
+    gate_up_NF = picks.product(x_ND, dequantize(gate_up, x_TD.dtype).mT)
+    low_NF = up_NR = None
+    if a_up is not None:
+        up_NR = picks.product(x_ND if dropped_TD is None else dropped_TD[picks.token_N], a_up.mT)
+        low_NF = picks.product(up_NR, b_up)
+    opened = picks.ops.open_gates(gate_up_NF, low_NF, weights_N, picks.dropout, picks.seed)
+    return gate_up_NF, *opened, up_NR

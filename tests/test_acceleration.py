@@ -1,0 +1,98 @@
+"""Liger's kernels change nothing of what the model computes: in Triton's interpreter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if torch.cuda.is_available():
+    pytest.skip("on a GPU, benchmarks/check_gpu.py checks them", allow_module_level=True)
+
+from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.acceleration import accelerate
+from deepseek_moe.adapters import add_lora
+
+MakeModel = Callable[..., DeepseekForCausalLM]
+LINEARS = [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]
+IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
+PARTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1, -1]])
+
+
+@pytest.fixture(autouse=True)
+def beyond_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's kernels that round what is no tensor's; check_gpu.py calls them, on a GPU."""
+    from liger_kernel.transformers import functional
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, in_place: bool) -> torch.Tensor:
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    def loss(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+        assert (options["reduction"], options["accum_dtype"]) == ("sum", torch.float32)
+        assert len(target)
+        return F.cross_entropy(x @ weight.T, target, reduction="sum")
+
+    monkeypatch.setattr(functional, "liger_rms_norm", norm)
+    monkeypatch.setattr(functional, "liger_swiglu", lambda gate, up: F.silu(gate) * up)
+    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", loss)
+
+
+def run(model: torch.nn.Module, labels: torch.Tensor, **inputs: Any) -> tuple[Any, dict[str, Any]]:
+    model.zero_grad()
+    torch.manual_seed(5)  # of dropout
+    out = model(input_ids=IDS, labels=labels, sequence_ids=PARTS, use_cache=False, **inputs)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return out, grads
+
+
+@pytest.mark.parametrize("num_items", [None, 9])
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.3])
+def test_loss_and_gradients_stay_the_same(
+    dropout: float | None, num_items: Any, tiny_model: MakeModel
+) -> None:
+    torch.manual_seed(1)
+    model = tiny_model(experts_implementation="grouped", aux_loss_alpha=0.01).train()
+    if dropout is not None:
+        model = add_lora(model, LINEARS, 3, 6.0, dropout)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    labels = IDS.masked_fill(PARTS < 0, -100)
+    labels[0, :3] = -100
+    inputs = {"num_items_in_batch": num_items} if num_items else {}
+    want, want_grads = run(model, labels, **inputs)
+    accelerate(model)
+    have, have_grads = run(model, labels, **inputs)
+    assert have.logits is None
+    torch.testing.assert_close(have.loss, want.loss)
+    assert have_grads.keys() == want_grads.keys()
+    for name, grad in want_grads.items():
+        assert (have_grads[name] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
+
+
+def test_a_batch_without_labels_trains_nothing(tiny_model: MakeModel) -> None:
+    model = tiny_model(aux_loss_alpha=0.0).train()
+    accelerate(model)
+    out, grads = run(model, torch.full_like(IDS, -100), num_items_in_batch=5)
+    assert out.loss == 0
+    assert not any(grad.any() for grad in grads.values())
+
+
+def test_evaluation_has_logits(tiny_model: MakeModel) -> None:
+    model = tiny_model().eval()
+    want = model(input_ids=IDS, labels=IDS)
+    accelerate(model)
+    have = model(input_ids=IDS, labels=IDS)
+    torch.testing.assert_close(have.logits, want.logits)
+    torch.testing.assert_close(have.loss, want.loss)
+
+
+def test_generation_with_a_cache_stays_the_same(tiny_model: MakeModel) -> None:
+    model = tiny_model().eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    want = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
+    accelerate(model)
+    assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), **options), want)

@@ -1,0 +1,153 @@
+"""The fused way through the experts equals the plain one: outputs and every gradient.
+
+On the CPU with the plain twins of its kernels, whose own equality is in tests/test_kernels.py; on a
+GPU benchmarks/check_gpu.py does the same with the kernels.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deepseek_moe.experts import LowRank, _fused_forward, grouped_experts_forward
+from deepseek_moe.kernels import plain
+from deepseek_moe.quantization import Quantization
+
+E, D, WIDTH, TOKENS, RANK = 8, 64, 48, 21, 5
+STACKS = {"gate_up_proj": (2 * WIDTH, D), "down_proj": (D, WIDTH)}
+ROUTINGS = {
+    "spread": torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(t))[:3]
+                           for t in range(TOKENS)]),
+    "skewed": torch.tensor([[7, 0, 1]] * (TOKENS - 1) + [[3, 7, 0]]),
+    "most_experts_without_tokens": torch.tensor([[2, 5, 3]] * TOKENS),
+    "last_expert_without_tokens": torch.tensor([[t % 7, (t + 1) % 7, (t + 3) % 7]
+                                                for t in range(TOKENS)]),
+}  # fmt: skip
+
+
+def make(trained: bool, bits: int = 16, recompute: bool = False) -> Any:
+    torch.manual_seed(1)
+    experts = SimpleNamespace(num_experts=E, act_fn=nn.SiLU(), recompute=recompute)
+    for name, (out, width) in STACKS.items():
+        weight = nn.Parameter(torch.randn(E, out, width) * 0.3, requires_grad=trained)
+        if bits != 16:
+            weight = Quantization(bits, dtype="float32").quantize(weight)
+        setattr(experts, name, weight)
+    return experts
+
+
+def factors(names: tuple[str, ...], dropout: float = 0.0) -> dict[str, list[LowRank]]:
+    torch.manual_seed(2)
+    made = {}
+    for name in names:
+        out, width = STACKS[name]
+        a, b = torch.randn(E, RANK, width) * 0.3, torch.randn(E, RANK, out) * 0.3
+        made[name] = [LowRank(a.requires_grad_(), b.requires_grad_(), dropout)]
+    return made
+
+
+def run(forward: Any, experts: Any, adapters: Any, index: torch.Tensor, **kw: Any) -> Any:
+    """The output, and the gradients of all that can have one."""
+    torch.manual_seed(3)
+    hidden = torch.randn(TOKENS, D, requires_grad=True)
+    weights = torch.rand(index.shape, requires_grad=True)
+    probe = torch.randn(TOKENS, D)
+    leaves = {"hidden": hidden, "weights": weights}
+    for name in STACKS:
+        if getattr(experts, name).requires_grad:
+            leaves[name] = getattr(experts, name)
+        for low in adapters.get(name, ()):
+            leaves |= {f"{name} A": low.a_ERI, f"{name} B": low.b_ERO}
+    torch.manual_seed(4)
+    out = forward(experts, hidden, index, weights, adapters, **kw)
+    grads = torch.autograd.grad((out * probe).sum(), list(leaves.values()))
+    return out, dict(zip(leaves, grads, strict=True))
+
+
+def agree(have: Any, want: Any) -> None:
+    for name, (mine, other) in {
+        "output": (have[0], want[0]),
+        **{n: (have[1][n], want[1][n]) for n in want[1]},
+    }.items():
+        assert other.any()
+        assert (mine - other).abs().max() <= 1e-5 * max(1.0, other.abs().max().item()), name
+
+
+FUSED: dict[str, Any] = {"dtype": torch.float32, "ops": plain}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_all_weights_train(routing: str, recompute: bool) -> None:
+    experts, index = make(True, recompute=recompute), ROUTINGS[routing]
+    want = run(grouped_experts_forward, experts, {}, index)
+    agree(run(_fused_forward, experts, {}, index, **FUSED), want)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("names", [tuple(STACKS), ("gate_up_proj",), ("down_proj",)])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_adapters_over_frozen_weights(bits: int, names: tuple[str, ...], recompute: bool) -> None:
+    experts, adapters = make(False, bits, recompute), factors(names)
+    for index in ROUTINGS.values():
+        want = run(grouped_experts_forward, experts, adapters, index)
+        agree(run(_fused_forward, experts, adapters, index, **FUSED), want)
+
+
+def test_nothing_trains_but_what_is_before() -> None:
+    experts, index = make(False), ROUTINGS["spread"]
+    want = run(grouped_experts_forward, experts, {}, index)
+    agree(run(_fused_forward, experts, {}, index, **FUSED), want)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout(recompute: bool) -> None:
+    """Of the adapters' inputs only: of a token before A of gate and up, of a pick before down's;
+    the backward pass drops what the forward pass dropped."""
+    p, index = 0.4, ROUTINGS["spread"]
+    experts, adapters = make(False, recompute=recompute), factors(tuple(STACKS), p)
+
+    def written_out(experts: Any, hidden: Any, index: Any, weights: Any, adapters: Any) -> Any:
+        seed = int(torch.randint(2**31 - 1, ()))
+        dropped = F.dropout(hidden, p)
+        [[up], [down]] = adapters.values()
+        _, place_TK, _ = plain.sort_picks(index.int(), E)
+        kept_NF = plain._kept(torch.empty(index.numel(), WIDTH), p, seed)
+        rows = []
+        for t in range(TOKENS):
+            row = torch.zeros(D)
+            for k, e in enumerate(index[t].tolist()):
+                gate_up = experts.gate_up_proj[e] @ hidden[t]
+                gate_up = gate_up + up.b_ERO[e].T @ (up.a_ERI[e] @ dropped[t])
+                act = F.silu(gate_up[:WIDTH]) * gate_up[WIDTH:]
+                out = experts.down_proj[e] @ act
+                low = down.b_ERO[e].T @ (down.a_ERI[e] @ (act * kept_NF[place_TK[t, k]]))
+                row = row + weights[t, k] * (out + low)
+            rows.append(row)
+        return torch.stack(rows)
+
+    want = run(written_out, experts, adapters, index)
+    agree(run(_fused_forward, experts, adapters, index, **FUSED), want)
+    again = run(_fused_forward, experts, adapters, index, **FUSED)
+    assert torch.equal(again[0], run(_fused_forward, experts, adapters, index, **FUSED)[0])
+
+
+def test_only_gate_and_up_are_kept() -> None:
+    """Of tensors with a row a pick: [N, 2F] and the thin products, with `recompute` only these."""
+    rows = TOKENS * 3
+    for recompute, fat in ((False, [2 * WIDTH]), (True, [])):
+        experts, adapters = make(False, recompute=recompute), factors(tuple(STACKS))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(_note, kept), lambda x: x):
+            run(_fused_forward, experts, adapters, ROUTINGS["spread"], **FUSED)
+        wide = [x.shape[1] for x in kept if x.dim() == 2 and x.shape[0] == rows]
+        assert sorted(wide) == sorted([8, 8, *fat])
+
+
+def _note(kept: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    kept.append(x)
+    return x
