@@ -6,6 +6,11 @@ A step passes three peaks, on top of weights and optimizer states, which always 
 - the end of the backward pass: nearly all gradients, and what one layer computes with
 - the optimizer's step: all gradients
 
+With --single_gpu_full, where each weight is stepped in the backward pass and logits are not kept:
+
+- the loss: the kept input of each layer, and what the head's gradient takes
+- the start of the backward pass: these inputs, what one layer computes with, and its gradients
+
 Letters: T tokens a device and micro-batch, K experts a token, D hidden size, F expert width,
 V vocabulary. The constants were fitted to what `benchmarks/memory.py` measures.
 """
@@ -23,10 +28,12 @@ from torch import nn
 from .adapters import adapt, parameter_table
 from .arguments import FineTuningArguments, ModelArguments, deepspeed_settings
 from .configuration_deepseek import DeepseekConfig
+from .kernels.plain import BLOCK
 from .modeling_deepseek import DeepseekForCausalLM
 from .quantization import STACKS
 
 LOGITS = 12  # bytes a logit at the loss's peak: log-probabilities and two gradients, in fp32
+HEAD = 10  # bytes a weight of the head, for its gradient where the loss is fused with it
 BUCKET_BYTES = 2e9  # what ZeRO's buckets for gradients and weights in flight take, as configured
 
 
@@ -54,6 +61,8 @@ def estimate(
     model: nn.Module, options: ModelArguments, training: FineTuningArguments, tokens: int
 ) -> Memory:
     """The peak of a step with `tokens` tokens a device and micro-batch, padding included."""
+    if training.single_gpu_full:
+        return _estimate_in_backward(model, options, training, tokens)
     config, low = model.config, 2 if training.bf16 else 4
     zero = deepspeed_settings(training).get("zero_optimization", {})
     stage, ranks = zero.get("stage", 0), max(1, training.world_size)
@@ -84,12 +93,33 @@ def estimate(
     return Memory(weights, optimizer, peaks[peak], peak - peaks[peak])
 
 
+def _estimate_in_backward(
+    model: nn.Module, options: ModelArguments, training: FineTuningArguments, tokens: int
+) -> Memory:
+    """With --single_gpu_full."""
+    config, low = model.config, 2
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    weights = low * sum(p.numel() for p in model.parameters())
+    optimizer = 2 * (1 + 4 / BLOCK) * sum(trained.values())  # two bytes and two scales
+    largest = max(trained.values(), default=0)
+    stacks = [[n for name, n in trained.items() if name.endswith(end)] for end in STACKS]
+    together = sum(
+        max(sizes, default=0) for sizes in stacks
+    )  # which a layer's experts give at once
+    gradients = low * max(largest, together)
+    kept, layer = _activations(config, options, training, low)
+    at_loss = HEAD * config.vocab_size * config.hidden_size - gradients
+    most = kept * tokens + max(at_loss, layer * tokens)
+    return Memory(weights, optimizer, gradients, most)
+
+
 def _activations(
     config: DeepseekConfig, options: ModelArguments, training: FineTuningArguments, low: int
 ) -> tuple[float, float]:
     """Bytes a token: what is kept for the backward pass, and what one layer takes at its peak."""
     K, D, F = config.num_experts_per_tok or 1, config.hidden_size, config.moe_intermediate_size
-    stream = low if options.use_lora or training.deepspeed else 4  # the residual stream and norms
+    keeps_fp32 = not (options.use_lora or training.deepspeed or training.single_gpu_full)
+    stream = 4 if keeps_fp32 else low  # the residual stream and norms
     kept = K * (2 * D * low + 4 * F * low) + 12 * D * stream
     if options.use_lora and options.lora_dropout:
         kept += K * (D + F) * (low + 1)
@@ -144,6 +174,7 @@ def plan(
     if steps <= 0:
         steps = math.ceil(math.ceil(len(lengths) / step) * training.num_train_epochs)
     console = Console(width=100)
+    clip = training.max_grad_norm
     settings = {
         "model": folder,
         "method": _method(options, training),
@@ -153,8 +184,9 @@ def plan(
         f"{training.get_warmup_steps(steps)} steps of warm-up",
         "a step": f"{training.per_device_train_batch_size} rows x "
         f"{training.gradient_accumulation_steps} x {max(1, training.world_size)} device(s)",
-        "optimizer": f"{getattr(training.optim, 'value', training.optim)}, gradients clipped at "
-        f"{training.max_grad_norm:g}, weight decay {training.weight_decay:g}",
+        "optimizer": f"{getattr(training.optim, 'value', training.optim)}, gradients "
+        f"{f'clipped at {clip:g}' if clip else 'not clipped'}, weight decay "
+        f"{training.weight_decay:g}",
         "computing in": "bf16" if training.bf16 else "fp32",
         "recomputing layers": "yes" if training.gradient_checkpointing else "no",
         "seed": training.seed,

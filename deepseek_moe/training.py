@@ -2,6 +2,7 @@
 
 - the balance loss with the weight it has in one big batch, however the batch is cut up, and shown
 - a step whose loss or gradient is not a number stops the run before it spoils a checkpoint
+- with --single_gpu_full, steps inside the backward pass
 - evaluation by the token, on any number of processes
 - the same order of examples in a run that was interrupted
 - checkpoints that are complete or absent; SIGTERM saves and leaves
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .errors import RunError, UserError
+from .optimizer import StepInBackward
 
 INCOMPLETE = "incomplete"
 
@@ -104,8 +106,19 @@ class FineTuner(Trainer):
             # With others, all stop at the gradient norm, which it makes NaN on every process.
         return (loss, outputs) if return_outputs else loss
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> Any:
+        if not args.single_gpu_full:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        betas = (args.adam_beta1, args.adam_beta2)
+        options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        return StepInBackward, options | {"seed": args.seed}
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
+        if self.args.single_gpu_full:  # the weights are stepped, but no checkpoint has them yet
+            norm = self.optimizer.optimizer.grad_norm()  # accelerate's holds ours
+        else:
+            norm = super()._get_grad_norm(*args, **kwargs)
         if norm is not None and not 0 <= float(norm) < math.inf:  # DeepSpeed may say -1
             self._refuse("gradient norm", float(norm))
         return norm

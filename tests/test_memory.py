@@ -12,6 +12,7 @@ from deepseek_moe import DeepseekConfig
 from deepseek_moe.adapters import build_model
 from deepseek_moe.arguments import FineTuningArguments, ModelArguments, parse_arguments
 from deepseek_moe.memory import estimate, meta_model
+from deepseek_moe.optimizer import StepInBackward
 from deepseek_moe.quantization import stored_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ BASE = "--data_path none --output_dir none --bf16 True --report_to none"
 # batch, tokens of a row, options, and the most GB that PyTorch had allocated.
 QLORA = "--use_lora True --bits 4 --lora_r 64"
 RECOMPUTE = "--gradient_checkpointing True"
+FULL = "--single_gpu_full False"
 MEASURED = {
     "qlora_16x1024": (28, 16, 1024, f"{QLORA} {RECOMPUTE}", 43.1),
     "qlora_4x1024": (28, 4, 1024, f"{QLORA} {RECOMPUTE}", 26.5),
@@ -28,8 +30,8 @@ MEASURED = {
     "qlora_4x1024_all_kept": (28, 4, 1024, QLORA, 54.7),
     "lora_8_bits_4x1024": (28, 4, 1024, f"--use_lora True --bits 8 --lora_r 64 {RECOMPUTE}", 36.7),
     "lora_4x1024": (28, 4, 1024, f"--use_lora True --lora_r 64 {RECOMPUTE}", 50.1),
-    "full_4_layers_8x1024": (4, 8, 1024, RECOMPUTE, 38.2),
-    "full_4_layers_4x1024_all_kept": (4, 4, 1024, "", 39.8),
+    "full_4_layers_8x1024": (4, 8, 1024, f"{FULL} {RECOMPUTE}", 38.2),
+    "full_4_layers_4x1024_all_kept": (4, 4, 1024, FULL, 39.8),
 }
 
 
@@ -64,7 +66,33 @@ def test_the_estimate_under_deepspeed(
     assert abs(memory.total / 1e9 / measured - 1) < 0.15, memory
 
 
-@pytest.mark.parametrize("options", ["", "--use_lora True", QLORA, "--use_lora True --bits 8"])
+def test_all_weights_train_on_one_gpu_of_80_gb(tmp_path: Path) -> None:
+    """The official size, 16 x 1024 tokens a step."""
+    official = {"num_hidden_layers": 28, "vocab_size": 102400, "hidden_size": 2048}
+    DeepseekConfig(**official).save_pretrained(tmp_path)
+    model, _, training = parse_arguments(f"{BASE} {RECOMPUTE} --single_gpu_full True".split())
+    memory = estimate(meta_model(tmp_path, model), model, training, 16 * 1024)
+    assert 70e9 < memory.total < 76e9, memory
+    number = 16.375e9
+    assert memory.weights == pytest.approx(2 * number, rel=0.001)
+    assert memory.optimizer == pytest.approx(2 * (1 + 4 / 256) * number, rel=0.001)
+    assert memory.gradients == 2 * 64 * 1408 * 2048 * 3  # of the experts of one layer
+
+
+def test_averages_are_those_that_are_stored() -> None:
+    model, _, training = parse_arguments(f"{BASE} --single_gpu_full True".split())
+    folder = Path(ModelArguments().model_name_or_path)
+    said = estimate(meta_model(folder, model), model, training, 1).optimizer
+    parameters = build_model(folder, model, training).parameters()
+    states = StepInBackward(parameters, lr=0.0).state.values()
+    stored = sum(one.nbytes for state in states for name, one in state.items() if name != "step")
+    assert said == pytest.approx(stored, rel=1e-3)  # a tensor's last block may be shorter
+
+
+ALL = "--single_gpu_full True"
+
+
+@pytest.mark.parametrize("options", ["", ALL, "--use_lora True", QLORA, "--use_lora True --bits 8"])
 def test_weights_are_those_that_are_stored(options: str) -> None:
     """Trained and frozen, quantised or not, with the scales."""
     model, _, training = parse_arguments(f"{BASE} {options}".split())
@@ -86,7 +114,11 @@ def test_more_of_everything_takes_more(tmp_path: Path) -> None:
     assert plain < total(f"{QLORA} {RECOMPUTE}", 8192)
     assert plain < total(QLORA)
     assert plain < total(f"--use_lora True --bits 8 --lora_r 64 {RECOMPUTE}")
-    assert plain < total(f"--use_lora True --lora_r 64 {RECOMPUTE}") < total(RECOMPUTE)
+    assert plain < total(f"--use_lora True --lora_r 64 {RECOMPUTE}")
+    one_gpu = total(f"--single_gpu_full True {RECOMPUTE}")
+    assert plain < one_gpu < total(f"{FULL} {RECOMPUTE}") / 2
+    assert one_gpu < total(f"--single_gpu_full True {RECOMPUTE}", 8192)
+    assert one_gpu < total("--single_gpu_full True")
     assert total("--use_lora True --bits 4 --lora_r 8") < total(
         "--use_lora True --bits 4 --lora_r 9"
     )
