@@ -13,6 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe import experts as way
+from deepseek_moe.checkpoint import own_tokenizer
+from deepseek_moe.cli import BUNDLED_MODEL
 from deepseek_moe.experts import LowRank, _fused_forward, grouped_experts_forward
 from deepseek_moe.kernels import plain
 from deepseek_moe.quantization import Quantization
@@ -151,3 +155,28 @@ def test_only_gate_and_up_are_kept() -> None:
 def _note(kept: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     kept.append(x)
     return x
+
+
+@pytest.mark.slow
+def test_200_steps_follow_the_plain_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bundled model, all weights, on text that it can learn by heart."""
+    text = (BUNDLED_MODEL.parents[1] / "LICENSE-MODEL").read_text(encoding="utf-8")
+    ids = torch.tensor(own_tokenizer(BUNDLED_MODEL)(text[:6000]).input_ids[:512]).view(8, 64)
+
+    def losses() -> torch.Tensor:
+        model = DeepseekForCausalLM.from_pretrained(BUNDLED_MODEL, experts_implementation="grouped")
+        optimizer, found = torch.optim.AdamW(model.train().parameters(), lr=1e-4), []
+        for step in range(200):
+            batch = ids[step % 4 * 2 :][:2]
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return torch.tensor(found)
+
+    want = losses()
+    assert want[-10:].mean() < 0.5 * want[:4].mean()
+    monkeypatch.setattr(way, "_can_fuse", lambda *_: True)
+    monkeypatch.setattr(way, "_fused_forward", partial(_fused_forward, ops=plain))
+    torch.testing.assert_close(losses(), want, rtol=0.02, atol=0.01)

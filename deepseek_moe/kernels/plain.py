@@ -377,8 +377,8 @@ def adamw(
 ) -> torch.Tensor:
     """A step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), the `step`-th from 1, in
     place: `weight` in bf16, its averages `m` and `v` as one byte a weight with a scale for each
-    BLOCK. What is stored is rounded stochastically by `seed`, 31 random bits. Returns the sum of the
-    squared gradients, fp32."""
+    BLOCK. What is stored is rounded stochastically by `seed`, 31 random bits. Returns the sum of
+    the squared gradients, fp32."""
     shape, numel = weight.shape, weight.numel()
     m_now, v_now = read_averages(m, v, m_scale, v_scale)
     x, g = weight.flatten().float(), grad.flatten().float()
