@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +108,24 @@ def write_text(name: str | Path, text: str) -> Path:
         aside.unlink(missing_ok=True)
         raise UserError(f"{name} cannot be written: {error.strerror}; choose another") from error
     return file
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C becomes an entry of the list, to be looked at between tokens; a second one interrupts.
+    (As an exception it comes anywhere, and Python drops one that comes in a destructor.)"""
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

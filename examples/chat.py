@@ -23,6 +23,7 @@ from deepseek_moe.cli import (
     add_model_options,
     add_sampling_options,
     check_prompt,
+    noted_interrupts,
     one_line_errors,
     sampler_of,
     write_text,
@@ -109,12 +110,14 @@ class Chat:
         )
         answer = ""
         try:
-            for piece in self.text(steps):
-                piece = piece if answer else piece.lstrip()
-                answer += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            note(" (stopped)")
+            with noted_interrupts() as interrupted:
+                for piece in self.text(steps):
+                    piece = piece if answer else piece.lstrip()
+                    answer += piece
+                    print(piece, end="", flush=True)
+                    if interrupted:
+                        note(" (stopped)")
+                        break
         except UserError:
             self.messages.pop()
             raise

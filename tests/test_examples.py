@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import torch
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe.chat import NO_SYSTEM_PROMPT
+from deepseek_moe.cli import noted_interrupts
 from deepseek_moe.generation import Generator
 
 EXAMPLES = ROOT / "examples"
@@ -546,3 +548,14 @@ def test_a_terminal(tmp_path: Path) -> None:
     messages = json.loads(file.read_text(encoding="utf-8"))
     assert [message["content"] for message in messages[::2]] == ["Hello", "Again"]
     assert all(message["content"] for message in messages[1::2])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to a process")
+def test_ctrl_c_is_noted_once_and_then_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), noted_interrupts() as pressed:
+        assert not pressed
+        os.kill(os.getpid(), signal.SIGINT)
+        assert len(pressed) == 1
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
