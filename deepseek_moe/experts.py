@@ -111,6 +111,7 @@ def _fused_forward(
         from .kernels import fused as ops
     up, down = (next(iter(adapters.get(name, ())), None) for name in STACKS)
     token_N, place_TK, ends_E = ops.sort_picks(index_TK.int(), experts.num_experts)
+    place_TK = place_TK.masked_fill(index_TK == experts.num_experts, -1)
     drop = down.dropout if down is not None else 0.0
     seed = int(torch.randint(2**31 - 1, ())) if drop else 0  # which checkpointing draws again
     recompute = getattr(experts, "recompute", False)  # set by training

@@ -33,7 +33,7 @@ class Picks:
 
     ops: ModuleType  # kernels.fused or kernels.plain
     token_N: torch.Tensor
-    place_TK: torch.Tensor
+    place_TK: torch.Tensor  # -1: of an expert that another rank has
     ends_E: torch.Tensor
     recompute: bool  # gate and up again in the backward pass
     dropout: float  # before down's adapter
@@ -67,8 +67,9 @@ class FusedExperts(torch.autograd.Function):
         a_down: Maybe,
         b_down: Maybe,
     ) -> torch.Tensor:
-        weights_N = weights_TK.new_empty(weights_TK.numel())
+        weights_N = weights_TK.new_zeros(weights_TK.numel() + 1)
         weights_N[picks.place_TK.flatten()] = weights_TK.flatten()
+        weights_N = weights_N[:-1]  # without what stood at place -1
         gate_up_NF, act_NF, low_act_NF, up_NR = _open(
             picks, x_TD, dropped_TD, weights_N, gate_up, a_up, b_up
         )
@@ -107,7 +108,7 @@ class FusedExperts(torch.autograd.Function):
             picks.dropout, picks.seed,
         )  # fmt: skip
         del gate_up_NF, grad_act_NF, grad_low_NF
-        grads["weights_TK"] = grad_N[picks.place_TK]
+        grads["weights_TK"] = grad_N[picks.place_TK].masked_fill(picks.place_TK < 0, 0.0)
         if needs["down"]:
             grads["down"] = picks.outer(grad_ND, act_NF).to(down.dtype)
         if a_down is not None:

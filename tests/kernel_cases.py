@@ -215,6 +215,7 @@ def _adamw(c: Case) -> list[Any]:
 
 def _sum_picks(c: Case) -> list[Any]:
     place = plain.sort_picks(c.routing()[0], c.experts)[1]
+    place = place.masked_fill(place == c.tokens, -1)  # one of no place, if there are some
     x = c.normal(c.tokens * c.top_k, c.hidden)
     return [x, x * 2 if c.seed % 2 else None, place]
 

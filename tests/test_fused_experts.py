@@ -102,6 +102,27 @@ def test_adapters_over_frozen_weights(bits: int, names: tuple[str, ...], recompu
         agree(run(_fused_forward, experts, adapters, index, **FUSED), want)
 
 
+def test_picks_of_other_ranks_count_for_nothing() -> None:
+    """Expert parallelism marks them with the number of experts; the loop leaves them out."""
+    index = ROUTINGS["spread"].clone()
+    index[::3, 1] = E
+    index[5] = E
+
+    def loop(experts: Any, hidden: Any, index: Any, weights: Any, adapters: Any) -> torch.Tensor:
+        rows = []
+        for t in range(TOKENS):
+            row = hidden[t] * 0.0
+            for k, e in enumerate(index[t].tolist()):
+                if e < E:
+                    gate, up = (experts.gate_up_proj[e] @ hidden[t]).chunk(2)
+                    row = row + weights[t, k] * (experts.down_proj[e] @ (F.silu(gate) * up))
+            rows.append(row)
+        return torch.stack(rows)
+
+    experts = make(True)
+    agree(run(_fused_forward, experts, {}, index, **FUSED), run(loop, experts, {}, index))
+
+
 def test_nothing_trains_but_what_is_before() -> None:
     experts, index = make(False), ROUTINGS["spread"]
     want = run(grouped_experts_forward, experts, {}, index)

@@ -351,10 +351,11 @@ def _kept(x_NF: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
 def sum_picks(
     x_ND: torch.Tensor, low_ND: torch.Tensor | None, place_TK: torch.Tensor
 ) -> torch.Tensor:
-    """The sum of x (and of low) over the places of each token's picks, [T, D]."""
+    """The sum of x (and of low) over the places of each token's picks, [T, D]; -1 is no place."""
     picked_TKD = x_ND[place_TK.long()].float()
     if low_ND is not None:
         picked_TKD = picked_TKD + low_ND[place_TK.long()].float()
+    picked_TKD = picked_TKD.masked_fill((place_TK < 0)[..., None], 0.0)
     return picked_TKD.sum(1).to(x_ND.dtype)
 
 

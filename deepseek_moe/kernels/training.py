@@ -97,7 +97,7 @@ def _close_gates(
 def _sum_picks(
     x_ptr,  # [N, D]
     low_ptr,  # [N, D], added with LOW
-    place_ptr,  # [T, K]
+    place_ptr,  # [T, K], -1: nowhere
     out_ptr,  # [T, D]
     K: tl.constexpr,
     D: tl.constexpr,
@@ -109,10 +109,12 @@ def _sum_picks(
     ok_D = d_D < D
     sum_D = tl.zeros([DP], tl.float32)
     for k in tl.static_range(K):
-        at_D = tl.load(place_ptr + t * K + k).to(tl.int64) * D + d_D
-        sum_D += tl.load(x_ptr + at_D, mask=ok_D, other=0.0).to(tl.float32)
+        place = tl.load(place_ptr + t * K + k).to(tl.int64)
+        at_D = place * D + d_D
+        there_D = d_D < tl.where(place < 0, 0, D)
+        sum_D += tl.load(x_ptr + at_D, mask=there_D, other=0.0).to(tl.float32)
         if LOW:
-            sum_D += tl.load(low_ptr + at_D, mask=ok_D, other=0.0).to(tl.float32)
+            sum_D += tl.load(low_ptr + at_D, mask=there_D, other=0.0).to(tl.float32)
     tl.store(out_ptr + t * D + d_D, sum_D, mask=ok_D)
 
 
