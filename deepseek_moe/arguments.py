@@ -311,6 +311,9 @@ def _settle_single_gpu_full(
         "larger --per_device_train_batch_size": accumulation > 1,
         f"--optim {getattr(training.optim, 'value', training.optim)}, it has an optimizer of its "
         "own; leave one of them out": training.optim != FineTuningArguments.optim,
+        "--optim_args, which its optimizer does not take; leave one of them out": bool(
+            training.optim_args
+        ),
         f"--max_grad_norm {training.max_grad_norm:g}, it lets gradients go before their norm is "
         "known; use 0": clips and training.max_grad_norm > 0,
     }

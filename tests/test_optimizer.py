@@ -379,6 +379,7 @@ AGAINST = {
     "--use_lora True": "--use_lora True",
     "--gradient_accumulation_steps 2": "--gradient_accumulation_steps 2",
     "--optim sgd": "--optim sgd",
+    "--optim_args betas=1": "--optim_args",
     "--max_grad_norm 1.0": "--max_grad_norm 1",
     "--max-grad-norm=0.5": "--max_grad_norm 0.5",
     "--bf16 False": "add --bf16 True",
