@@ -1,37 +1,45 @@
 """Draws the pictures of this folder: `python images/draw.py` (needs matplotlib).
 
-Coordinates are pixels of the picture as it is shown, y downwards. The parameter counts are computed
-here from the sizes of the published config; the speeds come from decode.json, which
-benchmarks/decode.py writes.
+The parameter counts are computed here from the sizes of the published config; the speeds come from
+decode.json and train.json, which the scripts of these names in benchmarks/ write.
 """
 
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon
-from matplotlib.path import Path as Curve
+from matplotlib.patches import Circle, Polygon
+from plots import draw_decode, draw_train
+from shapes import (
+    DENSE,
+    IDLE,
+    INK,
+    PALE_DENSE,
+    PALE_ROUTED,
+    PALE_SHARED,
+    PANEL,
+    ROUTED,
+    SHARED,
+    WHITE,
+    box,
+    canvas,
+    flow,
+    hop,
+    node,
+    wire,
+    write,
+)
 
 FOLDER = Path(__file__).parent
-INK, LINE, PANEL = "#1e293b", "#94a3b8", "#f6f8fb"
-WHITE, IDLE, ROUTED, SHARED, DENSE = "#ffffff", "#d3dbe6", "#0f766e", "#f59e0b", "#64748b"
-PALE_ROUTED, PALE_SHARED, PALE_DENSE = "#dcf4f0", "#fef0cf", "#e8edf3"
 
 # DeepSeekMoE 16B: hidden size, layers, attention heads, vocabulary, width of layer 0's MLP, ...
 D, LAYERS, HEADS, VOCAB, DENSE_WIDTH = 2048, 28, 16, 102_400, 10_944
 # ... routed experts, experts a token, expert width, shared experts.
 E, K, WIDTH, SHARED_EXPERTS = 64, 6, 1408, 2
 PICKED = (5, 16, 24, 38, 47, 58)  # the experts that the drawn token goes to
-
-Point = tuple[float, float]
-Label = tuple[float, str, str]
-"""y, text, colour."""
 
 
 def main() -> None:
@@ -41,9 +49,10 @@ def main() -> None:
     plt.rcParams.update({"font.family": "DejaVu Sans", "svg.hashsalt": "deepseek-moe"})
     save(draw_logo(), "logo")
     save(draw_architecture(), "architecture")
-    report = FOLDER / "decode.json"  # written by benchmarks/decode.py on a GPU
-    if report.is_file():
-        save(draw_decode(json.loads(report.read_text(encoding="utf-8"))), "decode")
+    for name, plot in (("decode", draw_decode), ("train", draw_train)):
+        report = FOLDER / f"{name}.json"  # written by the benchmark of this name on a GPU
+        if report.is_file():
+            save(plot(json.loads(report.read_text(encoding="utf-8"))), name)
 
 
 def draw_logo() -> Figure:
@@ -186,178 +195,12 @@ def draw_counts(ax: Axes) -> None:
         x += width
 
 
-def draw_decode(report: dict[str, Any]) -> Figure:
-    """Tokens a second against the size of the batch, both by their logarithms: `report` is what
-    benchmarks/decode.py writes. What it could not measure is left out."""
-    figure, ax = canvas(460, 352)
-    rows = sorted(report["decode"], key=lambda row: row["batch_size"])
-    machine = report["machine"]
-    versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "transformers")]
-    source = f"{machine['hardware']}; {', '.join(versions)}; benchmarks/decode.py"
-    write(ax, 20, 24, "Decoding: tokens/s in total", 15, ha="left", weight="bold")
-    what = f"16B model in {rows[0]['weights']}, prompts of {report['prompt_tokens']} tokens"
-    write(ax, 20, 45, what, 12, ha="left")
-    write(ax, 20, 336, source, 10, ha="left", color=DENSE)
-
-    speeds = [speed for row in rows for speed in measured(row).values()]
-    low, high = math.log(min(speeds) / 1.5), math.log(max(speeds) * 1.2)
-    widest = math.log(max(2, rows[-1]["batch_size"]))
-    left, right, top, bottom = 122, 306, 66, 288
-
-    def place(batch: int, speed: float) -> Point:
-        x = left + (right - left) * math.log(batch) / widest
-        return x, bottom - (bottom - top) * (math.log(speed) - low) / (high - low)
-
-    for decade in range(math.ceil(low / math.log(10)), math.floor(high / math.log(10)) + 1):
-        y = place(1, 10**decade)[1]
-        ax.plot([56, right], [y, y], color=IDLE, lw=0.8, zorder=3)
-        write(ax, 50, y, f"{10**decade:,}", 11, ha="right")
-    for batch in {row["batch_size"] for row in rows}:
-        write(ax, place(batch, 1)[0], bottom + 13, str(batch), 12)
-    write(ax, (left + right) / 2, bottom + 31, "sequences at once", 12)
-
-    ends: list[Label] = []
-    for field, name, color, style in (
-        ("limit_tokens_s", "memory limit", DENSE, "--"),
-        ("tokens_s", "this engine", ROUTED, "-o"),
-        ("stock_tokens_s", "transformers", SHARED, "-o"),
-    ):
-        whole = [r for r in rows if not r["weights"].startswith("int") and field in measured(r)]
-        if not whole:
-            continue
-        points = [place(row["batch_size"], row[field]) for row in whole]
-        ax.plot(*zip(*points, strict=True), style, color=color, lw=2, ms=5, zorder=4)
-        for (x, y), row in zip(points, whole, strict=True):
-            if row is whole[-1]:
-                ends.append((y, f"{name} {row[field]:,.0f}", color))
-            elif "o" in style:
-                note(ax, x + 5, y + 11, f"{row[field]:,.0f}", ha="left", color=color)
-    for y, text, color in spread(ends, 15):
-        write(ax, right + 10, y, text, 11.5, ha="left", color=color, weight="bold")
-    for x, packed in by_place(rows, place).items():
-        ax.plot(
-            [x] * len(packed),
-            [y for y, *_ in packed],
-            "D",
-            color=ROUTED,
-            mec=WHITE,
-            mew=0.6,
-            ms=5,
-            zorder=5,
-        )
-        for y, text, color in spread(packed, 13):
-            note(ax, x - 8, y, text, ha="right", color=color)
-    return figure
-
-
-def note(ax: Axes, x: float, y: float, text: str, ha: str, color: str) -> None:
-    """Text that hides the grid behind it."""
-    width = 6.2 * len(text)
-    box(ax, x - (width if ha == "right" else 0), y - 6, width, 12, edge="none", radius=2)
-    write(ax, x, y, text, 11, ha=ha, color=color)
-
-
-def by_place(
-    rows: list[dict[str, Any]], place: Callable[[int, float], Point]
-) -> dict[float, list[Label]]:
-    """What packed weights reached, by the x of the batch."""
-    found: dict[float, list[Label]] = {}
-    for row in rows:
-        if row["weights"].startswith("int") and "tokens_s" in measured(row):
-            x, y = place(row["batch_size"], row["tokens_s"])
-            found.setdefault(x, []).append((y, f"{row['weights']} {row['tokens_s']:,.0f}", ROUTED))
-    return found
-
-
-def measured(row: dict[str, Any]) -> dict[str, float]:
-    """The speeds of a line that are numbers."""
-    return {k: v for k, v in row.items() if k.endswith("tokens_s") and isinstance(v, int | float)}
-
-
-def spread(labels: list[Label], gap: float) -> list[Label]:
-    """From the top down, each moved down where it would stand closer than `gap` to the last."""
-    placed: list[Label] = []
-    for y, text, color in sorted(labels):
-        placed.append((max(y, placed[-1][0] + gap) if placed else y, text, color))
-    return placed
-
-
-def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A white card with round corners; transparent outside, for light and dark pages."""
-    figure = plt.figure(figsize=(width / 100, height / 100))
-    ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, width), ylim=(height, 0))
-    ax.axis("off")
-    box(ax, 1, 1, width - 2, height - 2, edge="#e2e8f0", radius=14)
-    return figure, ax
-
-
 def save(figure: Figure, name: str) -> None:
     svg, png = FOLDER / f"{name}.svg", FOLDER / f"{name}.png"
     figure.savefig(svg, transparent=True, metadata={"Date": None, "Creator": None})
     small = {"optimize": True}
     figure.savefig(png, dpi=160, transparent=True, metadata={"Software": None}, pil_kwargs=small)
     plt.close(figure)
-
-
-def write(ax: Axes, x: float, y: float, text: str, size: float = 11.5, **style: str) -> None:
-    """`size` in pixels, as the coordinates."""
-    style = {"color": INK, "ha": "center", "va": "center", **style}
-    ax.text(x, y, text, fontsize=size * 0.72, zorder=6, linespacing=1.35, **style)
-
-
-def box(
-    ax: Axes,
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    text: str = "",
-    fill: str = WHITE,
-    edge: str = LINE,
-    radius: float = 6,
-) -> None:
-    shape = f"round,pad=0,rounding_size={radius}"
-    ax.add_patch(FancyBboxPatch((x, y), width, height, shape, fc=fill, ec=edge, lw=0.9, zorder=3))
-    write(ax, x + width / 2, y + height / 2, text)
-
-
-def node(ax: Axes, x: float, y: float, sign: str) -> None:
-    ax.add_patch(Circle((x, y), 11, fc=WHITE, ec=INK, lw=1.0, zorder=4))
-    write(ax, x, y, sign, 14)
-
-
-def wire(ax: Axes, *points: Point, color: str = INK, head: bool = True) -> None:
-    """A line through the points, with an arrow head at the last."""
-    ax.add_patch(
-        FancyArrowPatch(
-            path=Curve(points),
-            arrowstyle="-|>,head_length=4,head_width=2" if head else "-",
-            color=color,
-            lw=1.0,
-            zorder=4,
-            shrinkA=0,
-            shrinkB=0,
-        )
-    )
-
-
-def flow(ax: Axes, start: Point, end: Point, color: str) -> None:
-    """A curve that leaves and arrives upright."""
-    middle = (start[1] + end[1]) / 2
-    points = [start, (start[0], middle), (end[0], middle), end]
-    path = Curve(points, [Curve.MOVETO, *[Curve.CURVE4] * 3])
-    ax.add_patch(FancyArrowPatch(path=path, arrowstyle="-", color=color, lw=1.1, zorder=3))
-
-
-def hop(ax: Axes, start: Point, first: Point, last: Point, end: Point, color: str) -> None:
-    """A curve from `start`, straight from `first` to `last`, a curve to `end`."""
-    knee, knee2 = (start[0] + first[0]) / 2, (last[0] + end[0]) / 2
-    points = [start, (knee, start[1]), (knee, first[1]), first, last]
-    points += [(knee2, last[1]), (knee2, end[1]), end]
-    codes = [Curve.MOVETO, *[Curve.CURVE4] * 3, Curve.LINETO, *[Curve.CURVE4] * 3]
-    path = Curve(points, codes)
-    ax.add_patch(FancyArrowPatch(path=path, arrowstyle="-", color=color, lw=1.1, zorder=3))
 
 
 if __name__ == "__main__":
