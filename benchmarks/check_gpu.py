@@ -21,8 +21,9 @@ from threading import Condition, Thread
 from typing import IO
 
 import torch
-from check_kernels import Check, Group, fused_experts_checks, kernel_checks
+from check_kernels import Check, Group, kernel_checks
 from check_models import bundled_checks, model_checks
+from check_training import training_checks
 from transformers.utils import logging
 
 from deepseek_moe.cli import one_line_errors
@@ -68,7 +69,7 @@ def all_groups(args: argparse.Namespace) -> list[Group]:
     device = torch.device(args.device)
     return [
         *kernel_checks(device),
-        *fused_experts_checks(device),
+        *training_checks(device),
         *bundled_checks(device, args.new_tokens),
         *(model_checks(args.model, device) if args.model else ()),
     ]

@@ -24,9 +24,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 def checks() -> SimpleNamespace:
     """The modules of check_gpu.py, and the bundled model in both ways."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    gpu, kernels, models = map(import_module, ("check_gpu", "check_kernels", "check_models"))
-    pair = models.Pair(str(BUNDLED), CPU, "float32")
-    return SimpleNamespace(gpu=gpu, kernels=kernels, models=models, pair=pair)
+    names = ("gpu", "kernels", "training", "models")
+    found = {name: import_module(f"check_{name}") for name in names}
+    return SimpleNamespace(**found, pair=found["models"].Pair(str(BUNDLED), CPU, "float32"))
 
 
 def test_without_a_gpu_it_says_so(
@@ -148,7 +148,7 @@ def test_every_kernel_and_every_way_is_among_the_checks(checks: SimpleNamespace)
     assert {"logits, bfloat16", "logits, float16", "logits, int8", "logits, int4"} <= set(bundled)
     [group] = checks.models.model_checks("x", CPU)  # one process has the model, once
     assert len(group.checks) == 4 and group.gigabytes > 40
-    assert len(names(checks.kernels.fused_experts_checks(CPU))) == 3
+    assert len(names(checks.training.training_checks(CPU))) == 3
 
 
 @pytest.mark.slow
@@ -195,15 +195,33 @@ def test_gradients_that_are_wrong_are_found(
     for name in ("open_gates", "close_gates", "sum_picks", "sort_picks"):
         monkeypatch.setattr(fused, name, getattr(plain, name))
     kind = "adapters over bf16"
-    assert checks.kernels.check_fused_experts(kind, CPU).startswith("within ")
+    assert checks.training.check_fused_experts(kind, CPU).startswith("within ")
 
     def other(*args: Any) -> Any:
-        grad_gate_up, grad_weights, act = plain.close_gates(*args)
-        return grad_gate_up, 1.1 * grad_weights, act
+        grad_gate_up, grad_weights = plain.close_gates(*args)
+        return grad_gate_up, 1.1 * grad_weights
 
     monkeypatch.setattr(fused, "close_gates", other)
     with pytest.raises(RuntimeError, match=r"weights, uniform, recompute False: 0\.1 from fp32"):
-        checks.kernels.check_fused_experts(kind, CPU)
+        checks.training.check_fused_experts(kind, CPU)
+
+
+@pytest.mark.parametrize("kind", ["all weights", "adapters over nf4"])
+def test_steps_that_are_wrong_are_found(
+    kind: str, checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = checks.training
+    monkeypatch.setattr(training, "accelerate", lambda model: None)  # needs a GPU
+    assert " from fp32, the plain way " in training.check_step(kind, False, CPU)
+
+    def wrong(model: torch.nn.Module) -> None:
+        for name, module in model.named_modules():
+            if name.endswith("norm"):
+                module.variance_epsilon = 0.5
+
+    monkeypatch.setattr(training, "accelerate", wrong)
+    with pytest.raises(RuntimeError, match="from fp32, the plain way"):
+        training.check_step(kind, True, CPU)
 
 
 def test_routes_agree_only_where_they_do(
