@@ -1,0 +1,369 @@
+"""The 16B model on several GPUs of one host: fine-tuning under DeepSpeed, and parallel inference.
+
+    python benchmarks/multi_gpu.py                        on one GPU and on all there are
+    python benchmarks/multi_gpu.py --gpus 1 2 4 8 --only LoRA --parts train
+    python benchmarks/multi_gpu.py --kill                 a rank dies in a save; the run goes on
+    python benchmarks/multi_gpu.py --device cpu           the bundled model on two processes
+
+Random weights of the official configuration. Training: a `finetune.py` under the deepspeed launcher
+for each line, counted from the fourth step on and profiled in one more. Communication is the
+part of that step in which NCCL's kernels ran on the first GPU, waiting for other ranks included;
+exposed, in which nothing else ran. Memory is the first GPU's, the most that PyTorch had allocated.
+Scaling is the rate of a GPU over that of a GPU in the line with the fewest of them. Full training
+takes the most rows that the dry run says fit.
+
+Inference: transformers' `generate` under torchrun, by the model's own plans. In bf16 sums in
+another order may swap close tokens; --dtype float32 decides whether a plan is right.
+
+--kill compares with a run that was not killed. The checkpoints of full training are 16 bytes a
+parameter, so it is killed only where --only names it (--num_hidden_layers 4 makes it smaller).
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode import aligned, machine, number, percent
+from memory import LORA, QLORA, command_of, finetune, random_rows
+from one_rank import WAYS
+from processes import deepspeed, run, torchrun
+from random_model import write_random_model
+from tqdm import tqdm
+
+from deepseek_moe import DeepseekConfig
+from deepseek_moe.cli import BUNDLED_MODEL, check_writable, one_line_errors, write_text
+from deepseek_moe.errors import UserError
+
+STEPS, LEAD = 8, 3  # of a run, and those of them that do not count; one more is profiled
+PARTS = ("train", "inference")
+ROWS, LENGTH = (16, 4, 1), 1024
+CPU_ROWS, CPU_LENGTH = (2,), 64
+RESERVE = 0.92  # of a GPU's memory: the rest is for CUDA, and for what the cache wastes
+ZERO = "--deepspeed configs/ds_config_zero"
+SETTINGS = {
+    "full, ZeRO-3": f"{ZERO}3.json",
+    "QLoRA, ZeRO-2": f"{QLORA} {ZERO}2_no_offload.json",
+    "LoRA, ZeRO-2": f"{LORA} {ZERO}2_no_offload.json",
+}
+TRAINED = ["rows", "tok/s/GPU", "ms a step", "GB", "comm.", "exposed", "scaling"]
+GENERATED = ["batch", "tokens/s", "GB", "same", "tokens"]
+
+
+@dataclass
+class Trained:
+    """A line of the first table. None: not measured."""
+
+    name: str
+    gpus: int
+    rows: int
+    tokens_s: float | None = None  # of one GPU
+    step_ms: float | None = None
+    gigabytes: float | None = None
+    communication: float | None = None
+    exposed: float | None = None
+    scaling: float | None = None
+
+    def cells(self) -> list[str]:
+        parts = [percent(x, 1) for x in (self.communication, self.exposed, self.scaling)]
+        return [
+            str(self.rows or "no fit"),
+            number(self.tokens_s),
+            number(self.step_ms),
+            number(self.gigabytes),
+            *parts,
+        ]
+
+
+@dataclass
+class Generated:
+    """A line of the second table; `same` of `tokens` are those of one GPU, up to the first other
+    one of each sequence."""
+
+    way: str
+    gpus: int
+    batch_size: int
+    tokens_s: float | None = None
+    gigabytes: float | None = None
+    same: int | None = None
+    tokens: int | None = None
+
+    def cells(self) -> list[str]:
+        sizes = [number(self.tokens_s), number(self.gigabytes)]
+        counts = ["-" if x is None else f"{x:,}" for x in (self.same, self.tokens)]
+        return [str(self.batch_size), *sizes, *counts]
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.model is None:
+        args.model = args.folder / f"{args.num_hidden_layers}-layers"
+        if not (args.model / "config.json").exists():
+            write_random_model(args.model, DeepseekConfig(num_hidden_layers=args.num_hidden_layers))
+    device = torch.device(args.device)
+    report: dict[str, Any] = {"machine": machine(device), "gpus": args.gpus}
+    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    if args.kill:
+        kill_lines(args)
+        return
+    if "train" in args.parts:
+        report["bytes_s"] = link(args)
+        print(f"link: {number(report['bytes_s'] and report['bytes_s'] / 1e9)} GB/s a GPU, each way")
+        print(f"\n{'training':14} {'GPUs':>4} {aligned(TRAINED)}", flush=True)
+        show(train_lines(args), "train", report, args)
+    if "inference" in args.parts:
+        print(f"\n{'inference':14} {'GPUs':>4} {aligned(GENERATED)}", flush=True)
+        show(inference_lines(args), "inference", report, args)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gpus", type=int, nargs="+", help="numbers of GPUs; one and all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--kill", action="store_true", help="instead: kill a rank in a save")
+    parser.add_argument("--only", default="", help="settings whose name begins so: full, LoRA, ...")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--model", type=Path, help="a checkpoint, instead of random weights")
+    parser.add_argument("--num_hidden_layers", type=int, default=28)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of inference")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--prompt_tokens", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--offload", action="store_true", help="where full training does not fit")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds of a run")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-moe")
+    parser.add_argument("--output_file", type=Path, help="JSON")
+    args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    there = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    args.gpus = sorted(set(args.gpus or ([1, there] if on_gpu else [1, 2])))
+    if (on_gpu and args.gpus[-1] > there) or args.gpus[-1] < 2 or args.gpus[0] < 1:
+        raise UserError(
+            f"{there} GPU(s) are here and --gpus is {args.gpus[-1]}; this measures 2 or more GPUs "
+            "of one host (or processes, with --device cpu)"
+        )
+    if not on_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        args.model = args.model or BUNDLED_MODEL
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    if not chosen(args):
+        raise UserError(f"no setting begins with {args.only!r}; there are: {'; '.join(SETTINGS)}")
+    if args.output_file:
+        check_writable(args.output_file)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def show(lines: Iterator[Any], part: str, report: dict[str, Any], args: Any) -> None:
+    """Prints each line as soon as it is measured, and keeps it in the file."""
+    report[part] = []
+    for line in lines:
+        name = getattr(line, "name", None) or line.way
+        print(f"{name:14} {line.gpus:>4} {aligned(line.cells())}", flush=True)
+        report[part].append(asdict(line))
+        if args.output_file:
+            write_text(args.output_file, json.dumps(report, indent=1) + "\n")
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    return [name for name in SETTINGS if name.startswith(args.only)]
+
+
+# ---- training ----
+
+
+def link(args: argparse.Namespace) -> float | None:
+    """Bytes/s between the most GPUs asked for; None if that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "link.json")
+        command = [*torchrun(args.gpus[-1]), "link", str(file), args.device]
+        run(command, Path(folder, "log"), args.timeout, file)
+        return json.loads(file.read_text())["bytes_s"] if file.exists() else None
+
+
+def train_lines(args: argparse.Namespace) -> Iterator[Trained]:
+    largest = ROWS[0] if args.device == "cuda" else CPU_ROWS[0]
+    data = args.folder / "rows.json"
+    data.write_text(json.dumps(random_rows(largest * args.gpus[-1] * (STEPS + 1), 1500)))
+    todo = [(name, gpus) for name in chosen(args) for gpus in args.gpus]
+    lines: list[Trained] = []
+    for name, gpus in tqdm(todo, file=sys.stderr):
+        rows, options = fitting(args, name, gpus, data)
+        line = Trained(name, gpus, rows)
+        if rows:
+            command = options_of(args, data, rows, options, STEPS + 1)
+            line = trained(line, *profiled(args, command, gpus), length_of(args))
+        line.scaling = scaling(line, lines)
+        lines.append(line)
+        yield line
+
+
+def length_of(args: argparse.Namespace) -> int:
+    return LENGTH if args.device == "cuda" else CPU_LENGTH
+
+
+def options_of(args: argparse.Namespace, data: Path, rows: int, options: str, steps: int) -> str:
+    """Of finetune.py, for some steps."""
+    command = command_of(args.model, data, rows, length_of(args), options, steps)
+    return command + (" --use_cpu True" if args.device == "cpu" else "")
+
+
+def fitting(args: argparse.Namespace, name: str, gpus: int, data: Path) -> tuple[int, str]:
+    """Rows a GPU, and options, for what the dry run says fits; 0 rows if nothing does."""
+    if args.device == "cpu" or "full" not in name:
+        return (CPU_ROWS if args.device == "cpu" else ROWS)[0], SETTINGS[name]
+    room = RESERVE * torch.cuda.get_device_properties(0).total_memory / 1e9
+    for rows in ROWS:
+        command = options_of(args, data, rows, SETTINGS[name], STEPS)
+        found = re.search(
+            r"in all +([\d.]+) (GB|MB)", finetune(f"{command} --dry_run True", gpus=gpus)
+        )
+        if found and (found[2] == "MB" or float(found[1]) < room):
+            return rows, SETTINGS[name]
+    return (ROWS[0], f"{ZERO}3_offload.json") if args.offload else (0, SETTINGS[name])
+
+
+def profiled(args: argparse.Namespace, command: str, gpus: int) -> tuple[str, dict[str, float]]:
+    """What a run printed, and what it says of its last step (nothing, if it failed)."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "shares.json")
+        words = ["profile", str(file), *command.split(), "--output_dir", f"{folder}/run"]
+        printed, _ = deepspeed(gpus, words, Path(folder, "log"), args.timeout, file)
+        return printed, json.loads(file.read_text()) if file.exists() else {}
+
+
+def trained(line: Trained, printed: str, shares: dict[str, float], length: int) -> Trained:
+    """The line with what a run printed and said of its last step."""
+    steps = steps_of(printed)
+    if not shares or len(steps) < STEPS:
+        return line
+    seconds = [1 / rate for rate, _ in steps[LEAD:STEPS]]  # a token of all GPUs
+    line.tokens_s = len(seconds) / sum(seconds) / line.gpus
+    line.step_ms = 1000 * line.rows * length / line.tokens_s
+    line.gigabytes = max((size for _, size in steps if size), default=None)
+    line.communication, line.exposed = shares["communication"], shares["exposed"]
+    return line
+
+
+def steps_of(printed: str) -> list[tuple[float, float | None]]:
+    """Tokens/s of all GPUs, and the most GB of the first one so far, of each step."""
+    found = re.findall(r"([\d,]+) tok/s(?:  ([\d.]+) GB)?", printed)
+    return [(float(rate.replace(",", "")), float(size) if size else None) for rate, size in found]
+
+
+def scaling(line: Trained, before: list[Trained]) -> float | None:
+    """Over the same setting with as many rows on the fewest GPUs; None if there is none."""
+    alike = [one for one in before if (one.name, one.rows) == (line.name, line.rows)]
+    base = next((one.tokens_s for one in alike if one.tokens_s), None)
+    return line.tokens_s / base if base and line.tokens_s else None
+
+
+# ---- a death ----
+
+
+def kill_lines(args: argparse.Namespace) -> None:
+    print("\na rank killed in its second save, and the command repeated", flush=True)
+    for name in chosen(args):
+        if "full" not in name or args.only:
+            print(f"{name:14} {args.gpus[-1]:>4} {killed(args, name)}", flush=True)
+
+
+def killed(args: argparse.Namespace, name: str) -> str:
+    """Six steps, saved after every second, in which the last rank dies in its second save; then the
+    same command again; and the same without a death."""
+    gpus, folder = args.gpus[-1], Path(tempfile.mkdtemp(dir=args.folder))
+    rows = (ROWS if args.device == "cuda" else CPU_ROWS)[-1]
+    data = folder / "rows.json"
+    data.write_text(json.dumps(random_rows(rows * gpus * 6, 1500)))
+    command = options_of(args, data, rows, SETTINGS[name], 6)
+    command = command.replace("--save_strategy no", "--save_strategy steps --save_steps 2")
+    command += " --save_total_limit 1 --learning_rate 1e-4"
+
+    def start(output: str, victim: int) -> tuple[str, int]:
+        words = ["die", str(victim), *command.split(), "--output_dir", str(folder / output)]
+        return deepspeed(gpus, words, folder / "log", args.timeout)
+
+    try:
+        _, code = start("killed", gpus - 1)
+        kept = sorted(one.name for one in (folder / "killed").glob("checkpoint-*"))
+        printed, _ = start("killed", -1)
+        start("whole", -1)
+        repeated = re.findall(r"step (\d+)/", printed)
+        return judged(code, kept, repeated, *(losses(folder / f) for f in ("killed", "whole")))
+    finally:
+        shutil.rmtree(folder)
+
+
+def losses(output: Path) -> list[float]:
+    """Of all steps; empty without the last checkpoint."""
+    state = output / "checkpoint-6" / "trainer_state.json"
+    history = json.loads(state.read_text())["log_history"] if state.exists() else []
+    return [line["loss"] for line in history if "loss" in line]
+
+
+def judged(
+    code: int, kept: list[str], repeated: list[str], found: list[float], whole: list[float]
+) -> str:
+    """What became of a killed run, from its exit code, the checkpoints that it left, the steps that
+    the repeated one took, and the losses of it and of an undisturbed one."""
+    if code == 0 or kept != ["checkpoint-2"]:
+        return f"FAILED: exit code {code}, checkpoints {', '.join(kept) or 'none'}"
+    if repeated != ["3", "4", "5", "6"] or not len(found) == len(whole) == 6:
+        return f"FAILED: went on with steps {', '.join(repeated) or 'none'}"
+    apart = max(abs(a / b - 1) for a, b in zip(found, whole, strict=True))
+    return f"exit code {code}; went on from step 2, losses within {apart:.0e} of a whole run's"
+
+
+# ---- inference ----
+
+
+def inference_lines(args: argparse.Namespace) -> Iterator[Generated]:
+    todo = [(way, 1 if way == "one" else n) for way in WAYS for n in args.gpus if n > 1]
+    tokens: dict[str, list[list[int]]] = {}  # of one GPU, by batch size
+    for way, gpus in tqdm(dict.fromkeys(todo), file=sys.stderr):
+        found = generated(args, way, gpus)
+        if way == "one":
+            tokens = found.get("tokens", {})
+        for size in args.batch_sizes:
+            line = Generated(way, gpus, size)
+            if found:
+                line.tokens_s = found["tokens_s"][str(size)]
+                line.gigabytes = found.get("gigabytes")
+                line.tokens = size * args.new_tokens
+                if tokens:
+                    line.same = common(found["tokens"][str(size)], tokens[str(size)])
+            yield line
+
+
+def generated(args: argparse.Namespace, way: str, gpus: int) -> dict[str, Any]:
+    """What one_rank.py found; empty if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "found.json")
+        command = [*torchrun(gpus), "generate", way]
+        for name in ("model", "dtype", "device", "prompt_tokens", "new_tokens"):
+            command += [f"--{name}", str(getattr(args, name))]
+        command += ["--batch_sizes", *map(str, args.batch_sizes), "--file", str(file)]
+        run(command, Path(folder, "log"), args.timeout, file)
+        return json.loads(file.read_text()) if file.exists() else {}
+
+
+def common(found: list[list[int]], wanted: list[list[int]]) -> int:
+    """Tokens before the first that differs, of all sequences."""
+    total = 0
+    for one, other in zip(found, wanted, strict=True):
+        differ = (i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        total += next(differ, len(one))
+    return total
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
