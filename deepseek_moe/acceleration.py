@@ -1,7 +1,7 @@
 """What makes training fast outside the experts (fused_experts.py): Liger's kernels for norms,
 rotary embedding and SwiGLU; its cross-entropy fused with the head, so that the logits of 102,400
-columns are never stored, nor computed for positions that no label asks for; and adapters of linear
-layers in fewer passes over memory.
+columns are never stored, nor computed for positions that no label asks for; and adapted linear
+layers in fewer passes over memory (fused_linears.py).
 
 They take sequences of any length without compiling again. The plain twins are the modules' own
 `forward`, which they replace in one model, and the loss over logits in modeling_deepseek.py.
@@ -11,7 +11,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,22 +20,30 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from .fused_linears import linears
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
 
 
 def accelerate(model: nn.Module) -> None:
     """Changes how `model`, PEFT's or not, is computed on a GPU, and nothing of what.
 
-    Not for weights that ZeRO-3 divides: they are whole only inside their modules.
+    Every weight is used inside its own module only: elsewhere those that ZeRO-3 divides are not
+    whole.
     """
     forwards = {LlamaRMSNorm: _norm, LlamaAttention: _attention, DeepseekMLP: _mlp}
     for module in model.modules():
         if type(module) in forwards:
             module.forward = MethodType(forwards[type(module)], module)
-        if isinstance(module, LoraLayer) and isinstance(module.base_layer, nn.Linear):
-            module.forward = MethodType(_low_rank, module)
         if isinstance(module, DeepseekForCausalLM) and isinstance(module.lm_head, nn.Linear):
-            module.linear_loss = linear_cross_entropy
+            module.lm_head.forward = MethodType(_head, module.lm_head)
+            module.head_has_loss = True
+    model.train(model.training)  # all of it, for PEFT's part and the rest may differ
+    model.train = MethodType(_train, model)
+
+
+def _train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Without a walk through thousands of modules where it changes nothing: at each step."""
+    return self if self.training == mode else type(self).train(self, mode)
 
 
 def _norm(self: LlamaRMSNorm, hidden_BLD: torch.Tensor) -> torch.Tensor:
@@ -49,7 +56,8 @@ def _norm(self: LlamaRMSNorm, hidden_BLD: torch.Tensor) -> torch.Tensor:
 def _mlp(self: DeepseekMLP, hidden_BLD: torch.Tensor, routing: Any = None) -> torch.Tensor:
     from liger_kernel.transformers.functional import liger_swiglu
 
-    return self.down_proj(liger_swiglu(self.gate_proj(hidden_BLD), self.up_proj(hidden_BLD)))
+    gate, up = linears(hidden_BLD, self.gate_proj, self.up_proj)
+    return linears(liger_swiglu(gate, up), self.down_proj)[0]
 
 
 def _attention(
@@ -60,13 +68,13 @@ def _attention(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`LlamaAttention.forward` but for the rotation."""
+    """`LlamaAttention.forward` but for the rotation and the linear layers."""
     from liger_kernel.transformers.functional import liger_rope
 
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     q_BHLD, k_BHLD, v_BHLD = (
-        linear(hidden_states).view(heads).transpose(1, 2)
-        for linear in (self.q_proj, self.k_proj, self.v_proj)
+        out.view(heads).transpose(1, 2)
+        for out in linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
     )
     q_BHLD, k_BHLD = liger_rope(q_BHLD, k_BHLD, *position_embeddings)
     if past_key_values is not None:
@@ -79,20 +87,16 @@ def _attention(
         self, q_BHLD, k_BHLD, v_BHLD, attention_mask,
         dropout=dropout, scaling=self.scaling, **kwargs,
     )  # fmt: skip
-    return self.o_proj(out_BLHD.flatten(-2).contiguous()), weights
+    return linears(out_BLHD.flatten(-2).contiguous(), self.o_proj)[0], weights
 
 
-def _low_rank(self: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """PEFT's forward of a linear layer, in fewer passes: one adapter's product is added by the
-    product itself, with B scaled before, and in the dtype of the layer from the start."""
-    names = [name for name in self.active_adapters if name in self.lora_A]
-    if self.disable_adapters or self.merged or len(names) != 1 or self.lora_variant:
-        return type(self).forward(self, x, *args, **kwargs)
-    out, (name,) = self.base_layer(x), names
-    a_RI = self.lora_A[name].weight.to(out.dtype)
-    b_OR = (self.lora_B[name].weight * self.scaling[name]).to(out.dtype)
-    low = F.linear(self.lora_dropout[name](x.to(out.dtype)), a_RI)
-    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b_OR.T).view_as(out)
+def _head(
+    self: nn.Linear, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """Logits, or the loss of `labels_BL`."""
+    if labels_BL is None:
+        return F.linear(hidden_BLD, self.weight)
+    return linear_cross_entropy(hidden_BLD, self.weight, labels_BL, **kwargs)
 
 
 def linear_cross_entropy(
@@ -108,8 +112,8 @@ def linear_cross_entropy(
 
     next_T = F.pad(labels_BL, (0, 1), value=-100)[:, 1:].flatten()
     asked_N = (next_T != -100).nonzero().flatten()
-    if not len(asked_N):  # a part of a step in which nothing is trained
-        return hidden_BLD.sum() * 0.0
+    if not len(asked_N):  # a part of a step in which nothing is trained; all have gradients still
+        return (hidden_BLD.sum() + weight_VD.sum()) * 0.0
     device = hidden_BLD.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden_BLD.dtype

@@ -54,7 +54,7 @@ class ExpertsLora(ParamWrapper):
                 a_ERI = a.view(self.num_experts, -1, a.shape[1])
                 b_ERO = b.view(b.shape[0], -1, self.num_experts).permute(2, 1, 0)
                 dropout = self.dropout_p if self.training else 0.0
-                found.append(LowRank(a_ERI, b_ERO * self.scaling[name], dropout))
+                found.append(LowRank(a_ERI * self.scaling[name], b_ERO, dropout))
         return found
 
     def forward(self, hidden_TD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -187,6 +187,17 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
     return [(kind, total, trains) for kind, (total, trains) in counts.items() if total]
 
 
+def weights_passed(model: nn.Module) -> float:
+    """The weights, adapters' too, that a token passes; the embedding, which multiplies nothing, is
+    none."""
+    share = (model.config.num_experts_per_tok or 0) / (model.config.n_routed_experts or 1)
+    return sum(
+        full_shape(parameter).numel() * (share if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+        if "embed_tokens" not in name
+    )
+
+
 def build_model(
     folder: Path, options: ModelArguments, training: FineTuningArguments
 ) -> PreTrainedModel | PeftModel:
@@ -227,7 +238,7 @@ def build_model(
     for module in model.modules():
         if isinstance(module, DeepseekExperts):
             module.recompute = options.recompute_experts
-    if training.device.type == "cuda" and zero_stage(training) != 3:
+    if training.device.type == "cuda":
         accelerate(model)
     return model
 

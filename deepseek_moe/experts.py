@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .fused_experts import FusedExperts, Picks
+from .fused_experts import Picks, fused_experts
 from .packages import has_triton
 from .quantization import dequantize
 
@@ -33,8 +33,8 @@ STACKS = ("gate_up_proj", "down_proj")
 class LowRank(NamedTuple):
     """What an adapter adds to the product of a stack: dropout(x) A B for each expert."""
 
-    a_ERI: torch.Tensor
-    b_ERO: torch.Tensor  # scaled
+    a_ERI: torch.Tensor  # scaled
+    b_ERO: torch.Tensor
     dropout: float
 
     def __call__(self, x_NI: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ def _fused_forward(
     for name, low in zip(STACKS, (up, down), strict=True):
         factors = (None, None) if low is None else (low.a_ERI, low.b_ERO)
         stacks += [getattr(experts, name), *(_rows_of_16_bytes(m, dtype) for m in factors)]
-    out_TD = FusedExperts.apply(picks, x_TD, dropped_TD, weights_TK, *stacks)
+    out_TD = fused_experts(picks, x_TD, dropped_TD, weights_TK, *stacks)
     return out_TD.to(hidden_TD.dtype)
 
 
@@ -130,7 +130,9 @@ def _rows_of_16_bytes(factor_ERI: torch.Tensor | None, dtype: torch.dtype) -> to
     """A rank that grouped_mm takes, side by side."""
     if factor_ERI is None:
         return None
-    return F.pad(factor_ERI.to(dtype), (0, 0, 0, -factor_ERI.shape[1] % 8)).contiguous()
+    if -factor_ERI.shape[1] % 8:
+        factor_ERI = F.pad(factor_ERI, (0, 0, 0, -factor_ERI.shape[1] % 8))
+    return factor_ERI.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def grouped_mm(x_NI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor):

@@ -7,6 +7,7 @@ The same function, arranged so that little passes through memory and little is k
   nothing is needed again
 - only the output of gate and up is kept for the backward pass, or not even that (`recompute`); the
   permuted tokens and what down takes are made again in passes that are made anyway
+- nothing is kept after the product with down, so that checkpointing does not make it again
 - an adapter's part is added by the kernel that reads the product next
 
 The plain twin of the whole is `experts.grouped_experts_forward`, of each kernel a function in
@@ -38,6 +39,7 @@ class Picks:
     recompute: bool  # gate and up again in the backward pass
     dropout: float  # before down's adapter
     seed: int
+    opened: Any = None  # of `_Down`: what down takes, down, what B takes, B
 
     def product(self, x_NI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
         """x[n] @ weight[e] for the places of each expert."""
@@ -48,10 +50,29 @@ class Picks:
         return F.grouped_mm(x_NI.t(), y_NO, offs=self.ends_E)
 
 
+def fused_experts(
+    picks: Picks,
+    x_TD: torch.Tensor,
+    dropped_TD: Maybe,
+    weights_TK: torch.Tensor,
+    gate_up: torch.Tensor,
+    a_up: Maybe,
+    b_up: Maybe,
+    down: torch.Tensor,
+    a_down: Maybe,
+    b_down: Maybe,
+) -> torch.Tensor:
+    """x [T, D] in the dtype of the products, x with dropout for the adapter (None: x itself),
+    weights [T, K], then of each stack the weight [E, O, I] (frozen and maybe quantised, or not)
+    with an adapter's scaled A [E, R, I] and B [E, R, O], or None. Gives [T, D]."""
+    stacks = (gate_up, a_up, b_up, down, a_down, b_down)
+    opened_TD = FusedExperts.apply(picks, x_TD, dropped_TD, weights_TK, *stacks)
+    return _Down.apply(picks, opened_TD)
+
+
 class FusedExperts(torch.autograd.Function):
-    """Arguments: x [T, D] in the dtype of the products, x with dropout for the adapter (None: x
-    itself), weights [T, K], then of each stack the weight [E, O, I] (frozen and maybe quantised, or
-    not) with an adapter's A [E, R, I] and scaled B [E, R, O], or None. Gives [T, D]."""
+    """All of it in the backward pass, in the forward pass all but the product with down, which
+    takes `picks.opened`. What it gives, [T, D], takes the gradient and holds nothing."""
 
     @staticmethod
     def forward(
@@ -73,17 +94,14 @@ class FusedExperts(torch.autograd.Function):
         gate_up_NF, act_NF, low_act_NF, up_NR = _open(
             picks, x_TD, dropped_TD, weights_N, gate_up, a_up, b_up
         )
-        out_ND = picks.product(act_NF, dequantize(down, x_TD.dtype).mT)
-        low_ND = down_NR = None
-        if a_down is not None:
-            down_NR = picks.product(low_act_NF, a_down.mT)
-            low_ND = picks.product(down_NR, b_down)
+        down_NR = None if a_down is None else picks.product(low_act_NF, a_down.mT)
+        picks.opened = (act_NF, down, down_NR, b_down)
         ctx.picks, ctx.stacks = picks, (gate_up, down)  # the parameters themselves, not copies
         kept_NF = None if picks.recompute else gate_up_NF
         ctx.save_for_backward(
             x_TD, dropped_TD, weights_N, kept_NF, a_up, b_up, up_NR, a_down, b_down, down_NR
         )
-        return picks.ops.sum_picks(out_ND, low_ND, picks.place_TK)
+        return x_TD.new_zeros(()).expand_as(x_TD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Maybe, ...]:
@@ -96,18 +114,20 @@ class FusedExperts(torch.autograd.Function):
         if gate_up_NF is None:
             gate_up_NF = _open(picks, x_TD, dropped_TD, weights_N, gate_up, a_up, b_up)[0]
 
+        # Nothing as large as [N, D] or [N, F] stays longer than it is needed.
         grad_ND = grad_TD.contiguous()[picks.token_N]
-        grad_act_NF = picks.product(grad_ND, dequantize(down, x_TD.dtype))
+        act_NF = picks.product(grad_ND, dequantize(down, x_TD.dtype))  # its gradient, for now
         grad_low_NF = None
         if a_down is not None:
             grad_down_NR = picks.product(grad_ND, b_down.mT)
             grad_low_NF = picks.product(grad_down_NR, a_down)
             grads["b_down"] = picks.outer(down_NR, grad_ND)
-        grad_gate_up_NF, grad_N, act_NF = picks.ops.close_gates(
-            grad_act_NF, grad_low_NF, gate_up_NF, weights_N, needs["down"] or needs["a_down"],
+        grad_ND = grad_ND if needs["down"] else None
+        grad_gate_up_NF, grad_N = picks.ops.close_gates(
+            act_NF, grad_low_NF, gate_up_NF, weights_N, needs["down"] or needs["a_down"],
             picks.dropout, picks.seed,
         )  # fmt: skip
-        del gate_up_NF, grad_act_NF, grad_low_NF
+        del gate_up_NF, grad_low_NF
         grads["weights_TK"] = grad_N[picks.place_TK].masked_fill(picks.place_TK < 0, 0.0)
         if needs["down"]:
             grads["down"] = picks.outer(grad_ND, act_NF).to(down.dtype)
@@ -125,13 +145,28 @@ class FusedExperts(torch.autograd.Function):
             grad_up_NR = picks.product(grad_gate_up_NF, b_up.mT)
             grads["a_up"] = picks.outer(grad_up_NR, low_x_TD[picks.token_N])
             low_ND = picks.product(grad_up_NR, a_up)
-        if needs["x_TD"]:
-            grad_ND = picks.product(grad_gate_up_NF, dequantize(gate_up, x_TD.dtype))
             if dropped_TD is not None:
                 grads["dropped_TD"] = picks.ops.sum_picks(low_ND, None, picks.place_TK)
                 low_ND = None
+        if needs["x_TD"]:
+            grad_ND = picks.product(grad_gate_up_NF, dequantize(gate_up, x_TD.dtype))
             grads["x_TD"] = picks.ops.sum_picks(grad_ND, low_ND, picks.place_TK)
         return tuple(grads.values())
+
+
+class _Down(torch.autograd.Function):
+    """The last product and the sum of the picks; its gradients are found by `FusedExperts`."""
+
+    @staticmethod
+    def forward(ctx: Any, picks: Picks, opened_TD: torch.Tensor) -> torch.Tensor:
+        (act_NF, down, down_NR, b_down), picks.opened = picks.opened, None
+        out_ND = picks.product(act_NF, dequantize(down, act_NF.dtype).mT)
+        low_ND = None if b_down is None else picks.product(down_NR, b_down)
+        return picks.ops.sum_picks(out_ND, low_ND, picks.place_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad_TD
 
 
 NAMES = (

@@ -13,7 +13,6 @@ Letters that suffix locals: B batch, L length, T = B*L tokens, K experts a token
 D hidden size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,9 +160,7 @@ class DeepseekMoE(nn.Module):
         routing = Routing() if routing is None else routing
         hidden_TD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
         logits_TE, weights_TK, index_TK = self.gate(hidden_TD, routing)
-        out_BLD = self.experts(hidden_TD, index_TK, weights_TK).view_as(hidden_BLD)
-        if self.shared_experts is not None:
-            out_BLD = out_BLD + self.shared_experts(hidden_BLD)
+        loss = None
         if self.training and self.aux_loss_alpha > 0:
             scores_TE = logits_TE.softmax(dim=-1)
             sequence_T, count = routing.sequence_T, routing.num_sequences
@@ -173,6 +170,12 @@ class DeepseekMoE(nn.Module):
                 sequence_T, count = sequence_T.clamp(max=0), 1
             loss = balance_loss(scores_TE, routing.index_TK, sequence_T, count)
             routing.aux_loss = self.aux_loss_alpha * loss.detach()
+        shared_BLD = self.shared_experts(hidden_BLD) if self.shared_experts is not None else None
+        # Last, since checkpointing computes nothing again after the last tensor that is kept.
+        out_BLD = self.experts(hidden_TD, index_TK, weights_TK).view_as(hidden_BLD)
+        if shared_BLD is not None:
+            out_BLD = out_BLD + shared_BLD
+        if loss is not None:
             scale = self.aux_loss_alpha * routing.aux_loss_scale
             out_BLD = _AddLossGradient.apply(out_BLD, scale * loss)
         return out_BLD
@@ -388,8 +391,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
-    linear_loss: Callable[..., torch.Tensor] | None = None
-    """For training without logits: (hidden [B, L, D], head's weight, labels, ...) -> loss."""
+    head_has_loss = False
+    """Whether training has made `lm_head` take labels too, and give the loss without logits."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
@@ -414,8 +417,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
         While training, the balance loss reaches the gradients from inside the layers, as in the
         published model; it is not part of `loss`, and `aux_loss` shows its value.
-        `logits_to_keep` > 0 computes the logits of that many last positions only. Where training
-        has set `linear_loss`, there are none.
+        `logits_to_keep` > 0 computes the logits of that many last positions only. Where
+        `head_has_loss`, there are none.
         """
         # All named above: generate and Trainer read this signature to see what the model takes.
         outputs = self.model(
@@ -430,8 +433,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BLD = outputs.last_hidden_state[:, keep]
         loss = logits = None
-        if labels is not None and self.training and self.linear_loss is not None:
-            loss = self.linear_loss(hidden_BLD, self.lm_head.weight, labels, **kwargs)
+        if labels is not None and self.training and self.head_has_loss:
+            loss = self.lm_head(hidden_BLD, labels, **kwargs)
         else:
             logits = self.lm_head(hidden_BLD)
         if labels is not None and logits is not None:

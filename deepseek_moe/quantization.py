@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from .errors import UserError
+from .packages import has_triton
 
 FILE = "base_quantization.json"
 STACKS = ("experts.gate_up_proj", "experts.down_proj")
@@ -85,10 +86,27 @@ class Quantization:
 def dequantize(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The numbers of a parameter, quantised or not, as a tensor of its full shape."""
     if isinstance(parameter, bnb.nn.Params4bit):
-        return bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state).to(dtype)
+        packed = parameter.as_subclass(torch.Tensor)  # theirs is slow to ask for anything
+        return _unpack(packed, parameter.quant_state).to(dtype)
     if isinstance(parameter, bnb.nn.Int8Params):
         return parameter.data.to(dtype) * (parameter.SCB / 127).to(dtype)
     return parameter.to(dtype)
+
+
+def _unpack(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Tensor:
+    """`bnb.functional.dequantize_4bit`, which takes three kernels and long to start them."""
+    if not (packed.is_cuda and torch.version.hip is None and has_triton()):
+        return bnb.functional.dequantize_4bit(packed, state)
+    from .kernels.unpack import unpack_4bit
+
+    scales, blocksize2 = (None, None, None), 256
+    if state.nested:
+        scales = (state.state2.code, state.state2.absmax, state.offset)
+        blocksize2 = state.state2.blocksize
+    shape, dtype, blocksize = state.shape, state.dtype, state.blocksize
+    return unpack_4bit(
+        packed, state.code, state.absmax, *scales, shape, dtype, blocksize, blocksize2
+    )
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:

@@ -27,6 +27,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
+from .adapters import weights_passed
 from .errors import RunError, UserError
 from .optimizer import StepInBackward
 
@@ -52,6 +53,7 @@ class FineTuner(Trainer):
         self._sequences_in_step = 0
         self._broken_loss: float | None = None
         self._evaluated = torch.zeros(2)
+        self._weights_passed = 0.0
         self._reset_counters()
 
     def _reset_counters(self) -> None:
@@ -150,6 +152,13 @@ class FineTuner(Trainer):
                 logs["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             self._reset_counters()
         super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """6 for each weight that a token passes: of the routed experts only those that it picks,
+        where transformers counts all (by a walk through thousands of modules, at each step)."""
+        if not self._weights_passed:
+            self._weights_passed = weights_passed(self.model)
+        return 6 * inputs["input_ids"].numel() * self._weights_passed
 
     # ---- evaluation ----
 

@@ -220,6 +220,21 @@ def _sum_picks(c: Case) -> list[Any]:
     return [x, x * 2 if c.seed % 2 else None, place]
 
 
+def _unpack_4bit(c: Case) -> list[Any]:
+    # Whole programs, or not even whole bytes; more than one scale of scales.
+    shape = torch.Size((3, 128, 64) if c.tokens == 1 else (c.tokens, 127, 85))
+    blocks, options = -(-shape.numel() // 64), {"generator": c.random, "device": c.device}
+    packed = torch.randint(256, (-(-shape.numel() // 2), 1), **options).to(torch.uint8)
+    absmax = torch.randint(256, (blocks,), **options).to(torch.uint8)
+    code, code2, absmax2 = (c.normal(n).float() for n in (16, 256, -(-blocks // 256)))
+    return [packed, code, absmax, code2, absmax2, c.normal(1).float()[0], shape, c.dtype]
+
+
+def _unpack_4bit_alone(c: Case) -> list[Any]:
+    packed, code, absmax, *_, shape, dtype = _unpack_4bit(c)
+    return [packed, code, absmax.float(), None, None, None, shape, dtype]
+
+
 CASES: dict[str, Callable[[Case], list[Any]]] = {
     "adamw": _adamw,
     "add_norm": _add_norm,
@@ -248,6 +263,8 @@ CASES: dict[str, Callable[[Case], list[Any]]] = {
     "sort_picks": _sort_picks,
     "sum_picks": _sum_picks,
     "swiglu": _swiglu,
+    "unpack_4bit": _unpack_4bit,
+    "unpack_4bit:scales in fp32": _unpack_4bit_alone,
 }
 
 
@@ -268,6 +285,7 @@ def agree(name: str, case: Case, tolerance: float) -> float:
         ours, theirs = (out[case.position >= 0] for out in (ours, theirs))
     if name == "route":  # the picks may stand in another order
         ours, theirs = ((x, act, *_sorted(i, w)) for x, act, i, w in (ours, theirs))
+    tolerance = 0.0 if name == "unpack_4bit" else tolerance
     worst = 0.0
     for x, y in zip(_tensors([ours, args]), _tensors([theirs, copies]), strict=True):
         if name == "rotate" and x.shape == y.shape == args[0].shape:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe import experts as way
@@ -171,6 +172,28 @@ def test_only_gate_and_up_are_kept() -> None:
             run(_fused_forward, experts, adapters, ROUTINGS["spread"], **FUSED)
         wide = [x.shape[1] for x in kept if x.dim() == 2 and x.shape[0] == rows]
         assert sorted(wide) == sorted([8, 8, *fat])
+
+
+def test_checkpointing_does_not_make_the_last_product_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    product, shapes = way.Picks.product, []
+
+    def noted(self: Any, x_NI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(weight_EIO.shape[1:]))
+        return product(self, x_NI, weight_EIO)
+
+    monkeypatch.setattr(way.Picks, "product", noted)
+
+    def checkpointed(experts: Any, hidden: Any, *rest: Any) -> torch.Tensor:
+        again = partial(_fused_forward, experts, **FUSED)
+        return checkpoint(again, hidden, *rest, use_reentrant=False)
+
+    experts, index = make(True), ROUTINGS["spread"]
+    have = run(checkpointed, experts, {}, index)
+    up, down = (D, 2 * WIDTH), (WIDTH, D)
+    assert shapes == [up, down, up, down[::-1], up[::-1]]  # forward, again, backward
+    agree(have, run(grouped_experts_forward, experts, {}, index))
 
 
 def _note(kept: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ from finetune_fixtures import write_base
 from text_fixtures import BUNDLED, tokenizer_of
 from torch.nn import functional as F
 
-from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe.adapters import add_lora, weights_passed
 from deepseek_moe.arguments import ModelArguments, names, parse_arguments, zero_stage
 from deepseek_moe.data import IGNORED, Collator, load_examples, pack
 from deepseek_moe.errors import RunError, UserError
@@ -472,3 +473,18 @@ def test_attention_and_lists_of_names() -> None:
     assert names(" q_proj, v_proj,, ") == ["q_proj", "v_proj"]
     assert names(None) == []
     assert zero_stage(parse()[2]) == 0
+
+
+def test_of_the_experts_only_those_picked_are_counted(tuner: Callable[..., FineTuner]) -> None:
+    with torch.device("meta"):
+        model = DeepseekForCausalLM(DeepseekConfig())
+    layers = 27 * (4 * 2048**2 + 64 * 2048 + (2 + 6) * 3 * 2048 * 1408 + 2 * 2048)
+    layers += 4 * 2048**2 + 3 * 2048 * 10944 + 2 * 2048
+    bare = layers + 2048 + 102_400 * 2048  # 2.6 of 16.4 billion
+    assert weights_passed(model) == bare
+    adapted = add_lora(model, ["gate_proj", "up_proj"], 8, 8.0, 0.0)
+    extra = 8 * (27 * 6 * (2048 + 2816) + 27 * 2 * (2048 + 2816) + 2 * (2048 + 10944))
+    assert weights_passed(adapted) == bare + extra
+    one = tuner(None)
+    operations = one.floating_point_ops({"input_ids": torch.zeros(3, 5)})
+    assert operations == 6 * 15 * weights_passed(one.model) < 6 * 15 * one.model.num_parameters()

@@ -323,9 +323,11 @@ def close_gates(
     need_act: bool,
     dropout: float,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of gate and up [N, 2F] and of the weights [N], from those of both results of
-    `open_gates` (the second's is `low_grad_NF`), and its second result again if `need_act`."""
+    `open_gates` (the second's is `low_grad_NF`). If `need_act`, its second result takes the place
+    of `grad_NF`."""
+    given_NF = grad_NF
     gate_NF, up_NF = gate_up_NF.float().chunk(2, dim=-1)
     open_NF, silu_NF = torch.sigmoid(gate_NF), F.silu(gate_NF)
     kept_NF = _kept(gate_NF, dropout, seed)
@@ -338,8 +340,9 @@ def close_gates(
     grad_NF = grad_NF * weights_N[:, None]
     grad_gate_NF = grad_NF * up_NF * (open_NF + silu_NF * (1 - open_NF))
     grad_gate_up_NF = torch.cat([grad_gate_NF, grad_NF * silu_NF], dim=-1)
-    act_NF = act_NF.to(dtype) if need_act else None
-    return grad_gate_up_NF.to(dtype), grad_weights_N.to(weights_N.dtype), act_NF
+    if need_act:
+        given_NF.copy_(act_NF)
+    return grad_gate_up_NF.to(dtype), grad_weights_N.to(weights_N.dtype)
 
 
 def _kept(x_NF: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
@@ -446,3 +449,31 @@ def _each(scale: torch.Tensor, numel: int) -> torch.Tensor:
 
 def _over(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x * _each(1 / scale.masked_fill(scale == 0, 1.0), len(x))
+
+
+# The frozen base of QLoRA.
+
+
+def unpack_4bit(
+    packed: torch.Tensor,
+    code: torch.Tensor,
+    absmax: torch.Tensor,
+    code2: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    blocksize: int = 64,
+    blocksize2: int = 256,
+) -> torch.Tensor:
+    """A weight as bitsandbytes packs it in 4 bits (Dettmers et al. 2023, arXiv 2305.14314), in
+    `dtype`: of each `packed` byte the high half, then the low, is an index into `code` [16], and
+    `blocksize` weights share a scale. Those are `absmax`, fp32, or with double quantisation one
+    byte each, code2[absmax] * absmax2 + offset, where `blocksize2` of them share an `absmax2`.
+    Computed in fp32 and rounded once."""
+    index = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()
+    scale = absmax
+    if code2 is not None:
+        scale = code2[absmax.int()] * absmax2.repeat_interleave(blocksize2)[: len(absmax)] + offset
+    scale = scale.repeat_interleave(blocksize)[: shape.numel()]
+    return (code[index[: shape.numel()].int()] * scale).to(dtype).view(shape)

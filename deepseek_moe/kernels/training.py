@@ -51,13 +51,12 @@ def _open_gates(
 
 @triton.jit
 def _close_gates(
-    grad_ptr,  # [N, F]
+    grad_ptr,  # [N, F]; with ACT what the products of the weights' gradients take is written here
     low_grad_ptr,  # [N, F], of the adapter's input, read with LOW
     gate_up_ptr,  # [N, 2F]
     weights_ptr,  # [N]
     grad_gate_up_ptr,  # [N, 2F]
     grad_weights_ptr,  # [N]
-    act_ptr,  # [N, F], written with ACT: what the products of the weights' gradients take
     seed,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -85,7 +84,7 @@ def _close_gates(
         if ACT:
             act_F *= weight
             act_F = act_F * _kept(seed, out_F, DROPOUT) if DROPOUT > 0 else act_F
-            tl.store(act_ptr + out_F, act_F, mask=ok_F)
+            tl.store(grad_ptr + out_F, act_F, mask=ok_F)
         grad_F *= weight
         grad_gate_F = grad_F * up_F * (open_F + silu_F * (1 - open_F))
         tl.store(grad_gate_up_ptr + at_F, grad_gate_F, mask=ok_F)
@@ -147,18 +146,17 @@ def close_gates(
     need_act: bool,
     dropout: float,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `plain.close_gates`."""
     N, width = grad_NF.shape
     grad_gate_up_NF, grad_weights_N = torch.empty_like(gate_up_NF), torch.empty_like(weights_N)
-    act_NF = torch.empty_like(grad_NF) if need_act else None
     _close_gates[(N,)](
         grad_NF, grad_NF if low_grad_NF is None else low_grad_NF, gate_up_NF, weights_N,
-        grad_gate_up_NF, grad_weights_N, grad_NF if act_NF is None else act_NF, seed,
+        grad_gate_up_NF, grad_weights_N, seed,
         F=width, BLOCK=BLOCK, LOW=low_grad_NF is not None, ACT=need_act, DROPOUT=dropout,
         num_warps=4,
     )  # fmt: skip
-    return grad_gate_up_NF, grad_weights_N, act_NF
+    return grad_gate_up_NF, grad_weights_N
 
 
 def sum_picks(
