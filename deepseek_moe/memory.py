@@ -1,18 +1,18 @@
-"""What a fine-tuning run would do and take, reckoned before any weight is loaded.
+"""What a fine-tuning run would do and take on a GPU, reckoned before any weight is loaded.
 
-A step passes three peaks, on top of weights and optimizer states, which always stay:
+A step passes these peaks, on top of weights and optimizer states, which always stay:
 
-- the loss: the kept input of each layer, and logits and their gradients in fp32
+- the loss: what layers keep (with checkpointing their inputs), and what the head computes with
+- the start of the backward pass: what layers keep, and what the last one computes with
 - the end of the backward pass: nearly all gradients, and what one layer computes with
 - the optimizer's step: all gradients
 
-With --single_gpu_full, where each weight is stepped in the backward pass and logits are not kept:
-
-- the loss: the kept input of each layer, and what the head's gradient takes
-- the start of the backward pass: these inputs, what one layer computes with, and its gradients
+With --single_gpu_full, where each weight is stepped in the backward pass, there are only the first
+two, with the gradient of one tensor.
 
 Letters: T tokens a device and micro-batch, K experts a token, D hidden size, F expert width,
-V vocabulary. The constants were fitted to what `benchmarks/memory.py` measures.
+S shared experts, R rank, V vocabulary. What is kept is what the code saves for the backward pass;
+the constants were fitted to what `benchmarks/memory.py` and `benchmarks/train.py` measure.
 """
 
 import math
@@ -30,10 +30,10 @@ from .arguments import FineTuningArguments, ModelArguments, deepspeed_settings
 from .configuration_deepseek import DeepseekConfig
 from .kernels.plain import BLOCK
 from .modeling_deepseek import DeepseekForCausalLM
-from .quantization import STACKS
+from .quantization import full_shape
 
-LOGITS = 12  # bytes a logit at the loss's peak: log-probabilities and two gradients, in fp32
-HEAD = 10  # bytes a weight of the head, for its gradient where the loss is fused with it
+LOGITS = 0.5  # bytes a logit: they are there piece by piece, fused with the loss
+HEAD = 10  # bytes a weight of the head, for its gradient, which the loss computes
 BUCKET_BYTES = 2e9  # what ZeRO's buckets for gradients and weights in flight take, as configured
 
 
@@ -83,14 +83,26 @@ def estimate(
             weights = 0 if zero.get("offload_param") else weights / ranks
             copies += 2 * low * 1e9  # max_live_parameters and as much on its way
     else:
-        optimizer, gradients, stepping = 8 * trained, 4 * trained, 0
-    kept, layer = _activations(config, options, training, low)
+        optimizer, gradients, stepping = _states(training) * trained, 4 * trained, 0
+    kept, layer, temporary = _activations(config, options, training, low)
     at_loss = (kept + LOGITS * config.vocab_size) * tokens
+    at_loss += 0 if options.use_lora else HEAD * config.vocab_size * config.hidden_size
     at_loss += 0 if training.gradient_checkpointing else copies
-    at_end = gradients * (1 - 2 / config.num_hidden_layers) + layer * tokens + copies
-    peaks = {at_loss: 0, at_end: gradients, gradients + stepping: gradients}
+    at_start = (kept + temporary) * tokens + copies
+    if training.gradient_checkpointing:
+        at_start += layer * tokens
+    at_end = gradients * (1 - 2 / config.num_hidden_layers) + (layer + temporary) * tokens + copies
+    peaks = {at_loss: 0, at_start: 0, at_end: gradients, gradients + stepping: gradients}
     peak = max(peaks)
     return Memory(weights, optimizer, peaks[peak], peak - peaks[peak])
+
+
+def _states(training: FineTuningArguments) -> float:
+    """Bytes of the optimizer a trained weight."""
+    name = str(getattr(training.optim, "value", training.optim))
+    if "8bit" in name:
+        return 2 * (1 + 4 / BLOCK)  # with a scale for each block
+    return 0 if name == "sgd" else 8
 
 
 def _estimate_in_backward(
@@ -101,39 +113,48 @@ def _estimate_in_backward(
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     weights = low * sum(p.numel() for p in model.parameters())
     optimizer = 2 * (1 + 4 / BLOCK) * sum(trained.values())  # two bytes and two scales
-    largest = max(trained.values(), default=0)
-    stacks = [[n for name, n in trained.items() if name.endswith(end)] for end in STACKS]
-    together = sum(
-        max(sizes, default=0) for sizes in stacks
-    )  # which a layer's experts give at once
-    gradients = low * max(largest, together)
-    kept, layer = _activations(config, options, training, low)
-    at_loss = HEAD * config.vocab_size * config.hidden_size - gradients
-    most = kept * tokens + max(at_loss, layer * tokens)
-    return Memory(weights, optimizer, gradients, most)
+    gradients = low * max(trained.values(), default=0)
+    kept, layer, temporary = _activations(config, options, training, low)
+    at_loss = kept * tokens + HEAD * config.vocab_size * config.hidden_size - gradients
+    at_start = (kept + temporary) * tokens
+    if training.gradient_checkpointing:
+        at_start += layer * tokens
+    return Memory(weights, optimizer, gradients, max(at_loss, at_start))
 
 
 def _activations(
     config: DeepseekConfig, options: ModelArguments, training: FineTuningArguments, low: int
-) -> tuple[float, float]:
-    """Bytes a token: what is kept for the backward pass, and what one layer takes at its peak."""
+) -> tuple[float, float, float]:
+    """Bytes a token: what all layers keep for the backward pass, what one of them does, and what
+    the backward pass of its experts takes beside that."""
     K, D, F = config.num_experts_per_tok or 1, config.hidden_size, config.moe_intermediate_size
+    shared = (config.n_shared_experts or 0) * F
     keeps_fp32 = not (options.use_lora or training.deepspeed or training.single_gpu_full)
-    stream = 4 if keeps_fp32 else low  # the residual stream and norms
-    kept = K * (2 * D * low + 4 * F * low) + 12 * D * stream
-    if options.use_lora and options.lora_dropout:
-        kept += K * (D + F) * (low + 1)
-    layer = kept + K * 2 * D * 4  # weighted outputs and their gradients
-    if training.gradient_checkpointing:
-        kept = D * stream
-    return config.num_hidden_layers * kept, layer
+    stream = 4 if keeps_fp32 else low  # the residual stream
+    # Both norms' inputs; q, k, v and attention; gate and up of experts, and of those shared.
+    layer = 2 * D * stream + 4 * D * low + 2 * shared * low
+    layer += 0 if options.recompute_experts else K * 2 * F * low
+    if options.use_lora and options.lora_dropout:  # inputs of adapters, each with its mask
+        layer += D * low + (4 * D + shared) * (low + 1)
+    else:  # inputs of linears and experts
+        layer += 2 * D * low + shared * low
+    if options.use_lora:  # x A of experts
+        layer += 2 * K * (options.lora_rank or 0) * low
+    else:  # the router's input in fp32
+        layer += 4 * D
+    kept = D * stream if training.gradient_checkpointing else layer
+    return config.num_hidden_layers * kept, layer, K * (3 * F + D) * low
 
 
 def _computing_copies(
     model: nn.Module, options: ModelArguments, training: FineTuningArguments, low: int
 ) -> float:
     """Bytes of weights unpacked or cast for computing, with gradients of the same size."""
-    stacks = [p.numel() for name, p in model.named_parameters() if name.endswith(STACKS)]
+    stacks = [
+        full_shape(p).numel()
+        for name, p in model.named_parameters()
+        if name.endswith(("gate_up_proj", "down_proj"))  # within PEFT's wrappers too
+    ]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = model.config.num_hidden_layers if training.gradient_checkpointing else 1
     unpacked = max(stacks, default=0) * low if options.bits != 16 else 0
