@@ -56,10 +56,11 @@ SETTINGS = (
     Setting("full, layers again, long", 4, 4096, ""),
     Setting("full, layers again, packed", 4, 4096, "--packing True"),
     Setting("lora r64", 16, 1024, f"{LORA} {KEPT}", "lora"),
-    Setting("qlora r64, layers again", 16, 1024, f"{QLORA} {EIGHT_BITS}"),
-    Setting("qlora r64, skewed routing", 16, 1024, f"{QLORA} {EIGHT_BITS}", None, HOT),
+    Setting("qlora r64, layers again", 16, 1024, QLORA),
+    Setting("qlora r64, skewed routing", 16, 1024, QLORA, None, HOT),
+    Setting("qlora r64, adam in 8 bits", 16, 1024, f"{QLORA} {EIGHT_BITS}"),
     Setting("qlora r64, all kept", 16, 1024, f"{QLORA} {KEPT}"),
-    Setting("qlora r16, layers again", 1, 1024, f"{QLORA_16} {EIGHT_BITS}"),
+    Setting("qlora r16, adam in 8 bits", 1, 1024, f"{QLORA_16} {EIGHT_BITS}"),
 )  # fmt: skip
 COLUMNS = ["tokens/s", "ms a step", "TFLOP/s", "MFU", "stock", "x stock", "GB", "stock GB"]
 

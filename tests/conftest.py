@@ -1,7 +1,8 @@
 """What several test files share: small models in a blink, and the folders some tests need."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ TINY = {
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # small models: threads on a busy machine wait longer than they work
+
+
+@pytest.fixture(autouse=True)
+def no_deepspeed_of_another_test() -> Iterator[None]:
+    """transformers keeps a config that was read, while anything refers to it, and divides every
+    model by it that is loaded then."""
+    yield
+    if module := sys.modules.get("transformers.integrations.deepspeed"):
+        module.unset_hf_deepspeed_config()
 
 
 @pytest.fixture(scope="session")
