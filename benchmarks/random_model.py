@@ -2,12 +2,13 @@
 
     python benchmarks/random_model.py --output /tmp/random-16b
     python benchmarks/random_model.py --output /tmp/random-4-layers --num_hidden_layers 4
-    python benchmarks/random_model.py --output /tmp/random-skewed --hot_experts 8
+    python benchmarks/random_model.py --output /tmp/random-skewed --skew /tmp/random-16b
 
 The default is the configuration of the official 16B model. Weights are normal with standard
 deviation 0.006, embeddings 0.02, norms 1: so the routing is nearly uniform, as in the official
 model, where tinier weights would send all tokens the same way. The tokenizer is the bundled one.
-Hot experts have larger routers' rows; of 64 experts 8 hot ones get about half of all picks.
+--skew takes a checkpoint that this wrote, and makes some rows of its routers larger: of 64 experts
+the first 8 then get about half of all picks.
 """
 
 import argparse
@@ -16,20 +17,19 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.cli import BUNDLED_MODEL
 from deepseek_moe.weights import official_tensors
 
-HOT = 5  # times the router's rows of others
+HOT, HOT_EXPERTS = 5, 8  # how much larger the rows are, and how many
+ROUTERS = "model-routers.safetensors"
 
 
-def write_random_model(
-    folder: Path, config: DeepseekConfig, seed: int = 0, hot_experts: int = 0
-) -> None:
-    """bf16, a file a layer."""
+def write_random_model(folder: Path, config: DeepseekConfig, seed: int = 0) -> None:
+    """bf16, a file a layer, and one of all routers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
@@ -37,17 +37,15 @@ def write_random_model(
     files: dict[str, list[str]] = {}
     for name in tensors:
         layer = name.split(".")[2] if ".layers." in name else "ends"
-        files.setdefault(f"model-{layer}.safetensors", []).append(name)
+        file = ROUTERS if name.endswith("mlp.gate.weight") else f"model-{layer}.safetensors"
+        files.setdefault(file, []).append(name)
 
     def make(name: str) -> torch.Tensor:
         weight = torch.empty(tensors[name], dtype=torch.bfloat16, device=device)
         if "norm" in name:
             return weight.fill_(1).cpu()
         std = 0.02 if "embed_tokens" in name else 0.006
-        weight.normal_(0, std, generator=generator)
-        if name.endswith("mlp.gate.weight"):
-            weight[:hot_experts] *= HOT
-        return weight.cpu()
+        return weight.normal_(0, std, generator=generator).cpu()
 
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in tqdm(files.items(), unit="file"):
@@ -62,15 +60,30 @@ def write_random_model(
     config.save_pretrained(folder)
 
 
+def write_skewed_model(folder: Path, source: Path) -> None:
+    """`source` with half of all picks on a few experts; all but the routers are links to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.name != ROUTERS:
+            (folder / file.name).symlink_to(file.resolve())
+    routers = load_file(source / ROUTERS)
+    for weight_ED in routers.values():
+        weight_ED[:HOT_EXPERTS] *= HOT
+    save_file(routers, folder / ROUTERS, metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num_hidden_layers", type=int, default=28)
-    parser.add_argument("--hot_experts", type=int, default=0)
+    parser.add_argument("--skew", type=Path, help="of what --output is to be the skewed form")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.skew:
+        write_skewed_model(args.output, args.skew)
+        return
     config = DeepseekConfig(num_hidden_layers=args.num_hidden_layers)
-    write_random_model(args.output, config, args.seed, args.hot_experts)
+    write_random_model(args.output, config, args.seed)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from decode import aligned, machine, number, times
 from limits import layer_numbers, product_rate
 from memory import KEPT, LORA, QLORA, command_of, finetune, random_rows
-from random_model import write_random_model
+from random_model import ROUTERS, write_random_model, write_skewed_model
 from rates import release
 from tqdm import tqdm
 
@@ -35,7 +35,6 @@ from deepseek_moe.cli import check_writable, one_line_errors, write_text
 STEPS, LEAD = 8, 4  # of a run, and those of them that do not count
 EIGHT_BITS = "--optim adamw_bnb_8bit"
 QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
-HOT = 8  # experts that get half of all picks in the skewed models
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,19 @@ class Setting:
     length: int
     options: str
     stock: str | None = None  # what stock_train.py is to train for comparison
-    hot_experts: int = 0
+    skewed: bool = False  # half of the picks on 8 experts
 
 
 SETTINGS = (
     Setting("full", 16, 1024, KEPT, "full"),
-    Setting("full, skewed routing", 16, 1024, KEPT, None, HOT),
+    Setting("full, skewed routing", 16, 1024, KEPT, None, True),
     Setting("full, experts again", 16, 1024, f"{KEPT} --recompute_experts True"),
     Setting("full, layers again", 16, 1024, ""),
     Setting("full, layers again, long", 4, 4096, ""),
     Setting("full, layers again, packed", 4, 4096, "--packing True"),
     Setting("lora r64", 16, 1024, f"{LORA} {KEPT}", "lora"),
     Setting("qlora r64, layers again", 16, 1024, QLORA),
-    Setting("qlora r64, skewed routing", 16, 1024, QLORA, None, HOT),
+    Setting("qlora r64, skewed routing", 16, 1024, QLORA, None, True),
     Setting("qlora r64, adam in 8 bits", 16, 1024, f"{QLORA} {EIGHT_BITS}"),
     Setting("qlora r64, all kept", 16, 1024, f"{QLORA} {KEPT}"),
     Setting("qlora r16, adam in 8 bits", 1, 1024, f"{QLORA_16} {EIGHT_BITS}"),
@@ -126,10 +125,13 @@ def lines(args: argparse.Namespace, operations_s: float) -> Iterator[Trained]:
     config = DeepseekConfig(num_hidden_layers=args.num_hidden_layers)
     chosen = [setting for setting in SETTINGS if args.only in setting.name]
     for setting in tqdm(chosen, file=sys.stderr):
-        skewed = f"-{setting.hot_experts}-hot" if setting.hot_experts else ""
-        model = args.models / f"{args.num_hidden_layers}-layers{skewed}"
+        model = args.models / f"{args.num_hidden_layers}-layers"
         if not (model / "config.json").exists():
-            write_random_model(model, config, hot_experts=setting.hot_experts)
+            write_random_model(model, config)
+        if setting.skewed:
+            plain, model = model, model.with_name(f"{model.name}-skewed")
+            if not (model / ROUTERS).exists():
+                write_skewed_model(model, plain)
         shape = (setting.rows, setting.length)
         printed = finetune(
             command_of(model, data, *shape, setting.options, STEPS), f"step {STEPS}/{STEPS}"

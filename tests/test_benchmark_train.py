@@ -58,13 +58,15 @@ def test_hot_experts_get_half_of_all_picks(tmp_path: Path) -> None:
         hidden_size=256, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=4, vocab_size=102400,
     )  # fmt: skip
-    random_model.write_random_model(tmp_path, config, hot_experts=train.HOT)
-    model = DeepseekForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    random_model.write_random_model(tmp_path / "even", config)
+    random_model.write_skewed_model(tmp_path / "skewed", tmp_path / "even")
+    assert sum(not file.is_symlink() for file in (tmp_path / "skewed").iterdir()) == 1
+    model = DeepseekForCausalLM.from_pretrained(tmp_path / "skewed", dtype=torch.float32).eval()
     chosen: list[torch.Tensor] = []
     for layer in model.model.layers[1:]:
         layer.mlp.gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[2]))
     model(torch.randint(102400, (4, 64), generator=torch.Generator().manual_seed(0)))
-    assert 0.4 < (torch.cat(chosen) < train.HOT).float().mean() < 0.6
+    assert 0.4 < (torch.cat(chosen) < random_model.HOT_EXPERTS).float().mean() < 0.6
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -164,3 +164,11 @@ def test_the_input_is_kept_once_and_no_weight() -> None:
         together(model)(torch.randn(14, WIDTH, requires_grad=True))
     wanted = [(14, WIDTH), (14, WIDTH), (14, 12), (12, WIDTH), (48, 4), (64, 4), (32, 4)]
     assert sorted(kept) == sorted(wanted)
+
+
+def test_gradients_have_the_dtype_of_the_factors() -> None:
+    """DeepSpeed keeps adapters in bf16."""
+    model = make(dropout=P).bfloat16()
+    outs = together(model)(torch.randn(7, WIDTH, dtype=torch.bfloat16, requires_grad=True))
+    sum(out.sum() for out in outs).backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
