@@ -333,6 +333,23 @@ def test_two_processes_take_the_steps_of_one(
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
 
 
+def be_alone_on_a_machine() -> None:
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+@STAGES
+def test_two_machines_with_one_folder_take_the_steps_of_one(
+    config: str, place: Path, tmp_path: Path, one_process: Any
+) -> None:
+    """Each has a first process; one of them all writes what there is one of."""
+    alone = one_process("adam", **ADAM)
+    argv = steps(place, tmp_path / "out", config, 4, **ADAM)
+    for done in forked(argv, tmp_path / "log", 2, be_alone_on_a_machine):
+        assert done.code == 0, done.err
+    assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
+    assert checkpoints(tmp_path / "out") == [3]
+
+
 @STAGES
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_way_of_a_gpu_takes_the_same_steps(
