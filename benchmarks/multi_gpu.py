@@ -12,6 +12,9 @@ exposed, in which nothing else ran. Memory is the first GPU's, the most that PyT
 Scaling is the rate of a GPU over that of a GPU in the line with the fewest of them. Full training
 takes the most rows that the dry run says fit.
 
+AutoEP (DeepSpeed 0.19) replaces each mixture by a layer of its own, which leaves out the balance
+loss, and it saves no model under ZeRO-3: here it only shows its rate.
+
 Inference: transformers' `generate` under torchrun, by the model's own plans. In bf16 sums in
 another order may swap close tokens; --dtype float32 decides whether a plan is right.
 
@@ -23,7 +26,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,11 +33,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import kill
 import torch
 from decode import aligned, machine, number, percent
 from memory import LORA, QLORA, command_of, finetune, random_rows
 from one_rank import WAYS
-from processes import deepspeed, run, torchrun
+from processes import CONFIGS, deepspeed, run, torchrun
 from random_model import write_random_model
 from tqdm import tqdm
 
@@ -49,10 +52,12 @@ ROWS, LENGTH = (16, 4, 1), 1024
 CPU_ROWS, CPU_LENGTH = (2,), 64
 RESERVE = 0.92  # of a GPU's memory: the rest is for CUDA, and for what the cache wastes
 ZERO = "--deepspeed configs/ds_config_zero"
+AUTOEP = "autoep.json"  # stands for a file that is written for each number of GPUs
 SETTINGS = {
     "full, ZeRO-3": f"{ZERO}3.json",
     "QLoRA, ZeRO-2": f"{QLORA} {ZERO}2_no_offload.json",
     "LoRA, ZeRO-2": f"{LORA} {ZERO}2_no_offload.json",
+    "full, AutoEP": f"--deepspeed {AUTOEP}",  # DeepSpeed's expert parallelism, for comparison
 }
 TRAINED = ["rows", "tok/s/GPU", "ms a step", "GB", "comm.", "exposed", "scaling"]
 GENERATED = ["batch", "tokens/s", "GB", "same", "tokens"]
@@ -194,11 +199,14 @@ def train_lines(args: argparse.Namespace) -> Iterator[Trained]:
     data = args.folder / "rows.json"
     data.write_text(json.dumps(random_rows(largest * args.gpus[-1] * (STEPS + 1), 1500)))
     todo = [(name, gpus) for name in chosen(args) for gpus in args.gpus]
+    todo = [(name, gpus) for name, gpus in todo if gpus > 1 or AUTOEP not in SETTINGS[name]]
     lines: list[Trained] = []
     for name, gpus in tqdm(todo, file=sys.stderr):
         rows, options = fitting(args, name, gpus, data)
         line = Trained(name, gpus, rows)
         if rows:
+            if AUTOEP in options:
+                options = options.replace(AUTOEP, str(write_autoep(args.folder, gpus)))
             command = options_of(args, data, rows, options, STEPS + 1)
             line = trained(line, *profiled(args, command, gpus), length_of(args))
         line.scaling = scaling(line, lines)
@@ -222,13 +230,40 @@ def fitting(args: argparse.Namespace, name: str, gpus: int, data: Path) -> tuple
         return (CPU_ROWS if args.device == "cpu" else ROWS)[0], SETTINGS[name]
     room = RESERVE * torch.cuda.get_device_properties(0).total_memory / 1e9
     for rows in ROWS:
-        command = options_of(args, data, rows, SETTINGS[name], STEPS)
+        options = SETTINGS["full, ZeRO-3"]  # the other way is taken to need as much
+        command = options_of(args, data, rows, options, STEPS)
         found = re.search(
             r"in all +([\d.]+) (GB|MB)", finetune(f"{command} --dry_run True", gpus=gpus)
         )
         if found and (found[2] == "MB" or float(found[1]) < room):
             return rows, SETTINGS[name]
     return (ROWS[0], f"{ZERO}3_offload.json") if args.offload else (0, SETTINGS[name])
+
+
+def write_autoep(folder: Path, gpus: int) -> Path:
+    """ZeRO-3's settings with experts divided among `gpus`, by the patterns of this model."""
+    settings = json.loads((CONFIGS / "ds_config_zero3.json").read_text(encoding="utf-8"))
+    del settings["zero_optimization"]["leaf_module"]  # of a class that is replaced
+    settings["expert_parallel"] = {
+        "enabled": True,
+        "autoep_size": gpus,
+        "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+        "router_pattern": "gate",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,
+        "num_experts_attr": "n_routed_experts",
+        "top_k_attr": "num_experts_per_tok",
+        "score_func": "softmax",
+        "score_apply": "post",
+        "route_norm": False,
+        "has_shared_experts": True,
+        "shared_experts_pattern": "shared_experts",
+    }
+    file = folder.resolve() / f"autoep-{gpus}.json"
+    write_text(file, json.dumps(settings, indent=1) + "\n")
+    return file
 
 
 def profiled(args: argparse.Namespace, command: str, gpus: int) -> tuple[str, dict[str, float]]:
@@ -266,60 +301,18 @@ def scaling(line: Trained, before: list[Trained]) -> float | None:
     return line.tokens_s / base if base and line.tokens_s else None
 
 
-# ---- a death ----
-
-
 def kill_lines(args: argparse.Namespace) -> None:
     print("\na rank killed in its second save, and the command repeated", flush=True)
+    gpus, rows = args.gpus[-1], (ROWS if args.device == "cuda" else CPU_ROWS)[-1]
     for name in chosen(args):
-        if "full" not in name or args.only:
-            print(f"{name:14} {args.gpus[-1]:>4} {killed(args, name)}", flush=True)
-
-
-def killed(args: argparse.Namespace, name: str) -> str:
-    """Six steps, saved after every second, in which the last rank dies in its second save; then the
-    same command again; and the same without a death."""
-    gpus, folder = args.gpus[-1], Path(tempfile.mkdtemp(dir=args.folder))
-    rows = (ROWS if args.device == "cuda" else CPU_ROWS)[-1]
-    data = folder / "rows.json"
-    data.write_text(json.dumps(random_rows(rows * gpus * 6, 1500)))
-    command = options_of(args, data, rows, SETTINGS[name], 6)
-    command = command.replace("--save_strategy no", "--save_strategy steps --save_steps 2")
-    command += " --save_total_limit 1 --learning_rate 1e-4"
-
-    def start(output: str, victim: int) -> tuple[str, int]:
-        words = ["die", str(victim), *command.split(), "--output_dir", str(folder / output)]
-        return deepspeed(gpus, words, folder / "log", args.timeout)
-
-    try:
-        _, code = start("killed", gpus - 1)
-        kept = sorted(one.name for one in (folder / "killed").glob("checkpoint-*"))
-        printed, _ = start("killed", -1)
-        start("whole", -1)
-        repeated = re.findall(r"step (\d+)/", printed)
-        return judged(code, kept, repeated, *(losses(folder / f) for f in ("killed", "whole")))
-    finally:
-        shutil.rmtree(folder)
-
-
-def losses(output: Path) -> list[float]:
-    """Of all steps; empty without the last checkpoint."""
-    state = output / "checkpoint-6" / "trainer_state.json"
-    history = json.loads(state.read_text())["log_history"] if state.exists() else []
-    return [line["loss"] for line in history if "loss" in line]
-
-
-def judged(
-    code: int, kept: list[str], repeated: list[str], found: list[float], whole: list[float]
-) -> str:
-    """What became of a killed run, from its exit code, the checkpoints that it left, the steps that
-    the repeated one took, and the losses of it and of an undisturbed one."""
-    if code == 0 or kept != ["checkpoint-2"]:
-        return f"FAILED: exit code {code}, checkpoints {', '.join(kept) or 'none'}"
-    if repeated != ["3", "4", "5", "6"] or not len(found) == len(whole) == 6:
-        return f"FAILED: went on with steps {', '.join(repeated) or 'none'}"
-    apart = max(abs(a / b - 1) for a, b in zip(found, whole, strict=True))
-    return f"exit code {code}; went on from step 2, losses within {apart:.0e} of a whole run's"
+        if "full" in name and not args.only:
+            continue
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            data = Path(folder, "rows.json")
+            data.write_text(json.dumps(random_rows(rows * gpus * kill.STEPS, 1500)))
+            command = options_of(args, data, rows, SETTINGS[name], kill.STEPS)
+            became = kill.killed(command, gpus, Path(folder), args.timeout)
+        print(f"{name:14} {gpus:>4} {became}", flush=True)
 
 
 # ---- inference ----

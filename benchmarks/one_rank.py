@@ -47,6 +47,8 @@ def main() -> None:
         add_callback(ProfileLastStep(Path(rest[0])))
     if mode == "die" and int(rest[0]) == RANK:
         die_in_save(2)
+    if any("autoep" in word for word in rest):
+        leave_out_routing()
     sys.argv = [str(SCRIPT), *rest[1:]]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
@@ -137,6 +139,14 @@ def die_in_save(count: int) -> None:
         original(self, output_dir)
 
     training.FineTuner._save_optimizer_and_scheduler = save
+
+
+def leave_out_routing() -> None:
+    """DeepSpeed's own mixture takes none; so it has no balance loss."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    original = AutoEPMoELayer.forward
+    AutoEPMoELayer.forward = lambda self, hidden, routing=None: original(self, hidden)
 
 
 # ---- the link ----

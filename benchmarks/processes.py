@@ -13,6 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ONE_RANK = str(HERE / "one_rank.py")
+CONFIGS = HERE.parent / "configs"
 
 
 def deepspeed(

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test has business on the network
+# DeepSpeed compiles for CPUs at its first use, once for each environment that has its own folder;
+# in a shared one they compile for each other, and wait for ever for one that was killed meanwhile.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 import pytest
 import torch
