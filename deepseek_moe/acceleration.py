@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,7 +26,8 @@ from .modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
 
 
 def accelerate(model: nn.Module) -> None:
-    """Changes how `model`, PEFT's or not, is computed on a GPU, and nothing of what.
+    """Changes how `model`, PEFT's or not, is computed on a GPU, and nothing of what (but that
+    adapters which share an input share what drops out of it).
 
     Every weight is used inside its own module only: elsewhere those that ZeRO-3 divides are not
     whole.
@@ -34,11 +36,21 @@ def accelerate(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in forwards:
             module.forward = MethodType(forwards[type(module)], module)
-        if isinstance(module, DeepseekForCausalLM) and isinstance(module.lm_head, nn.Linear):
-            module.lm_head.forward = MethodType(_head, module.lm_head)
-            module.head_has_loss = True
+        if isinstance(module, DeepseekForCausalLM):
+            heads = _heads(module.lm_head)
+            module.head_has_loss = bool(heads)
+            for head in heads:
+                head.forward = MethodType(_head, head)
     model.train(model.training)  # all of it, for PEFT's part and the rest may differ
     model.train = MethodType(_train, model)
+
+
+def _heads(head: nn.Module) -> list[nn.Linear]:
+    """The head, and its copy that trains, if any; empty if it has an adapter."""
+    heads = [head]
+    if isinstance(head, ModulesToSaveWrapper):  # which passes all arguments on
+        heads = [head.original_module, *head.modules_to_save.values()]
+    return heads if all(isinstance(one, nn.Linear) for one in heads) else []
 
 
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:

@@ -7,7 +7,7 @@ What PEFT computes, arranged so that little passes through memory and little is 
 - of the input only what the As take is kept; frozen weights, which may be in 4 bits, are unpacked
   for the backward pass once more
 
-The plain twin is PEFT's own forward of each layer.
+The plain twin is PEFT's own forward of each layer (which drops out for each apart).
 
 Letters: T tokens, I in, O out, R rank.
 """

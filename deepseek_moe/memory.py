@@ -86,7 +86,8 @@ def estimate(
         optimizer, gradients, stepping = _states(training) * trained, 4 * trained, 0
     kept, layer, temporary = _activations(config, options, training, low)
     at_loss = (kept + LOGITS * config.vocab_size) * tokens
-    at_loss += 0 if options.use_lora else HEAD * config.vocab_size * config.hidden_size
+    head = any("lm_head" in n and p.requires_grad for n, p in model.named_parameters())
+    at_loss += HEAD * config.vocab_size * config.hidden_size if head else 0
     at_loss += 0 if training.gradient_checkpointing else copies
     at_start = (kept + temporary) * tokens + copies
     if training.gradient_checkpointing:

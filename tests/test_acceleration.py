@@ -72,6 +72,25 @@ def test_loss_and_gradients_stay_the_same(
         assert (have_grads[name] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
 
 
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_head_that_trains_beside_adapters(saved: list[str], tiny_model: MakeModel) -> None:
+    model = add_lora(tiny_model().train(), ["q_proj"], 3, 6.0, 0.0, saved)
+    want, want_grads = run(model, IDS)
+    accelerate(model)
+    have, have_grads = run(model, IDS)
+    assert have.logits is None and want.logits is not None
+    torch.testing.assert_close(have.loss, want.loss)
+    assert sum("lm_head" in name for name in want_grads) == 1
+    for name, grad in want_grads.items():
+        torch.testing.assert_close(have_grads[name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_with_an_adapter_keeps_its_logits(tiny_model: MakeModel) -> None:
+    model = add_lora(tiny_model().train(), ["lm_head"], 3, 6.0, 0.0)
+    accelerate(model)
+    assert run(model, IDS)[0].logits is not None
+
+
 def test_a_batch_without_labels_trains_nothing(tiny_model: MakeModel) -> None:
     model = tiny_model(aux_loss_alpha=0.0).train()
     accelerate(model)
