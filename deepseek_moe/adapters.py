@@ -188,13 +188,16 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def weights_passed(model: nn.Module) -> float:
-    """The weights, adapters' too, that a token passes; the embedding, which multiplies nothing, is
-    none."""
+    """The weights, adapters' too, that a token passes; the embedding multiplies nothing, unless it
+    is the head too."""
     share = (model.config.num_experts_per_tok or 0) / (model.config.n_routed_experts or 1)
+    unused = ["original_module"]  # frozen, beside the copy that trains
+    if not model.config.tie_word_embeddings:
+        unused.append("embed_tokens")
     return sum(
         full_shape(parameter).numel() * (share if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
-        if "embed_tokens" not in name
+        if not any(part in name for part in unused)
     )
 
 
@@ -238,6 +241,9 @@ def build_model(
     for module in model.modules():
         if isinstance(module, DeepseekExperts):
             module.recompute = options.recompute_experts
+    if zero_stage(training) == 3:
+        # DeepSpeed 0.19 lets weights go too soon where nothing before a mixture has a gradient.
+        model.enable_input_require_grads()
     if training.device.type == "cuda":
         accelerate(model)
     return model

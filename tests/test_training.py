@@ -476,8 +476,11 @@ def test_attention_and_lists_of_names() -> None:
 
 
 def test_of_the_experts_only_those_picked_are_counted(tuner: Callable[..., FineTuner]) -> None:
-    with torch.device("meta"):
-        model = DeepseekForCausalLM(DeepseekConfig())
+    def make_model(**changes: Any) -> DeepseekForCausalLM:
+        with torch.device("meta"):
+            return DeepseekForCausalLM(DeepseekConfig(**changes))
+
+    model = make_model()
     layers = 27 * (4 * 2048**2 + 64 * 2048 + (2 + 6) * 3 * 2048 * 1408 + 2 * 2048)
     layers += 4 * 2048**2 + 3 * 2048 * 10944 + 2 * 2048
     bare = layers + 2048 + 102_400 * 2048  # 2.6 of 16.4 billion
@@ -485,6 +488,9 @@ def test_of_the_experts_only_those_picked_are_counted(tuner: Callable[..., FineT
     adapted = add_lora(model, ["gate_proj", "up_proj"], 8, 8.0, 0.0)
     extra = 8 * (27 * 6 * (2048 + 2816) + 27 * 2 * (2048 + 2816) + 2 * (2048 + 10944))
     assert weights_passed(adapted) == bare + extra
+    wrapped = add_lora(make_model(), ["q_proj"], 8, 8.0, 0.0, ["lm_head"])
+    assert weights_passed(wrapped) == bare + 28 * 8 * 2 * 2048  # the head once
+    assert weights_passed(make_model(tie_word_embeddings=True)) == bare
     one = tuner(None)
     operations = one.floating_point_ops({"input_ids": torch.zeros(3, 5)})
     assert operations == 6 * 15 * weights_passed(one.model) < 6 * 15 * one.model.num_parameters()
