@@ -63,10 +63,10 @@ def write_random_model(folder: Path, config: DeepseekConfig, seed: int = 0) -> N
 def write_skewed_model(folder: Path, source: Path) -> None:
     """`source` with half of all picks on a few experts; all but the routers are links to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.name != ROUTERS:
-            (folder / file.name).symlink_to(file.resolve())
     routers = load_file(source / ROUTERS)
+    for file in source.iterdir():
+        if file.name != ROUTERS and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
     for weight_ED in routers.values():
         weight_ED[:HOT_EXPERTS] *= HOT
     save_file(routers, folder / ROUTERS, metadata={"format": "pt"})

@@ -9,6 +9,7 @@ Each setting is a `finetune.py` of its own on random weights of the official con
 random text, with real steps of the optimizer; counted are the steps after the first four. Stock is
 stock_train.py. MFU counts 6 operations a token and weight that it passes (2.6 of the 16.4 billion),
 and attention's, over the measured rate of large products, and nothing for what is computed twice.
+Frozen weights count as those that train, though nobody computes gradients of them, a third of it.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig
 from deepseek_moe.cli import check_writable, one_line_errors, write_text
+from deepseek_moe.errors import UserError
 
 STEPS, LEAD = 8, 4  # of a run, and those of them that do not count
 EIGHT_BITS = "--optim adamw_bnb_8bit"
@@ -56,8 +58,8 @@ SETTINGS = (
     Setting("full, layers again, packed", 4, 4096, "--packing True"),
     Setting("lora r64", 16, 1024, f"{LORA} {KEPT}", "lora"),
     Setting("qlora r64, layers again", 16, 1024, QLORA),
-    Setting("qlora r64, skewed routing", 16, 1024, QLORA, None, True),
     Setting("qlora r64, adam in 8 bits", 16, 1024, f"{QLORA} {EIGHT_BITS}"),
+    Setting("qlora r64, adam in 8 bits, skewed", 16, 1024, f"{QLORA} {EIGHT_BITS}", None, True),
     Setting("qlora r64, all kept", 16, 1024, f"{QLORA} {KEPT}"),
     Setting("qlora r16, adam in 8 bits", 1, 1024, f"{QLORA_16} {EIGHT_BITS}"),
 )  # fmt: skip
@@ -99,6 +101,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "random-moe")
     parser.add_argument("--output_file", type=Path, help="JSON, for images/draw.py")
     args = parser.parse_args()
+    if not any(args.only in setting.name for setting in SETTINGS):
+        raise UserError(f"no setting has {args.only!r} in its name")
     if not torch.cuda.is_available():
         print("no GPU was found; this measures one", file=sys.stderr)
         sys.exit(2)
@@ -126,7 +130,7 @@ def lines(args: argparse.Namespace, operations_s: float) -> Iterator[Trained]:
     chosen = [setting for setting in SETTINGS if args.only in setting.name]
     for setting in tqdm(chosen, file=sys.stderr):
         model = args.models / f"{args.num_hidden_layers}-layers"
-        if not (model / "config.json").exists():
+        if not all((model / name).exists() for name in ("config.json", ROUTERS)):
             write_random_model(model, config)
         if setting.skewed:
             plain, model = model, model.with_name(f"{model.name}-skewed")

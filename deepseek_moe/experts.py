@@ -47,7 +47,7 @@ Adapters = dict[str, list[LowRank]]
 """Of "gate_up_proj" and "down_proj"."""
 
 
-@torch.compiler.disable  # what is around it compiles (training.py); this is as fast as it gets
+@torch.compiler.disable  # for --torch_compile True: this is as fast as it gets
 def grouped_experts_forward(
     experts: nn.Module,
     hidden_TD: torch.Tensor,
@@ -135,7 +135,9 @@ def _rows_of_16_bytes(factor_ERI: torch.Tensor | None, dtype: torch.dtype) -> to
     return factor_ERI.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
-def grouped_mm(x_NI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor):
+def grouped_mm(
+    x_NI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor
+) -> torch.Tensor:
     """x[n] @ weight[e] for the rows of each expert, which end at offsets[e]; x sorted by expert."""
     return F.grouped_mm(x_NI, weight_EIO, offs=offsets_E)
 

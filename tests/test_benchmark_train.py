@@ -11,6 +11,7 @@ import torch
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.cli import BUNDLED_MODEL
+from deepseek_moe.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(FOLDER))
@@ -59,7 +60,8 @@ def test_hot_experts_get_half_of_all_picks(tmp_path: Path) -> None:
         num_attention_heads=4, num_key_value_heads=4, vocab_size=102400,
     )  # fmt: skip
     random_model.write_random_model(tmp_path / "even", config)
-    random_model.write_skewed_model(tmp_path / "skewed", tmp_path / "even")
+    for _ in range(2):  # one that was interrupted is completed
+        random_model.write_skewed_model(tmp_path / "skewed", tmp_path / "even")
     assert sum(not file.is_symlink() for file in (tmp_path / "skewed").iterdir()) == 1
     model = DeepseekForCausalLM.from_pretrained(tmp_path / "skewed", dtype=torch.float32).eval()
     chosen: list[torch.Tensor] = []
@@ -95,3 +97,9 @@ def test_every_setting_is_one_that_the_script_takes() -> None:
         command = train.command_of(Path("m"), Path("d"), setting.rows, setting.length,
                                    setting.options, train.STEPS)  # fmt: skip
         parse_arguments([*command.split(), "--output_dir", "out"])
+
+
+def test_a_setting_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--only", "Lora"])
+    with pytest.raises(UserError, match="no setting has 'Lora'"):
+        train.main()

@@ -147,3 +147,8 @@ def test_every_run_draws_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monk
     names = ("architecture", "decode", "logo", "train")
     assert {f"{name}.{kind}" for name in names for kind in ("png", "svg")} < runs[0].keys()
     assert runs[0]["train.png"][:4] == b"\x89PNG"
+
+
+def test_the_settings_that_are_drawn_are_those_of_the_benchmark() -> None:
+    report = json.loads((ROOT / "images" / "train.json").read_text())
+    assert {line["name"] for line in report["lines"]} <= {one.name for one in train.SETTINGS}
