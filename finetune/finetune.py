@@ -82,7 +82,9 @@ def main() -> None:
     run.save_result(trainer, folder, options.merge_on_save)
     if main_process:
         print(run.folder)
-    PartialState().destroy_process_group()  # left to the exit, its threads may abort the process
+    state = PartialState()
+    state.wait_for_everyone()  # one that leaves early may abort the others
+    state.destroy_process_group()  # left to the exit, its threads may abort the process
 
 
 def load_data(
