@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from .experts import compute_dtype
 from .fused_linears import linears
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
 
@@ -29,8 +30,7 @@ def accelerate(model: nn.Module) -> None:
     """Changes how `model`, PEFT's or not, is computed on a GPU, and nothing of what (but that
     adapters which share an input share what drops out of it).
 
-    Every weight is used inside its own module only: elsewhere those that ZeRO-3 divides are not
-    whole.
+    Weights that ZeRO-3 divides are used inside their own modules only, where they are whole.
     """
     forwards = {LlamaRMSNorm: _norm, LlamaAttention: _attention, DeepseekMLP: _mlp}
     for module in model.modules():
@@ -126,9 +126,7 @@ def linear_cross_entropy(
     asked_N = (next_T != -100).nonzero().flatten()
     if not len(asked_N):  # a part of a step in which nothing is trained; all have gradients still
         return (hidden_BLD.sum() + weight_VD.sum()) * 0.0
-    device = hidden_BLD.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden_BLD.dtype
+    dtype = compute_dtype(hidden_BLD)
     hidden_ND = hidden_BLD.flatten(0, 1)[asked_N].to(dtype)
     total = liger_fused_linear_cross_entropy(
         hidden_ND,

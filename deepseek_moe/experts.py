@@ -57,7 +57,7 @@ def grouped_experts_forward(
 ) -> torch.Tensor:
     """As `DeepseekExperts.forward`, with `adapters` added."""
     T, K = index_TK.shape
-    dtype = _compute_dtype(hidden_TD)
+    dtype = compute_dtype(hidden_TD)
     if _can_fuse(experts, hidden_TD, dtype, adapters or {}):
         return _fused_forward(experts, hidden_TD, index_TK, weights_TK, adapters or {}, dtype)
     expert_N, order_N = index_TK.flatten().sort(stable=True)  # picks of an expert side by side
@@ -169,7 +169,8 @@ class _FrozenGroupedLinear(torch.autograd.Function):
         return grouped_mm(grad_NO.contiguous(), weight_EOI, offsets_E), None, None
 
 
-def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """What products of `hidden` are in: autocast's dtype, or its own."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 

@@ -50,29 +50,18 @@ class Picks:
         return F.grouped_mm(x_NI.t(), y_NO, offs=self.ends_E)
 
 
-def fused_experts(
-    picks: Picks,
-    x_TD: torch.Tensor,
-    dropped_TD: Maybe,
-    weights_TK: torch.Tensor,
-    gate_up: torch.Tensor,
-    a_up: Maybe,
-    b_up: Maybe,
-    down: torch.Tensor,
-    a_down: Maybe,
-    b_down: Maybe,
-) -> torch.Tensor:
-    """x [T, D] in the dtype of the products, x with dropout for the adapter (None: x itself),
-    weights [T, K], then of each stack the weight [E, O, I] (frozen and maybe quantised, or not)
-    with an adapter's scaled A [E, R, I] and B [E, R, O], or None. Gives [T, D]."""
-    stacks = (gate_up, a_up, b_up, down, a_down, b_down)
-    opened_TD = FusedExperts.apply(picks, x_TD, dropped_TD, weights_TK, *stacks)
-    return _Down.apply(picks, opened_TD)
+def fused_experts(picks: Picks, *arguments: Maybe) -> torch.Tensor:
+    """[T, D] of what `FusedExperts` takes after the picks."""
+    return _Down.apply(picks, FusedExperts.apply(picks, *arguments))
 
 
 class FusedExperts(torch.autograd.Function):
     """All of it in the backward pass, in the forward pass all but the product with down, which
-    takes `picks.opened`. What it gives, [T, D], takes the gradient and holds nothing."""
+    takes `picks.opened`. What it gives, [T, D], takes the gradient and holds nothing.
+
+    Arguments: x [T, D] in the dtype of the products, x with dropout for the adapter (None: x
+    itself), weights [T, K], then of each stack the weight [E, O, I] (frozen and maybe quantised, or
+    not) with an adapter's scaled A [E, R, I] and B [E, R, O], or None."""
 
     @staticmethod
     def forward(

@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from .experts import compute_dtype
 from .quantization import dequantize
 
 
@@ -42,9 +43,8 @@ def linears(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
     if not alike:
         return [layers[0](x)]
     weights, as_, bs, (scaling, *_), (dropout, *_) = zip(*adapted, strict=True)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    outs = FusedLinears.apply(scaling, dropout, weights, x.flatten(0, -2).to(dtype), *as_, *bs)
+    x_TI = x.flatten(0, -2).to(compute_dtype(x))
+    outs = FusedLinears.apply(scaling, dropout, weights, x_TI, *as_, *bs)
     return [out_TO.view(*x.shape[:-1], -1) for out_TO in outs]
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,6 @@ class FineTuner(Trainer):
         self._sequences_in_step = 0
         self._broken_loss: float | None = None
         self._evaluated = torch.zeros(2)
-        self._weights_passed = 0.0
         self._reset_counters()
 
     def _reset_counters(self) -> None:
@@ -156,9 +156,11 @@ class FineTuner(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """6 for each weight that a token passes: of the routed experts only those that it picks,
         where transformers counts all (by a walk through thousands of modules, at each step)."""
-        if not self._weights_passed:
-            self._weights_passed = weights_passed(self.model)
         return 6 * inputs["input_ids"].numel() * self._weights_passed
+
+    @cached_property
+    def _weights_passed(self) -> float:
+        return weights_passed(self.model)
 
     # ---- evaluation ----
 

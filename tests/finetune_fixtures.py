@@ -248,23 +248,35 @@ def route_apart(folder: str) -> None:
     DeepseekGate.forward = forward
 
 
-def accelerate_on_a_cpu() -> None:
-    """Fine-tuning goes the way of a GPU, with Liger's kernels in plain torch."""
-    from liger_kernel.transformers import functional
+def liger_in_torch() -> dict[str, Any]:
+    """Liger's functions whose kernels no CPU runs, by their names."""
     from torch.nn import functional as F
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    from deepseek_moe import adapters
 
     def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, in_place: bool) -> torch.Tensor:
         return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
-    def loss(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **_: Any) -> Any:
+    def loss(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+        assert (options["reduction"], options["accum_dtype"]) == ("sum", torch.float32)
+        assert len(target)
         return F.cross_entropy(x @ weight.T, target, reduction="sum")
 
-    functional.liger_rms_norm, functional.liger_rope = norm, apply_rotary_pos_emb
-    functional.liger_swiglu = lambda gate, up: F.silu(gate) * up
-    functional.liger_fused_linear_cross_entropy = loss
+    return {
+        "liger_rms_norm": norm,
+        "liger_swiglu": lambda gate, up: F.silu(gate) * up,
+        "liger_fused_linear_cross_entropy": loss,
+    }
+
+
+def accelerate_on_a_cpu() -> None:
+    """Fine-tuning goes the way of a GPU, with Liger's kernels in plain torch."""
+    from liger_kernel.transformers import functional
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    from deepseek_moe import adapters
+
+    functional.liger_rope = apply_rotary_pos_emb
+    for name, function in liger_in_torch().items():
+        setattr(functional, name, function)
     build = adapters.build_model
 
     def build_model(*args: Any) -> torch.nn.Module:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
+from finetune_fixtures import liger_in_torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
@@ -26,17 +26,8 @@ def beyond_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger's kernels that round what is no tensor's; check_gpu.py calls them, on a GPU."""
     from liger_kernel.transformers import functional
 
-    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, in_place: bool) -> torch.Tensor:
-        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-    def loss(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
-        assert (options["reduction"], options["accum_dtype"]) == ("sum", torch.float32)
-        assert len(target)
-        return F.cross_entropy(x @ weight.T, target, reduction="sum")
-
-    monkeypatch.setattr(functional, "liger_rms_norm", norm)
-    monkeypatch.setattr(functional, "liger_swiglu", lambda gate, up: F.silu(gate) * up)
-    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", loss)
+    for name, function in liger_in_torch().items():
+        monkeypatch.setattr(functional, name, function)
 
 
 def run(model: torch.nn.Module, labels: torch.Tensor, **inputs: Any) -> tuple[Any, dict[str, Any]]:

@@ -279,6 +279,12 @@ def forked(argv: list[str], log: Path, processes: int, before: Any = None) -> li
             process.kill()
 
 
+def succeed(argv: list[str], log: Path, before: Any = None) -> None:
+    """Two processes."""
+    for done in forked(argv, log, 2, before):
+        assert done.code == 0, done.err
+
+
 def be_one_of(rank: int, processes: int, port: int, before: Any) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     numbers |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
@@ -326,8 +332,7 @@ def test_two_processes_take_the_steps_of_one(
 ) -> None:
     alone = one_process("adam", **ADAM)
     argv = steps(place, tmp_path / "out", config, 4, **ADAM)
-    for done in forked(argv, tmp_path / "log", 2):
-        assert done.code == 0, done.err
+    succeed(argv, tmp_path / "log")
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
 
 
@@ -342,8 +347,7 @@ def test_two_machines_with_one_folder_take_the_steps_of_one(
     """Each has a first process; one of them all writes what there is one of."""
     alone = one_process("adam", **ADAM)
     argv = steps(place, tmp_path / "out", config, 4, **ADAM)
-    for done in forked(argv, tmp_path / "log", 2, be_alone_on_a_machine):
-        assert done.code == 0, done.err
+    succeed(argv, tmp_path / "log", be_alone_on_a_machine)
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
     assert checkpoints(tmp_path / "out") == [3]
 
@@ -356,8 +360,7 @@ def test_the_way_of_a_gpu_takes_the_same_steps(
     lora = {"use_lora": True, "lora_r": 4, "lora_dropout": 0} if method == "lora" else {}
     alone = one_process("lora" if lora else "adam", **ADAM, **lora)
     argv = steps(place, tmp_path / "out", config, 4, **ADAM, **lora)
-    for done in forked(argv, tmp_path / "log", 2, accelerate_on_a_cpu):
-        assert done.code == 0, done.err
+    succeed(argv, tmp_path / "log", accelerate_on_a_cpu)
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
 
 
@@ -367,8 +370,7 @@ def test_gradients_of_experts_are_as_large_as_on_one_process(
 ) -> None:
     alone = one_process("experts", **EXPERTS)
     argv = steps(place, tmp_path / "out", config, 4, **EXPERTS)
-    for done in forked(argv, tmp_path / "log", 2):
-        assert done.code == 0, done.err
+    succeed(argv, tmp_path / "log")
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
     assert_equal_experts(tmp_path / "out", alone, place / "base")
 
@@ -380,8 +382,7 @@ def test_nothing_before_the_experts_trains_and_all_is_kept(
     lora |= {"trainable": "experts.gate_up_proj,experts.down_proj"}
     alone = one_process("experts-lora", **ADAM, **lora)
     argv = steps(place, tmp_path / "out", "zero3", 4, **ADAM, **lora)
-    for done in forked(argv, tmp_path / "log", 2):
-        assert done.code == 0, done.err
+    succeed(argv, tmp_path / "log")
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
 
 
