@@ -20,6 +20,7 @@ from deepseek_moe.arguments import ALL_LINEARS, names
 from deepseek_moe.checkpoint import own_tokenizer
 from deepseek_moe.cli import BUNDLED_MODEL
 from deepseek_moe.experts import NAME, LowRank, _fused_forward, grouped_experts_forward
+from deepseek_moe.fused_experts import drop_again, drop_out
 from deepseek_moe.modeling_deepseek import DeepseekExperts
 from deepseek_moe.quantization import Quantization, dequantize
 
@@ -34,6 +35,7 @@ def training_checks(device: torch.device) -> Iterator[Group]:
     """On a CPU small ones, interpreted, and no whole steps: Liger's kernels need a GPU."""
     experts = {f"fused experts in training, {kind}": kind for kind in KINDS}
     checks = [(name, partial(check_fused_experts, kind, device)) for name, kind in experts.items()]
+    checks.append(("dropout in the backward pass", partial(check_dropout, device)))
     yield Group(checks, gigabytes=20)
     if device.type == "cuda":
         steps: list[Check] = []
@@ -42,6 +44,19 @@ def training_checks(device: torch.device) -> Iterator[Group]:
                 name = f"a step of training, {kind}" + (", layers again" if again else "")
                 steps.append((name, partial(check_step, kind, again, device)))
         yield Group(steps)
+
+
+def check_dropout(device: torch.device) -> str:
+    """What the backward pass drops is what the forward pass dropped, to the rounding of bf16."""
+    x_TD = torch.randn(1000, 2048, device=device).bfloat16()
+    dropped_TD, kept_TD = drop_out(x_TD, 0.1)
+    again_TD = drop_again(x_TD, kept_TD, 0.1)
+    if not torch.equal(again_TD == 0, dropped_TD == 0):
+        raise RuntimeError("other numbers dropped out than in the forward pass")
+    apart = distance(again_TD.float(), dropped_TD.float())
+    if not apart < 2**-8:
+        raise RuntimeError(f"{apart:.2g} from the forward pass")
+    return f"within {apart:.2g} of the forward pass"
 
 
 def check_step(kind: str, again: bool, device: torch.device) -> str:

@@ -112,17 +112,15 @@ def _fused_forward(
     up, down = (next(iter(adapters.get(name, ())), None) for name in STACKS)
     token_N, place_TK, ends_E = ops.sort_picks(index_TK.int(), experts.num_experts)
     place_TK = place_TK.masked_fill(index_TK == experts.num_experts, -1)
-    drop = down.dropout if down is not None else 0.0
-    seed = int(torch.randint(2**31 - 1, ())) if drop else 0  # which checkpointing draws again
+    dropouts = [0.0 if low is None else low.dropout for low in (up, down)]
+    seed = int(torch.randint(2**31 - 1, ())) if dropouts[1] else 0  # checkpointing draws it again
     recompute = getattr(experts, "recompute", False)  # set by training
-    picks = Picks(ops, token_N, place_TK, ends_E, recompute, drop, seed)
-    x_TD = hidden_TD.to(dtype)
-    dropped_TD = F.dropout(x_TD, up.dropout) if up is not None and up.dropout else None
+    picks = Picks(ops, token_N, place_TK, ends_E, recompute, *dropouts, seed)
     stacks = []
     for name, low in zip(STACKS, (up, down), strict=True):
         factors = (None, None) if low is None else (low.a_ERI, low.b_ERO)
         stacks += [getattr(experts, name), *(_rows_of_16_bytes(m, dtype) for m in factors)]
-    out_TD = fused_experts(picks, x_TD, dropped_TD, weights_TK, *stacks)
+    out_TD = fused_experts(picks, hidden_TD.to(dtype), weights_TK, *stacks)
     return out_TD.to(hidden_TD.dtype)
 
 

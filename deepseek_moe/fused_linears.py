@@ -4,8 +4,8 @@ What PEFT computes, arranged so that little passes through memory and little is 
 
 - of layers that read the same input the As are one matrix, and the input drops out once for all
 - every sum is made by a product, in place
-- of the input only what the As take is kept; frozen weights, which may be in 4 bits, are unpacked
-  for the backward pass once more
+- of dropout only what is kept is known, not the product; the input itself is kept by others too
+- frozen weights, which may be in 4 bits, are unpacked for the backward pass once more
 
 The plain twin is PEFT's own forward of each layer (which drops out for each apart).
 
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .experts import compute_dtype
+from .fused_experts import drop_again, drop_out
 from .quantization import dequantize
 
 
@@ -83,11 +84,9 @@ class FusedLinears(torch.autograd.Function):
         ranks = [len(a_RI) for a_RI in as_]
         a_RI = (torch.cat(as_) * scaling).to(x_TI.dtype)
         bs = [b_OR.to(x_TI.dtype) for b_OR in bs]
-        dropped_TI, kept_TI = x_TI, None
-        if dropout:
-            dropped_TI, kept_TI = torch.native_dropout(x_TI, dropout, True)
+        dropped_TI, kept_TI = drop_out(x_TI, dropout)
         low_TR = dropped_TI @ a_RI.T
-        ctx.save_for_backward(dropped_TI, kept_TI, low_TR, a_RI, *bs)
+        ctx.save_for_backward(x_TI, kept_TI, low_TR, a_RI, *bs)
         ctx.scaling, ctx.dropout, ctx.ranks = scaling, dropout, ranks
         ctx.weights = weights  # the parameters themselves, not copies
         return tuple(
@@ -97,18 +96,17 @@ class FusedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        dropped_TI, kept_TI, low_TR, a_RI, *bs = ctx.saved_tensors
+        x_TI, kept_TI, low_TR, a_RI, *bs = ctx.saved_tensors
         lows = low_TR.split(ctx.ranks, 1)
         grad_bs = [grad_TO.T @ low for grad_TO, low in zip(grads, lows, strict=True)]
         low_grads = [grad_TO @ b_OR for grad_TO, b_OR in zip(grads, bs, strict=True)]
         low_grad_TR = torch.cat(low_grads, 1) if len(grads) > 1 else low_grads[0]
+        dropped_TI = drop_again(x_TI, kept_TI, ctx.dropout)
         grad_a_RI = (low_grad_TR.T @ dropped_TI).float() * ctx.scaling
+        del dropped_TI
         grad_TI = None
         if ctx.needs_input_grad[3]:
-            grad_TI = low_grad_TR @ a_RI
-            if kept_TI is not None:
-                scale = 1 / (1 - ctx.dropout)
-                grad_TI = torch.ops.aten.native_dropout_backward(grad_TI, kept_TI, scale)
+            grad_TI = drop_again(low_grad_TR @ a_RI, kept_TI, ctx.dropout)
             for grad_TO, weight_OI in zip(grads, ctx.weights, strict=True):
                 grad_TI.addmm_(grad_TO, dequantize(weight_OI, grad_TI.dtype))
         return None, None, None, grad_TI, *grad_a_RI.split(ctx.ranks), *grad_bs

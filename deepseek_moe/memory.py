@@ -135,16 +135,15 @@ def _activations(
     # Both norms' inputs; q, k, v and attention; gate and up of experts, and of those shared.
     layer = 2 * D * stream + 4 * D * low + 2 * shared * low
     layer += 0 if options.recompute_experts else K * 2 * F * low
-    if options.use_lora and options.lora_dropout:  # inputs of adapters, each with its mask
-        layer += D * low + (4 * D + shared) * (low + 1)
-    else:  # inputs of linears and experts
-        layer += 2 * D * low + shared * low
+    layer += (2 * D + shared) * low  # inputs of linears and experts
+    if options.use_lora and options.lora_dropout:  # and what is kept of them
+        layer += 4 * D + shared
     if options.use_lora:  # x A of experts
         layer += 2 * K * (options.lora_rank or 0) * low
     else:  # the router's input in fp32
         layer += 4 * D
     kept = D * stream if training.gradient_checkpointing else layer
-    return config.num_hidden_layers * kept, layer, K * (3 * F + D) * low
+    return config.num_hidden_layers * kept, layer, K * (2 * F + D) * low
 
 
 def _computing_copies(

@@ -148,7 +148,7 @@ def test_every_kernel_and_every_way_is_among_the_checks(checks: SimpleNamespace)
     assert {"logits, bfloat16", "logits, float16", "logits, int8", "logits, int4"} <= set(bundled)
     [group] = checks.models.model_checks("x", CPU)  # one process has the model, once
     assert len(group.checks) == 4 and group.gigabytes > 40
-    assert len(names(checks.training.training_checks(CPU))) == 3
+    assert len(names(checks.training.training_checks(CPU))) == 4
 
 
 @pytest.mark.slow
@@ -196,6 +196,7 @@ def test_gradients_that_are_wrong_are_found(
         monkeypatch.setattr(fused, name, getattr(plain, name))
     kind = "adapters over bf16"
     assert checks.training.check_fused_experts(kind, CPU).startswith("within ")
+    assert checks.training.check_dropout(CPU).startswith("within ")
 
     def other(*args: Any) -> Any:
         grad_gate_up, grad_weights = plain.close_gates(*args)

@@ -139,7 +139,7 @@ def test_dropout(recompute: bool) -> None:
 
     def written_out(experts: Any, hidden: Any, index: Any, weights: Any, adapters: Any) -> Any:
         seed = int(torch.randint(2**31 - 1, ()))
-        dropped = F.dropout(hidden, p)
+        dropped, _ = torch.native_dropout(hidden, p, True)
         [[up], [down]] = adapters.values()
         _, place_TK, _ = plain.sort_picks(index.int(), E)
         kept_NF = plain._kept(torch.empty(index.numel(), WIDTH), p, seed)
@@ -172,6 +172,17 @@ def test_only_gate_and_up_are_kept() -> None:
             run(_fused_forward, experts, adapters, ROUTINGS["spread"], **FUSED)
         wide = [x.shape[1] for x in kept if x.dim() == 2 and x.shape[0] == rows]
         assert sorted(wide) == sorted([8, 8, *fat])
+
+
+def test_of_dropout_a_mask_is_kept() -> None:
+    """Beside the input, which others keep too."""
+    kept: list[torch.Tensor] = []
+    experts, adapters = make(False), factors(tuple(STACKS), 0.4)
+    with torch.autograd.graph.saved_tensors_hooks(partial(_note, kept), lambda x: x):
+        run(_fused_forward, experts, adapters, ROUTINGS["spread"], **FUSED)
+    masks = [x.dtype for x in kept if x.shape == (TOKENS, D) and x.dtype == torch.bool]
+    hidden = {x.data_ptr() for x in kept if x.shape == (TOKENS, D) and x.dtype != torch.bool}
+    assert len(masks) == 1 and len(hidden) == 2  # the test's own product keeps its probe
 
 
 def test_checkpointing_does_not_make_the_last_product_again(

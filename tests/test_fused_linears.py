@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from deepseek_moe.fused_experts import drop_again, drop_out
 from deepseek_moe.fused_linears import linears
 from deepseek_moe.quantization import Quantization
 
@@ -114,6 +115,14 @@ def test_what_drops_out_does_so_in_both_passes() -> None:
     agree(run(together(model), model), run(model, model))
 
 
+def test_dropout_is_repeated_to_the_bit() -> None:
+    x = torch.randn(500, 7)
+    dropped, kept = drop_out(x, P)
+    assert torch.equal(drop_again(x, kept, P), dropped)
+    assert 0.3 < (dropped == 0).float().mean() < 0.5
+    assert drop_out(x, 0.0)[0] is x is drop_again(x, None, 0.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
@@ -155,15 +164,18 @@ def test_adapters_that_are_off_or_merged_add_nothing(monkeypatch: pytest.MonkeyP
 
 def test_the_input_is_kept_once_and_no_weight() -> None:
     model, kept = make(4, dropout=P), []
+    x = torch.randn(14, WIDTH, requires_grad=True)
 
-    def note(x: torch.Tensor) -> torch.Tensor:
-        kept.append(tuple(x.shape))
-        return x
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        together(model)(torch.randn(14, WIDTH, requires_grad=True))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        together(model)(x)
     wanted = [(14, WIDTH), (14, WIDTH), (14, 12), (12, WIDTH), (48, 4), (64, 4), (32, 4)]
-    assert sorted(kept) == sorted(wanted)
+    assert sorted(tuple(one.shape) for one in kept) == sorted(wanted)
+    [mask] = [one for one in kept if one.dtype == torch.bool]
+    assert mask.shape == x.shape and any(one.data_ptr() == x.data_ptr() for one in kept)
 
 
 def test_gradients_have_the_dtype_of_the_factors() -> None:
