@@ -36,9 +36,20 @@ from typing import Any
 import kill
 import torch
 from decode import aligned, machine, number, percent
-from memory import LORA, QLORA, command_of, finetune, random_rows
 from one_rank import WAYS
-from processes import CONFIGS, deepspeed, run, torchrun
+from processes import (
+    CONFIGS,
+    LORA,
+    QLORA,
+    ZERO,
+    command_of,
+    deepspeed,
+    finetune,
+    random_rows,
+    run,
+    steps_of,
+    torchrun,
+)
 from random_model import write_random_model
 from tqdm import tqdm
 
@@ -51,7 +62,6 @@ PARTS = ("train", "inference")
 ROWS, LENGTH = (16, 4, 1), 1024
 CPU_ROWS, CPU_LENGTH = (2,), 64
 RESERVE = 0.92  # of a GPU's memory: the rest is for CUDA, and for what the cache wastes
-ZERO = "--deepspeed configs/ds_config_zero"
 AUTOEP = "autoep.json"  # stands for a file that is written for each number of GPUs
 SETTINGS = {
     "full, ZeRO-3": f"{ZERO}3.json",
@@ -190,7 +200,7 @@ def link(args: argparse.Namespace) -> float | None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "link.json")
         command = [*torchrun(args.gpus[-1]), "link", str(file), args.device]
-        run(command, Path(folder, "log"), args.timeout, file)
+        run(command, Path(folder, "log"), args.timeout, lambda _: file.exists())
         return json.loads(file.read_text())["bytes_s"] if file.exists() else None
 
 
@@ -271,7 +281,8 @@ def profiled(args: argparse.Namespace, command: str, gpus: int) -> tuple[str, di
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "shares.json")
         words = ["profile", str(file), *command.split(), "--output_dir", f"{folder}/run"]
-        printed, _ = deepspeed(gpus, words, Path(folder, "log"), args.timeout, file)
+        log, until = Path(folder, "log"), lambda _: file.exists()
+        printed, _ = deepspeed(gpus, words, log, args.timeout, until)
         return printed, json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -286,12 +297,6 @@ def trained(line: Trained, printed: str, shares: dict[str, float], length: int) 
     line.gigabytes = max((size for _, size in steps if size), default=None)
     line.communication, line.exposed = shares["communication"], shares["exposed"]
     return line
-
-
-def steps_of(printed: str) -> list[tuple[float, float | None]]:
-    """Tokens/s of all GPUs, and the most GB of the first one so far, of each step."""
-    found = re.findall(r"([\d,]+) tok/s(?:  ([\d.]+) GB)?", printed)
-    return [(float(rate.replace(",", "")), float(size) if size else None) for rate, size in found]
 
 
 def scaling(line: Trained, before: list[Trained]) -> float | None:
@@ -344,7 +349,7 @@ def generated(args: argparse.Namespace, way: str, gpus: int) -> dict[str, Any]:
         for name in ("model", "dtype", "device", "prompt_tokens", "new_tokens"):
             command += [f"--{name}", str(getattr(args, name))]
         command += ["--batch_sizes", *map(str, args.batch_sizes), "--file", str(file)]
-        run(command, Path(folder, "log"), args.timeout, file)
+        run(command, Path(folder, "log"), args.timeout, lambda _: file.exists())
         return json.loads(file.read_text()) if file.exists() else {}
 
 

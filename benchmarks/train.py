@@ -14,7 +14,6 @@ Frozen weights count as those that train, though nobody computes gradients of th
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from decode import aligned, machine, number, times
 from limits import layer_numbers, product_rate
-from memory import KEPT, LORA, QLORA, command_of, finetune, random_rows
+from processes import EIGHT_BITS, KEPT, LORA, QLORA, command_of, finetune, random_rows, steps_of
 from random_model import ROUTERS, write_random_model, write_skewed_model
 from rates import release
 from tqdm import tqdm
@@ -35,7 +34,6 @@ from deepseek_moe.cli import check_writable, one_line_errors, write_text
 from deepseek_moe.errors import UserError
 
 STEPS, LEAD = 8, 4  # of a run, and those of them that do not count
-EIGHT_BITS = "--optim adamw_bnb_8bit"
 QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
 
 
@@ -146,14 +144,11 @@ def lines(args: argparse.Namespace, operations_s: float) -> Iterator[Trained]:
         yield line
 
 
-def steps_of(printed: str) -> list[tuple[float, float]]:
-    """Tokens/s and the most GB so far, of each step."""
-    found = re.findall(r"([\d,]+) tok/s  ([\d.]+) GB", printed)
-    return [(float(rate.replace(",", "")), float(size)) for rate, size in found]
-
-
 def trained(
-    setting: Setting, steps: list[tuple[float, float]], config: DeepseekConfig, operations_s: float
+    setting: Setting,
+    steps: list[tuple[float, float | None]],
+    config: DeepseekConfig,
+    operations_s: float,
 ) -> Trained:
     """The line of a run that logged these steps."""
     tokens, shape = setting.rows * setting.length, f"{setting.rows} x {setting.length}"

@@ -136,7 +136,8 @@ def test_a_command_is_ended(way: str, tmp_path: Path, capfd: pytest.CaptureFixtu
     }
     code = f"import time; print('begun', flush=True); {then[way]}"
     limit = 3 if way == "late" else 30
-    printed, ended = processes.run([sys.executable, "-c", code], tmp_path / "log", limit, file)
+    command = [sys.executable, "-c", code]
+    printed, ended = processes.run(command, tmp_path / "log", limit, lambda _: file.exists())
     assert printed == "begun\n" and ended == (0 if way == "done" else -9)
     assert ("begun" in capfd.readouterr().err) == (way != "file")
 
