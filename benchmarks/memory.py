@@ -62,7 +62,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "random-moe")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("this needs a GPU")
+        print("no GPU was found; this measures one", file=sys.stderr)
+        sys.exit(2)
     data = args.models / "rows.json"
     args.models.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(random_rows(64, 6000)))

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -130,7 +131,10 @@ NOT_SUPPORTED = {  # option: when it is off, and why it is not taken
     "load_best_model_at_end": (False, "choose among the checkpoints"),
     "save_only_model": (False, "nothing could go on from such a checkpoint; leave it out"),
     "resume_from_checkpoint": (None, "repeating a command goes on by itself; leave it out"),
+    "do_predict": (False, "there is nothing to predict; leave it out"),
 }
+OF_LORA = ("lora_rank", "lora_r", "lora_alpha", "lora_dropout", "modules_to_save")
+OF_4_BITS = ("quant_type", "double_quant")
 
 
 class _Parser(HfArgumentParser):
@@ -167,9 +171,12 @@ def parse_arguments(
         warnings.simplefilter("ignore", FutureWarning)  # transformers, on its own deprecations
         model, data, training = _build(parser, argv)
     training.label_names = ["labels"]
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv
+             if word.startswith("--")}  # fmt: skip
     _refuse_what_cannot_work(model, data, training)
-    given = {word.partition("=")[0].replace("-", "_") for word in argv}
-    _settle_single_gpu_full(model, training, clips="__max_grad_norm" in given)
+    _refuse_what_has_no_effect(model, training, given)
+    _refuse_missing_reporters(training)
+    _settle_single_gpu_full(model, training, clips="max_grad_norm" in given)
     _start_deepspeed(training)
     return model, data, training
 
@@ -291,6 +298,33 @@ def _refuse_what_cannot_work(
             f"--eval_strategy {training.eval_strategy.value} has nothing to evaluate on; give "
             "--eval_data_path or --eval_fraction"
         )
+
+
+def _refuse_what_has_no_effect(
+    model: ModelArguments, training: FineTuningArguments, given: set[str]
+) -> None:
+    """Among the `given` options."""
+    for options, there, wanted in (
+        (OF_LORA, model.use_lora, "--use_lora True"),
+        (OF_4_BITS, model.bits == 4, "--bits 4"),
+    ):
+        found = next((name for name in options if name in given), None)
+        if found and not there:
+            raise UserError(f"--{found} has no effect without {wanted}; add that, or leave it out")
+    if "do_train" in given and not training.do_train:
+        raise UserError("--do_train False has no effect: this trains; for a look, --dry_run True")
+
+
+def _refuse_missing_reporters(training: FineTuningArguments) -> None:
+    """transformers would find out when the model is loaded."""
+    for callback in get_reporting_integration_callbacks(training.report_to):
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:
+            said = str(error).rstrip(".")
+            raise UserError(
+                f"--report_to {' '.join(training.report_to)}: {said}; or log to tensorboard"
+            ) from error
 
 
 def _settle_single_gpu_full(

@@ -67,8 +67,10 @@ def sampler_of(args: argparse.Namespace) -> Sampler:
     """The sampler that the options of `add_sampling_options` ask for.
 
     Raises:
-        UserError: a value that no distribution has.
+        UserError: a value that no distribution has, or nothing to sample.
     """
+    if args.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {args.max_new_tokens}; it must be 1 or more")
     return make_sampler(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
     )

@@ -22,6 +22,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from . import chat
+from .configuration_deepseek import DeepseekConfig
 from .errors import UserError
 from .rows import column, digest, good_rows, one_line_cache_errors, read_rows
 
@@ -172,6 +173,17 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
         )
     parts = dataset.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
+
+
+def refuse_longer(train: Dataset, evaluation: Dataset | None, config: DeepseekConfig) -> None:
+    """A UserError if an example has positions that the model was not made for."""
+    longest = max(int(column(some, "length").max()) for some in (train, evaluation) if some)
+    context = config.max_position_embeddings
+    if longest > context:
+        raise UserError(
+            f"a row has {longest:,} tokens, but the model's context is {context:,}; "
+            f"--model_max_length {context} cuts such rows"
+        )
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -222,7 +222,7 @@ def plan(
     memory = estimate(model, options, training, tokens)
     rows = [(part, _size(getattr(memory, part))) for part in vars(memory)]
     rows.append(("in all", _size(memory.total)))
-    title = f"memory a device at its peak, {tokens:,} tokens at a time (estimated)"
+    title = f"memory a device at its peak (estimated), its parts then; {tokens:,} tokens at a time"
     console.print(_table(title, [], rows))
     if torch.cuda.is_available():
         free, there = torch.cuda.mem_get_info()

@@ -231,7 +231,9 @@ def _lora_config(folder: Path) -> "LoraConfig":
     file = folder / "adapter_config.json"
     for needed in (file, folder / ADAPTER_FILE):
         if not needed.is_file():
-            raise UserError(f"{needed} does not exist; give the folder of a PEFT adapter")
+            inside = folder / "adapter"  # of a run with --merge_on_save
+            there = inside if (inside / ADAPTER_FILE).is_file() else "the folder of a PEFT adapter"
+            raise UserError(f"{needed} does not exist; give {there}")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -93,7 +93,7 @@ def _bad_rows(rows: Dataset, bad: np.ndarray) -> UserError:
     more = f"; and {len(bad) - len(some):,} more" if len(bad) > len(some) else ""
     remedy = "mend them or skip them with --skip_bad_rows True"
     if len(bad) == len(rows):
-        remedy = "give data in one of these forms"
+        remedy = "give rows with instruction and output, or with messages"
     return UserError(
         f"{len(bad):,} of {len(rows):,} rows are bad: {'; '.join(named)}{more}; {remedy}"
     )

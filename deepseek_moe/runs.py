@@ -26,6 +26,7 @@ from .training import INCOMPLETE, FineTuner, one_line_write_errors
 from .weights import fingerprint
 
 FILE = "run.json"
+HASHED = ("model", "data", "eval_data")  # of the settings: known by what they contain
 
 
 class Run:
@@ -37,14 +38,9 @@ class Run:
 
     def __init__(self, output_dir: str, settings: dict[str, Any]) -> None:
         self.folder, self.settings = Path(output_dir), settings
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} is no folder and cannot be made ({error.strerror}); give another "
-                "--output_dir"
-            ) from error
-        self.checkpoint = get_last_checkpoint(output_dir)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is no folder; give another --output_dir")
+        self.checkpoint = get_last_checkpoint(output_dir) if self.folder.is_dir() else None
         self.finished = False
         if (self.folder / FILE).is_file():
             try:
@@ -67,19 +63,29 @@ class Run:
         keys = list(dict.fromkeys([*found, *self.settings]))
         differ = [key for key in keys if found.get(key) != self.settings.get(key)]
         if differ:
-            now = self.settings
-            shown = "; ".join(f"{k}: {found.get(k)} there, {now.get(k)} now" for k in differ)
+            shown = "; ".join(self._difference(key, found.get(key)) for key in differ)
             raise UserError(
                 f"{self.folder} holds a run with other settings ({shown}); repeat its command, or "
                 "give another --output_dir"
             )
 
+    def _difference(self, key: str, found: Any) -> str:
+        if key in HASHED:
+            return f"another {key.replace('_', ' ')}"
+        return f"{key}: {found} there, {self.settings.get(key)} now"
+
     def start(self) -> None:
         """Claims the folder for this process, and clears away what an interrupted save left.
 
         Raises:
-            UserError: another process is running in it.
+            UserError: it cannot be made, or another process is running in it.
         """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be made ({error.strerror}); give another --output_dir"
+            ) from error
         self._lock = (self.folder / ".lock").open("w")  # the system lets go of it when we end
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

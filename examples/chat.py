@@ -4,7 +4,8 @@
     python examples/chat.py --prompt "Who are you?"          one answer
     python examples/chat.py < questions.txt                  a conversation, a line a turn
 
-Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, Ctrl-D leaves.
+Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, Ctrl-D leaves; an error
+ends a conversation that is piped.
 """
 
 import argparse
@@ -93,36 +94,35 @@ class Chat:
             self.save(rest.strip())
         elif command == "/system":
             note(NO_SYSTEM_PROMPT)
-        elif command.startswith("/"):
+        elif command == "/help":
             note(HELP)
+        elif command.startswith("/"):
+            raise UserError(f"there is no command {command}; /help lists them")
         elif line:
             self.ask(line)
 
     def ask(self, question: str) -> None:
-        """Streams the answer to stdout; Ctrl-C ends it early and keeps what was said."""
-        self.messages.append({"role": "user", "content": check_prompt(question)})
-        ids, dropped = fit(self.tokenizer, self.messages, self.room)
-        if dropped > self.dropped:
-            note(f"the context is full: the oldest {dropped} messages are no longer seen")
-        self.dropped = dropped
+        """Streams the answer to stdout; Ctrl-C ends it early and keeps what was said. A question
+        that is refused is not kept."""
+        asked = [*self.messages, {"role": "user", "content": check_prompt(question)}]
+        ids, dropped = fit(self.tokenizer, asked, self.room)
         steps = self.generator.stream(
             [ids], self.max_new_tokens, self.sample, {self.tokenizer.eos_token_id}
         )
+        if dropped > self.dropped:
+            note(f"the context is full: the oldest {dropped} messages are no longer seen")
+        self.dropped = dropped
         answer = ""
-        try:
-            with noted_interrupts() as interrupted:
-                for piece in self.text(steps):
-                    piece = piece if answer else piece.lstrip()
-                    answer += piece
-                    print(piece, end="", flush=True)
-                    if interrupted:
-                        note(" (stopped)")
-                        break
-        except UserError:
-            self.messages.pop()
-            raise
+        with noted_interrupts() as interrupted:
+            for piece in self.text(steps):
+                piece = piece if answer else piece.lstrip()
+                answer += piece
+                print(piece, end="", flush=True)
+                if interrupted:
+                    note(" (stopped)")
+                    break
         print(flush=True)
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def text(self, steps: Iterator[list[int | None]]) -> Iterator[str]:
         stream = TextStream(self.tokenizer)

@@ -88,7 +88,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
     prompts = list(given or [])
     if file:
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read: {error}; give a UTF-8 text file") from error
         prompts += [parse(line, f"{file} line {n}") for n, line in enumerate(lines, 1) if line]

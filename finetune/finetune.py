@@ -24,12 +24,12 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
-from deepseek_moe import DeepseekTokenizer
+from deepseek_moe import DeepseekConfig, DeepseekTokenizer
 from deepseek_moe.adapters import build_model
 from deepseek_moe.arguments import DataArguments, FineTuningArguments, parse_arguments
 from deepseek_moe.checkpoint import locate, one_line, own_tokenizer
 from deepseek_moe.cli import one_line_errors
-from deepseek_moe.data import Collator, load_examples, pack, show, split
+from deepseek_moe.data import Collator, load_examples, pack, refuse_longer, show, split
 from deepseek_moe.memory import meta_model, plan, trainable_table
 from deepseek_moe.runs import Run, settings_of
 from deepseek_moe.training import FineTuner, said_once
@@ -44,13 +44,14 @@ def main() -> None:
         folder = locate(options.model_name_or_path, cache_dir=options.cache_dir)
         tokenizer = own_tokenizer(folder)
         train, evaluation = load_data(data, tokenizer, args, options.cache_dir, say)
+        refuse_longer(train, evaluation, DeepseekConfig.from_pretrained(folder))
         packed = pack(train, data.model_max_length) if data.packing else train
+    run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
     if data.dry_run:
         if main_process:
             plan(folder, options, args, packed["length"])
         return
 
-    run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
     if run.finished:
         say("this run is finished already")
         if options.merge_on_save and not (run.folder / "config.json").is_file():

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from deepseek_moe import DeepseekConfig
+from deepseek_moe.cli import one_line_errors
+from deepseek_moe.errors import UserError
 from deepseek_moe.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
 
 # Curly quotes and odd spaces would cost a vocabulary of 4096 dear.
@@ -33,6 +35,8 @@ def read_documents(files: list[Path]) -> list[tuple[str, str]]:
     """(split, text) of every document; the split is "train" where a line names none."""
     documents = []
     for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist; give .txt or .jsonl files")
         with (lzma.open if file.suffix == ".xz" else open)(file, "rt", encoding="utf-8") as handle:
             if ".jsonl" in file.suffixes:
                 rows = [json.loads(line) for line in handle]
@@ -204,7 +208,9 @@ def main() -> None:
     text = [t for s, t in documents if s == "train"]
     season = [t for s, t in seasoning if s == "train"]
     if not part["val"] or not part["test"]:
-        sys.exit("no held-out text: mark some JSON lines with split val and some with split test")
+        raise UserError(
+            "no held-out text; mark some JSON lines with split val and some with split test"
+        )
 
     tokenizer = train_tokenizer(text + season, vocab_size=4096)
     config = DeepseekConfig(
@@ -251,4 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

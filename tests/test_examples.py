@@ -368,7 +368,7 @@ def test_reset_forgets_everything(run: Runner, tmp_path: Path) -> None:
 
 
 def test_commands_write_notes_to_stderr_only(run: Runner) -> None:
-    done = conversation(run, "/system\n/system Be short.\n/help\n/nonsense\n")
+    done = conversation(run, "/system\n/system Be short.\n/help\n/help\n")
     assert done.out == ""
     assert done.err.count(NO_SYSTEM_PROMPT) == 2
     for command in ("/reset", "/undo", "/save", "/system", "/help", "Ctrl-C", "Ctrl-D"):
@@ -405,6 +405,7 @@ def test_overflow_drops_the_oldest_turns_and_says_so(
         ("/save .", "."),
         ("/save /", "/"),
         ("/save ~no_such_user/x", "no_such_user"),
+        ("/sav chat.json", "no command /sav; /help lists them"),
     ],
 )
 def test_an_error_ends_a_piped_conversation(run: Runner, text: str, said: str) -> None:

@@ -178,14 +178,15 @@ def test_other_settings_are_refused_with_the_difference(
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     changes = {
         "learning_rate: 0.01 there, 0.02 now": {"learning_rate": 0.02},
-        "data: ": {"data_path": write_rows(tmp_path / "rows.jsonl", 25)},
+        "another data": {"data_path": write_rows(tmp_path / "rows.jsonl", 25)},
         "lora_rank: 3 there, 4 now": {"lora_rank": 4},
-        "model: ": {"model_name_or_path": tmp_path / "base"},
+        "another model": {"model_name_or_path": tmp_path / "base"},
         "use_lora: True there, False now": {"use_lora": False},
         "batch_size: 4 there, 8 now": {"gradient_accumulation_steps": 2},
     }
     for shown, change in changes.items():
-        done = run(argv(finished["lora"], **(LORA | change)), tmp_path / "log")
+        changed = change if "use_lora" in change else LORA | change
+        done = run(argv(finished["lora"], **changed), tmp_path / "log")
         assert done.code == 2
         assert shown in done.error and "--output_dir" in done.error
     moved = shutil.copytree(place / "base", tmp_path / "elsewhere")
@@ -343,6 +344,7 @@ def test_wrong_use_is_found_before_the_model_is_loaded(
     (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"output": "b"}]')
     (tmp_path / "file").write_text("")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a", "output": "b " * 300}))
 
     def wrong(**changes: Any) -> str:
         base = {"model_name_or_path": tmp_path / "base"}
@@ -353,7 +355,14 @@ def test_wrong_use_is_found_before_the_model_is_loaded(
     assert "has no rows" in wrong(data_path=tmp_path / "empty.jsonl")
     assert "does not exist" in wrong(data_path=tmp_path / "none.json")
     assert "file is no folder" in wrong(output_dir=tmp_path / "file")
+    assert "file is no folder" in wrong(output_dir=tmp_path / "file", dry_run=True)
     assert "cannot be made" in wrong(output_dir=tmp_path / "file" / "below")
+    assert "--lora_r has no effect without --use_lora True" in wrong(lora_r=4)
+    assert "--quant_type has no effect without --bits 4" in wrong(quant_type="fp4")
+    assert "--do_train False has no effect" in wrong(do_train=False)
+    assert "--report_to wandb" in wrong(report_to="wandb")
+    long = {"model_max_length": 5000, "data_path": tmp_path / "long.jsonl"}
+    assert "the model's context is" in wrong(**long) == wrong(**long, dry_run=True)
     assert "does not exist" in wrong(model_name_or_path=tmp_path / "none")
     assert not (tmp_path / "out").exists()
 

@@ -332,7 +332,7 @@ def test_a_run_knows_whether_it_is_new_begun_or_finished(tmp_path: Path) -> None
     assert again.checkpoint == str(run.folder / "checkpoint-10")
     again.start()
     assert not (run.folder / "incomplete").exists()
-    with pytest.raises(UserError, match="data: x there, y now"):
+    with pytest.raises(UserError, match=r"other settings \(another data\)"):
         Run(str(run.folder), settings | {"data": "y"})
     with pytest.raises(UserError, match="extra: None there, 1 now"):
         Run(str(run.folder), settings | {"extra": 1})
@@ -395,6 +395,7 @@ def test_unknown_options_name_the_nearest() -> None:
 
 def test_old_names_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--evaluation_strategy", "no", "--gradient_checkpointing", "True", "--lora_r", "64"]
+    words.append("--use_lora")
     model, _, training = parse(*words, "--logging_dir", "x", "--group_by_length=True")
     assert model.lora_rank == 64
     assert training.gradient_checkpointing
@@ -418,7 +419,8 @@ def test_output_dir_is_asked_for() -> None:
 def test_a_flag_without_a_value_is_true() -> None:
     model, _, _ = parse("--double_quant", "--use_lora", "--bits", "4")
     assert model.double_quant and model.use_lora
-    assert not parse("--double_quant", "False")[0].double_quant
+    words = ("--use_lora", "--bits", "4", "--double_quant", "False")
+    assert not parse(*words)[0].double_quant
 
 
 @pytest.mark.parametrize(
