@@ -20,7 +20,8 @@ def draw_decode(report: dict[str, Any]) -> Figure:
     figure, ax = canvas(460, 352)
     rows = sorted(report["decode"], key=lambda row: row["batch_size"])
     write(ax, 20, 24, "Decoding: tokens/s in total", 15, ha="left", weight="bold")
-    what = f"16B model in {rows[0]['weights']}, prompts of {report['prompt_tokens']} tokens"
+    what = f"16B model in {rows[0]['weights']} and its limit; "
+    what += f"prompts of {report['prompt_tokens']} tokens"
     write(ax, 20, 45, what, 12, ha="left")
     write(ax, 20, 336, source(report, "decode.py"), 10, ha="left", color=DENSE)
 
