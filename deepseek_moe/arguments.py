@@ -27,6 +27,7 @@ from .errors import UserError
 
 STEP_IN_BACKWARD = "adamw_8bit_in_backward"
 """The optimizer of --single_gpu_full, where transformers has the names of its own."""
+ORDERS = ("group_by_length", "random", "sequential")
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
@@ -89,7 +90,10 @@ class FineTuningArguments(TrainingArguments):
     logging_steps: float = _option(1, "log every so many steps")
     report_to: str = _option("tensorboard", "where to log to; none for nowhere")
     logging_nan_inf_filter: bool = _option(False, "must stay off: it would log NaN as a number")
-    train_sampling_strategy: str = _option("group_by_length", "or random, or sequential")
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "or random, or sequential", "choices": ORDERS},
+    )
     remove_unused_columns: bool = _option(False, "must stay off: the collator takes what it needs")
     single_gpu_full: bool | None = field(
         default=None,
@@ -99,6 +103,12 @@ class FineTuningArguments(TrainingArguments):
             "const": True,
         },
     )
+
+    @property
+    def n_gpu(self) -> int:
+        """One a process: for more transformers takes torch's DataParallel, which this code does
+        not run under."""
+        return min(1, super().n_gpu)
 
 
 OLD_NAMES = {
@@ -118,7 +128,7 @@ LEAST = (
     ("training", "per_device_train_batch_size", 1),
     ("training", "per_device_eval_batch_size", 1),
     ("training", "gradient_accumulation_steps", 1),
-    ("training", "logging_steps", 1),
+    ("training", "logging_steps", 0),  # below 1: that part of all steps
     ("training", "learning_rate", 0),
 )
 DROPPED = ("--logging_dir", "--overwrite_output_dir", "--save_safetensors", "--group_by_length")
@@ -163,7 +173,7 @@ def parse_arguments(
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
             raise UserError(f"there is no option {name}; {hint}")
-    if not any(word.partition("=")[0] in ("--output_dir", "--help", "-h") for word in argv):
+    if not {"output_dir", "help", "h"} & _names_of(argv):
         raise UserError("--output_dir is missing; give a folder for checkpoints and the result")
     if not torch.cuda.is_available() and "--use_cpu" not in argv:
         argv += ["--use_cpu", "True"]
@@ -171,8 +181,7 @@ def parse_arguments(
         warnings.simplefilter("ignore", FutureWarning)  # transformers, on its own deprecations
         model, data, training = _build(parser, argv)
     training.label_names = ["labels"]
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv
-             if word.startswith("--")}  # fmt: skip
+    given = _names_of(argv)
     _refuse_what_cannot_work(model, data, training)
     _refuse_what_has_no_effect(model, training, given)
     _refuse_missing_reporters(training)
@@ -191,6 +200,12 @@ def _start_deepspeed(training: FineTuningArguments) -> None:
 
         if training.deepspeed and training.use_cpu:  # accelerate does it on GPUs only
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def _names_of(argv: Sequence[str]) -> set[str]:
+    """Of the options in it."""
+    options = (word.partition("=")[0] for word in argv if word.startswith("-"))
+    return {option.lstrip("-").replace("-", "_") for option in options}
 
 
 def _translate(argv: list[str]) -> list[str]:
@@ -311,20 +326,22 @@ def _refuse_what_has_no_effect(
         found = next((name for name in options if name in given), None)
         if found and not there:
             raise UserError(f"--{found} has no effect without {wanted}; add that, or leave it out")
+    if model.recompute_experts and not training.bf16:
+        raise UserError("--recompute_experts has no effect in fp32; add --bf16 True")
     if "do_train" in given and not training.do_train:
         raise UserError("--do_train False has no effect: this trains; for a look, --dry_run True")
 
 
 def _refuse_missing_reporters(training: FineTuningArguments) -> None:
     """transformers would find out when the model is loaded."""
-    for callback in get_reporting_integration_callbacks(training.report_to):
-        try:
+    try:
+        for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
-        except (RuntimeError, ImportError) as error:
-            said = str(error).rstrip(".")
-            raise UserError(
-                f"--report_to {' '.join(training.report_to)}: {said}; or log to tensorboard"
-            ) from error
+    except (RuntimeError, ImportError, ValueError) as error:
+        said = str(error).rstrip(".")
+        raise UserError(
+            f"--report_to {' '.join(training.report_to)}: {said}; or log to tensorboard"
+        ) from error
 
 
 def _settle_single_gpu_full(
@@ -332,14 +349,14 @@ def _settle_single_gpu_full(
 ) -> None:
     """Makes `single_gpu_full` True or False, and the settings that it decides what they are then.
     `clips`: --max_grad_norm was given."""
-    devices = training.world_size * max(1, training.n_gpu)
+    devices = training.world_size
     accumulation = training.gradient_accumulation_steps
     against = {
         "--use_lora True, which trains adapters; leave one of them out": model.use_lora,
         "--deepspeed, which divides optimizer and gradients itself; leave one of them out": bool(
             training.deepspeed
         ),
-        f"{devices} devices; start it with python, and CUDA_VISIBLE_DEVICES=0": devices > 1,
+        f"{devices} devices; start it with python": devices > 1,
         "fp32, it keeps the weights in bf16; add --bf16 True": not training.bf16,
         f"--gradient_accumulation_steps {accumulation}, it steps in each backward pass; use a "
         "larger --per_device_train_batch_size": accumulation > 1,

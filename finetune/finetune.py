@@ -19,6 +19,7 @@ from functools import partial
 warnings.filterwarnings("ignore", category=FutureWarning)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
@@ -39,6 +40,8 @@ def main() -> None:
     options, data, args = parse_arguments(sys.argv[1:])
     main_process = args.process_index == 0
     say = partial(print, file=sys.stderr) if main_process else lambda *_: None
+    if args.world_size == 1 and torch.cuda.device_count() > 1:
+        say(f"of {torch.cuda.device_count()} GPUs one is used; started by deepspeed, all are")
     set_seed(args.seed)
     with args.main_process_first():  # downloads and prepares; the others find it done
         folder = locate(options.model_name_or_path, cache_dir=options.cache_dir)
@@ -50,6 +53,7 @@ def main() -> None:
     if data.dry_run:
         if main_process:
             plan(folder, options, args, packed["length"])
+        leave_together()
         return
 
     if run.finished:
@@ -58,6 +62,7 @@ def main() -> None:
             say(f"merge it: python -m deepseek_moe.export --model {folder} --adapter {run.folder}")
         if main_process:
             print(run.folder)
+        leave_together()
         return
     table = trainable_table(meta_model(folder, options))  # refuses what cannot train, in a second
     if main_process:
@@ -83,9 +88,14 @@ def main() -> None:
     run.save_result(trainer, folder, options.merge_on_save)
     if main_process:
         print(run.folder)
+    leave_together()
+
+
+def leave_together() -> None:
+    """One process that leaves early may abort the others, and so may threads left to the exit."""
     state = PartialState()
-    state.wait_for_everyone()  # one that leaves early may abort the others
-    state.destroy_process_group()  # left to the exit, its threads may abort the process
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def load_data(

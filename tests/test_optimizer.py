@@ -24,7 +24,7 @@ from finetune_fixtures import (
 from text_fixtures import BUNDLED, tokenizer_of
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.adapters import build_model
@@ -368,9 +368,9 @@ def parse(words: str) -> FineTuningArguments:
     return parse_arguments(["--data_path", "x", "--output_dir", "out", *words.split()])[2]
 
 
-def on_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int = 1, processes: int = 1) -> None:
+def on_gpus(monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> None:
     """As there, for all that parsing asks."""
-    found = {"device": torch.device("cuda"), "n_gpu": gpus, "world_size": processes}
+    found = {"device": torch.device("cuda"), "world_size": processes}
     for name, value in found.items():
         monkeypatch.setattr(FineTuningArguments, name, property(lambda self, value=value: value))
 
@@ -399,12 +399,20 @@ def test_what_does_not_work_with_it_is_refused_or_decides_against_it(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("there", [{"gpus": 2}, {"processes": 2}])
-def test_it_is_for_one_device(there: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpus(monkeypatch, **there)
-    with pytest.raises(UserError, match=r"2 devices; .*CUDA_VISIBLE_DEVICES=0"):
+def test_it_is_for_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus(monkeypatch, processes=2)
+    with pytest.raises(UserError, match="2 devices; start it with python"):
         parse("--bf16 True --single_gpu_full True")
     assert parse("--bf16 True").single_gpu_full is False
+
+
+def test_a_process_uses_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For several transformers takes torch's DataParallel."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    on_gpus(monkeypatch)
+    training = parse("--bf16 True --per_device_train_batch_size 3")
+    assert training.n_gpu == 1 and training.train_batch_size == 3
+    assert training.single_gpu_full is True
 
 
 def test_deepspeed_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -454,6 +454,12 @@ def test_a_flag_without_a_value_is_true() -> None:
         ("--num_train_epochs 0", "--num_train_epochs"),
         ("--show_examples -1", "--show_examples"),
         ("--output_dir=", "--output_dir is empty"),
+        ("--train_sampling_strategy sequental", "--train_sampling_strategy"),
+        ("--train_sampling_strategy batch_rebalance", "--train_sampling_strategy"),
+        ("--recompute_experts True", "--recompute_experts has no effect in fp32"),
+        ("--report_to nowhere", "--report_to nowhere"),
+        ("--logging_steps -1", "--logging_steps is -1"),
+        ("--lora_dropout 0.2", "--lora_dropout has no effect without --use_lora True"),
         ("stray", "stray"),
     ],
 )
@@ -462,6 +468,11 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     monkeypatch.setenv("RANK", "0")  # as under DeepSpeed's launcher
     assert found in wrong(*words.split())
+
+
+def test_options_are_understood_with_dashes() -> None:
+    words = ["--data-path", "x", "--output-dir", "out", "--logging-steps", "0.1"]
+    assert parse_arguments(words)[2].logging_steps == 0.1
 
 
 def test_data_is_asked_for() -> None:
