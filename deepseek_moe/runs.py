@@ -106,6 +106,7 @@ class Run:
 
         Raises:
             RunError: it cannot be written. The last checkpoint is still there.
+            UserError: the adapter cannot be merged. It is there.
         """
         aside, main = self.folder / INCOMPLETE, trainer.is_world_process_zero()
         with one_line_write_errors(self.folder, aside, main):
@@ -125,10 +126,12 @@ class Run:
         if adapter and not merge:
             return trained
         result = trained.with_name("result")
-        tensors = merged_tensors(base, trained) if adapter else base_tensors(trained)
+        if adapter:  # in its place first, in case that it cannot be merged
+            kept = self.folder / "adapter"
+            shutil.rmtree(kept, ignore_errors=True)
+            os.replace(trained, kept)
+        tensors = merged_tensors(base, kept) if adapter else base_tensors(trained)
         write_checkpoint(tensors, base, result, dtype=None)
-        if adapter:
-            os.replace(trained, result / "adapter")
         return result
 
     def _publish(self, result: Path) -> None:
@@ -177,6 +180,7 @@ def settings_of(
     keys = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay")
     keys += ("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "seed")
     keys += ("data_seed", "train_sampling_strategy", "neftune_noise_alpha", "optim_args")
+    keys += ("dataloader_drop_last", "average_tokens_across_devices")
     found |= {key: getattr(training, key) for key in keys}
     return found | {
         "lr_scheduler_kwargs": str(training.lr_scheduler_kwargs or ""),

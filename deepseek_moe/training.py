@@ -172,7 +172,9 @@ class FineTuner(Trainer):
         inputs.pop("sources")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs, use_cache=False).logits[:, :-1]
-        nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(1)
+        pairs = zip(logits, labels, strict=True)  # by the row: in fp32 all logits are many bytes
+        sums = [F.cross_entropy(row.float(), label, reduction="sum") for row, label in pairs]
+        nats = torch.stack(sums)
         counts = torch.stack([nats, (labels >= 0).sum(dim=1)], dim=1)
         # leaves out the rows that fill up the last batch of several processes
         self._evaluated += self.accelerator.gather_for_metrics(counts).sum(dim=0).cpu()
@@ -215,6 +217,7 @@ class FineTuner(Trainer):
             self._aside = str(aside)
             super()._save_checkpoint(model, trial)
         self._aside = None
+        self.state.best_model_checkpoint = None  # that it would be under the name of now
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             shutil.rmtree(output / name, ignore_errors=True)  # of the same step: as good as ours
@@ -261,6 +264,8 @@ def one_line_write_errors(output: str | Path, aside: Path, main: bool) -> Iterat
     """Whatever a library makes of a full disk: removes what is half written and says it once."""
     try:
         yield
+    except UserError:  # not of the disk
+        raise
     except Exception as error:  # of many libraries, and of any class
         if main:
             shutil.rmtree(aside, ignore_errors=True)

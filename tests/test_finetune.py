@@ -314,6 +314,17 @@ def test_lora_merged_is_a_whole_model_beside_its_adapter(
         assert (merged.eval()(ids).logits - adapted(ids).logits).abs().max() < 0.1
 
 
+def test_an_adapter_that_cannot_be_merged_is_kept(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = argv(output, merge_on_save=True, **(LORA | {"learning_rate": 0}))
+    done = run(words, tmp_path / "log")
+    assert done.code == 2 and "changes nothing" in done.error
+    assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (output / "config.json").exists()
+
+
 def test_perplexity_is_logged_while_training(
     argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
         {"r": 3, "target_modules": [], "target_parameters": EXPERTS[:1]},
         {"r": 3, "target_modules": [], "target_parameters": EXPERTS[1:]},
         {"r": 3, "target_modules": LINEARS},
+        {"r": 3, "target_modules": ["q_proj", "lm_head"]},
         {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
         {"r": 3, "use_rslora": True, "target_modules": LINEARS, "target_parameters": EXPERTS},
         {
