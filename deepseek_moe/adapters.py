@@ -211,7 +211,8 @@ def build_model(
     """
     keeps_fp32 = not (training.deepspeed or training.single_gpu_full)
     low = torch.bfloat16 if training.bf16 else torch.float32
-    dtype = low if options.use_lora or not keeps_fp32 else torch.float32
+    some_train = options.use_lora or options.trainable
+    dtype = low if some_train or not keeps_fp32 else torch.float32
     wanted: dict[str, Any] = {}
     quantization = None
     if options.bits != 16:

@@ -6,6 +6,7 @@ A step passes these peaks, on top of weights and optimizer states, which always 
 - the start of the backward pass: what layers keep, and what the last one computes with
 - the end of the backward pass: nearly all gradients, and what one layer computes with
 - the optimizer's step: all gradients
+- evaluation: the logits of a batch, and those of a row in fp32
 
 With --single_gpu_full, where each weight is stepped in the backward pass, there are only the first
 two, with the gradient of one tensor.
@@ -93,7 +94,9 @@ def estimate(
     if training.gradient_checkpointing:
         at_start += layer * tokens
     at_end = gradients * (1 - 2 / config.num_hidden_layers) + (layer + temporary) * tokens + copies
+    at_evaluation = _logits(config, training, tokens, low)
     peaks = {at_loss: 0, at_start: 0, at_end: gradients, gradients + stepping: gradients}
+    peaks.setdefault(at_evaluation, 0)
     peak = max(peaks)
     return Memory(weights, optimizer, peaks[peak], peak - peaks[peak])
 
@@ -120,7 +123,17 @@ def _estimate_in_backward(
     at_start = (kept + temporary) * tokens
     if training.gradient_checkpointing:
         at_start += layer * tokens
-    return Memory(weights, optimizer, gradients, max(at_loss, at_start))
+    at_evaluation = _logits(config, training, tokens, low) - gradients
+    return Memory(weights, optimizer, gradients, max(at_loss, at_start, at_evaluation))
+
+
+def _logits(config: DeepseekConfig, training: FineTuningArguments, tokens: int, low: int) -> float:
+    """Bytes of the logits of a batch that is evaluated, and of one of its rows in fp32, with their
+    softmax."""
+    if training.eval_strategy == "no":
+        return 0.0
+    length = tokens / training.per_device_train_batch_size
+    return config.vocab_size * length * (training.per_device_eval_batch_size * low + 8)
 
 
 def _activations(

@@ -387,4 +387,7 @@ def test_full_training_is_in_fp32(base: Path) -> None:
     assert all(p.requires_grad for p in model.parameters())
     chosen = build(base, True, trainable="lm_head")
     assert [n for n, p in chosen.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+    assert chosen.lm_head.weight.dtype == torch.float32
+    frozen = {p.dtype for p in chosen.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
     assert model.config._experts_implementation == experts.NAME

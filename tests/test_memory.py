@@ -128,6 +128,8 @@ def test_more_of_everything_takes_more(tmp_path: Path) -> None:
         "--use_lora True --bits 4 --lora_r 9"
     )
     assert plain < total(f"{QLORA} {RECOMPUTE} --modules_to_save lm_head")
+    evaluated = "--eval_strategy epoch --eval_fraction 0.1 --per_device_eval_batch_size"
+    assert plain == total(f"{QLORA} {RECOMPUTE} {evaluated} 1") < total(f"{QLORA} {evaluated} 64")
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(tmp_path: Path) -> None:
