@@ -85,7 +85,7 @@ def load(
             dtype=number_type,
             device_map=place,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code and not isinstance(config, DeepseekConfig),
             output_loading_info=True,
             **options,
         )
@@ -117,7 +117,7 @@ def locate(model: str, trust_remote_code: bool = False, cache_dir: str | None = 
             folder = Path(snapshot_download(model, allow_patterns=wanted, cache_dir=cache_dir))
     if folder.is_file():
         raise UserError(f"{folder} is a file; give the folder that holds it and config.json")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():  # transformers would add it to a model beside it
         raise UserError(
             f"{folder} holds an adapter; merge it first: python -m deepseek_moe.export "
             f"--model BASE --adapter {folder} --output FOLDER"

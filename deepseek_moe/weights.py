@@ -70,6 +70,11 @@ def refuse_wrong_checkpoint(
     config = kwargs.get("config")
     if config is None or isinstance(config, (str, Path)):
         config = model_class.config_class.from_pretrained(config or Path(found).parent)
+    if getattr(config, "transformers_weights", None):
+        raise ValueError(
+            f"{found} names weights of its own ({config.transformers_weights}), which may be a "
+            "pickle; take transformers_weights out"
+        )
     # Files of quantised weights (the config says so) hold other tensors. Weights that are quantised
     # while they are read (the keyword) lie there like any; transformers takes any shape of them.
     if not hasattr(config, "quantization_config"):

@@ -274,6 +274,20 @@ def test_pickles_are_not_opened(folder: Path, name: str) -> None:
     refused(folder, name, "pickle", "only safetensors are read")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other.safetensors"])
+def test_weights_that_the_config_names_are_not_read(folder: Path, name: str) -> None:
+    """transformers would, unchecked, and of this name a pickle too."""
+    torch.save({"model.norm.weight": torch.zeros(16)}, folder / name)
+    change_config(folder, transformers_weights=name)
+    refused(folder, name, "take transformers_weights out")
+
+
+def test_an_adapter_beside_a_model(folder: Path) -> None:
+    """transformers would add it."""
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "holds an adapter", "merge it first")
+
+
 def test_weights_under_another_name(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     refused(folder, "model.safetensors")

@@ -34,6 +34,8 @@ def trap(
     code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
     for kind in ("configuration", "modeling", "tokenization"):
         (folder / f"{kind}_deepseek.py").write_text(code)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code + "def generate(): pass\n")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
     (folder / "tokenizer_config.json").write_text(
