@@ -67,6 +67,8 @@ def main() -> None:
 
 def all_groups(args: argparse.Namespace) -> list[Group]:
     device = torch.device(args.device)
+    if device.index:
+        torch.cuda.set_device(device)  # on which kernels are launched
     return [
         *kernel_checks(device),
         *training_checks(device),

@@ -118,6 +118,8 @@ WIDTH = 10
 def main() -> None:
     args = parse_arguments()
     device = torch.device(args.device)
+    if device.index:
+        torch.cuda.set_device(device)  # on which kernels are launched
     report: dict[str, Any] = {
         "machine": machine(device),
         "command": f"python {shlex.join(sys.argv)}",

@@ -215,8 +215,9 @@ class Decoder:
                     logits_TE, position_T, layer.top_k, layer.norm_topk
                 )
                 token_N, place_TK, ends_E = ops.sort_picks(index_TK, len(layer.gate))
-                act_NF = ops.grouped_gate_up(x_TD, layer.experts_gate_up, token_N, ends_E)
-                out_ND = ops.grouped_down(act_NF, layer.experts_down, ends_E)
+                step = last_B is None
+                act_NF = ops.grouped_gate_up(x_TD, layer.experts_gate_up, token_N, ends_E, step)
+                out_ND = ops.grouped_down(act_NF, layer.experts_down, ends_E, step)
             self._join()
             if layer.gate is None:
                 hidden_TD, x_TD = ops.add_norm(mlp_TD, hidden_TD, next_norm, eps)

@@ -66,6 +66,8 @@ class Engine:
         self.batch: Batch | None = None
         self.graphs: dict[tuple[int, Sampler], torch.cuda.CUDAGraph | None] = {}
         self.pool: tuple[int, int] | None = None
+        # torch's own, one a process, is on the GPU of the first capture.
+        self.stream = torch.cuda.Stream(self.device) if self.fast else None
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -109,8 +111,9 @@ class Engine:
             whole = StaticCache.bytes(self.model, slots, self.context)
             if whole < torch.cuda.mem_get_info(self.device)[0] // 4:
                 positions = self.context
-        self.cache = StaticCache(self.model, slots, -(-(positions + 1) // BLOCK) * BLOCK)
-        self.rows = Rows(size, self.model.config.vocab_size, self.device)
+        cache = StaticCache(self.model, slots, -(-(positions + 1) // BLOCK) * BLOCK)
+        rows = Rows(size, self.model.config.vocab_size, self.device)
+        self.cache, self.rows = cache, rows  # both, or none if memory ran out
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -165,7 +168,7 @@ class Engine:
         graph = torch.cuda.CUDAGraph()
         if isinstance(sample, Sampling) and sample.generator(self.device) is not None:
             graph.register_generator_state(sample.generator(self.device))
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             graph.logits = self._decode(size, sample)
         return graph
 

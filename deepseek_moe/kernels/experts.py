@@ -285,8 +285,8 @@ def experts_down(
     part = residual_TD.new_empty(splits, T, D, dtype=torch.float32)
     args = (act_TKF, shared_act_TF, *stacks, *routing, part, counters)
     if T == 1:
-        sizes["BLOCK"] = triton.next_power_of_2(words)
-        shared_block = triton.next_power_of_2(sizes["SW"])
+        sizes["BLOCK"] = max(16, triton.next_power_of_2(words))
+        shared_block = max(16, triton.next_power_of_2(sizes["SW"]))
         _down_one_packed[(tiles, splits)](
             *args, Q=PICKS, SHARED_BLOCK=shared_block, SPLITS=splits, **sizes
         )

@@ -128,26 +128,31 @@ def _launch(
 
 
 def grouped_gate_up(
-    x_TD: torch.Tensor, weight: Weight, token_N: torch.Tensor, ends_E: torch.Tensor
+    x_TD: torch.Tensor,
+    weight: Weight,
+    token_N: torch.Tensor,
+    ends_E: torch.Tensor,
+    step: bool = False,
 ) -> torch.Tensor:
     """As `plain.grouped_gate_up`, but nothing is written after the last expert's places."""
-    if _reads_most(token_N.shape[0], weight):
+    if step or _reads_most(token_N.shape[0], weight):
         return _launch(x_TD, weight, ends_E, token_N, glu=True)
     return between.swiglu(_library(x_TD[token_N], weight, ends_E))
 
 
-def grouped_down(x_NF: torch.Tensor, weight: Weight, ends_E: torch.Tensor) -> torch.Tensor:
+def grouped_down(
+    x_NF: torch.Tensor, weight: Weight, ends_E: torch.Tensor, step: bool = False
+) -> torch.Tensor:
     """As `plain.grouped_down`, but nothing is written after the last expert's places."""
-    if _reads_most(x_NF.shape[0], weight):
+    if step or _reads_most(x_NF.shape[0], weight):
         return _launch(x_NF, weight, ends_E, None, glu=False)
     return _library(x_NF, weight, ends_E)
 
 
 def _reads_most(picks: int, weight: Weight) -> bool:
-    """Whether the kernel here is the right one; always in a graph, in which the library's product
-    cannot be captured on every GPU."""
-    few = picks <= READING * weight.data.shape[0]
-    return few or (weight.data.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the kernel here is the faster one. (A decode step always takes it: the library's
+    product cannot be captured on every GPU, nor a kernel loaded in a capture.)"""
+    return picks <= READING * weight.data.shape[0]
 
 
 def _library(x_NI: torch.Tensor, weight: Weight, ends_E: torch.Tensor) -> torch.Tensor:

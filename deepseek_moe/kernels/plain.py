@@ -210,14 +210,21 @@ def sort_picks(
 
 
 def grouped_gate_up(
-    x_TD: torch.Tensor, weight: Weight, token_N: torch.Tensor, ends_E: torch.Tensor
+    x_TD: torch.Tensor,
+    weight: Weight,
+    token_N: torch.Tensor,
+    ends_E: torch.Tensor,
+    step: bool = False,
 ) -> torch.Tensor:
-    """silu(G[e] x) * U[e] x for the places of each expert, [N, F]; 0 after the last."""
+    """silu(G[e] x) * U[e] x for the places of each expert, [N, F]; 0 after the last. `step`: for a
+    decode step, which a graph may capture."""
     return swiglu(_grouped(x_TD[token_N], weight, ends_E)).to(x_TD.dtype)
 
 
-def grouped_down(x_NF: torch.Tensor, weight: Weight, ends_E: torch.Tensor) -> torch.Tensor:
-    """W[e] x for the places of each expert, [N, D]; 0 after the last."""
+def grouped_down(
+    x_NF: torch.Tensor, weight: Weight, ends_E: torch.Tensor, step: bool = False
+) -> torch.Tensor:
+    """W[e] x for the places of each expert, [N, D]; 0 after the last. `step` as above."""
     return _grouped(x_NF, weight, ends_E).to(x_NF.dtype)
 
 
