@@ -105,6 +105,8 @@ def bundled_checks(device: torch.device, new: int) -> Iterator[Group]:
     ids.append(("batch equals single", partial(check_single, pair, new)))
     ids.append(("prompts in chunks", partial(check_chunks, pair, new)))
     yield Group(ids)
+    if device.type == "cuda":  # more than the library's product is the faster one for
+        yield Group([("greedy ids, batch 256", partial(check_greedy, pair, 256, 8))])
 
 
 def model_checks(folder: str, device: torch.device) -> Iterator[Group]:
