@@ -49,6 +49,8 @@ def main() -> None:
     if args.device != "cpu" and not torch.cuda.is_available():
         print("no GPU was found; this checks what runs on one", file=sys.stderr)
         sys.exit(2)
+    if torch.device(args.device).index:
+        torch.cuda.set_device(args.device)  # on which kernels are launched
     logging.disable_progress_bar()
     groups = all_groups(args)
     if args.work:
@@ -67,8 +69,6 @@ def main() -> None:
 
 def all_groups(args: argparse.Namespace) -> list[Group]:
     device = torch.device(args.device)
-    if device.index:
-        torch.cuda.set_device(device)  # on which kernels are launched
     return [
         *kernel_checks(device),
         *training_checks(device),

@@ -173,7 +173,8 @@ def parse_arguments(
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
             raise UserError(f"there is no option {name}; {hint}")
-    if not {"output_dir", "help", "h"} & _names_of(argv):
+    given = _names_of(argv)
+    if not {"output_dir", "help", "h"} & given:
         raise UserError("--output_dir is missing; give a folder for checkpoints and the result")
     if not torch.cuda.is_available() and "--use_cpu" not in argv:
         argv += ["--use_cpu", "True"]
@@ -181,7 +182,6 @@ def parse_arguments(
         warnings.simplefilter("ignore", FutureWarning)  # transformers, on its own deprecations
         model, data, training = _build(parser, argv)
     training.label_names = ["labels"]
-    given = _names_of(argv)
     _refuse_what_cannot_work(model, data, training)
     _refuse_what_has_no_effect(model, training, given)
     _refuse_missing_reporters(training)

@@ -95,8 +95,8 @@ def estimate(
         at_start += layer * tokens
     at_end = gradients * (1 - 2 / config.num_hidden_layers) + (layer + temporary) * tokens + copies
     at_evaluation = _logits(config, training, tokens, low)
-    peaks = {at_loss: 0, at_start: 0, at_end: gradients, gradients + stepping: gradients}
-    peaks.setdefault(at_evaluation, 0)
+    peaks = {at_evaluation: 0, at_loss: 0, at_start: 0, at_end: gradients}
+    peaks[gradients + stepping] = gradients
     peak = max(peaks)
     return Memory(weights, optimizer, peaks[peak], peak - peaks[peak])
 

@@ -126,21 +126,20 @@ class Run:
         if adapter and not merge:
             return trained
         result = trained.with_name("result")
-        if adapter:  # in its place first, in case that it cannot be merged
-            kept = self.folder / "adapter"
+        if adapter:
+            kept = self.folder / "adapter"  # before the merge, in case that it is refused
             shutil.rmtree(kept, ignore_errors=True)
             os.replace(trained, kept)
-        tensors = merged_tensors(base, kept) if adapter else base_tensors(trained)
+            tensors = merged_tensors(base, kept)
+        else:
+            tensors = base_tensors(trained)
         write_checkpoint(tensors, base, result, dtype=None)
         return result
 
     def _publish(self, result: Path) -> None:
         """Moves each file to the root, those that make it a model last."""
         for file in sorted(result.iterdir(), key=lambda file: "config" in file.name):
-            target = self.folder / file.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(file, target)
+            os.replace(file, self.folder / file.name)
         self._write(finished=True)
 
     def _write(self, finished: bool) -> None:

@@ -264,11 +264,11 @@ def one_line_write_errors(output: str | Path, aside: Path, main: bool) -> Iterat
     """Whatever a library makes of a full disk: removes what is half written and says it once."""
     try:
         yield
-    except UserError:  # not of the disk
-        raise
     except Exception as error:  # of many libraries, and of any class
         if main:
             shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, UserError) and not isinstance(error, RunError):
+            raise  # not of the disk
         free = shutil.disk_usage(output).free / 1e9
         found = " ".join(str(error).split())[:200]
         good = get_last_checkpoint(str(output)) or "none"

@@ -182,7 +182,7 @@ def train(model: torch.nn.Module, text: Corpus, season: Corpus, val: Corpus, arg
     return log
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--season", type=Path, nargs="+", help="text that a small share comes from")
@@ -198,8 +198,11 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_arguments()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     documents = read_documents(args.text)

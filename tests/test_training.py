@@ -341,6 +341,22 @@ def test_a_run_knows_whether_it_is_new_begun_or_finished(tmp_path: Path) -> None
         Run(str(run.folder), settings)
 
 
+def test_of_a_failed_save_nothing_is_left(tmp_path: Path) -> None:
+    """What the disk does is said with the last checkpoint; what is refused, in its own words."""
+    for error, said in (
+        (OSError("no space"), "could not be written to"),
+        (RunError("it is full"), "could not be written to .it is full"),
+        (UserError("it is zero"), "^it is zero$"),
+    ):
+        (tmp_path / "incomplete").mkdir()
+        with (
+            pytest.raises(UserError, match=said),
+            one_line_write_errors(tmp_path, tmp_path / "incomplete", main=True),
+        ):
+            raise error
+        assert not (tmp_path / "incomplete").exists()
+
+
 def test_a_folder_where_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
     hold += "print(flush=True); input()"
