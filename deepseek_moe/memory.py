@@ -35,7 +35,6 @@ from .quantization import full_shape
 
 LOGITS = 0.5  # bytes a logit: they are there piece by piece, fused with the loss
 HEAD = 10  # bytes a weight of the head, for its gradient, which the loss computes
-BUCKET_BYTES = 2e9  # what ZeRO's buckets for gradients and weights in flight take, as configured
 
 
 @dataclass
@@ -75,12 +74,11 @@ def estimate(
         optimizer = 0 if off else 12 * trained / ranks
         gradients = trained * low / ranks * (0 if off else 1)
         at_once = min(trained / ranks, zero.get("sub_group_size", 1e9) if stage == 3 else math.inf)
-        stepping = 0 if off else 4 * at_once  # gradients in fp32
+        stepping = 0 if off else (low + 4) * at_once  # gradients in one piece, and that in fp32
         largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
         stepping += 8 * largest / ranks  # whose norm is taken in fp64
-        copies += min(BUCKET_BYTES, 2 * low * trained)
+        copies += bucket_numbers(zero, config.hidden_size) * low
         if stage == 3:
-            stepping += 0 if off else low * at_once
             weights = 0 if zero.get("offload_param") else weights / ranks
             copies += 2 * low * 1e9  # max_live_parameters and as much on its way
     else:
@@ -107,6 +105,13 @@ def _states(training: FineTuningArguments) -> float:
     if "8bit" in name:
         return 2 * (1 + 4 / BLOCK)  # with a scale for each block
     return 0 if name == "sgd" else 8
+
+
+def bucket_numbers(zero: dict[str, Any], hidden_size: int) -> float:
+    """Numbers in ZeRO's buckets for gradients on their way: two, if one is filled meanwhile."""
+    size = zero.get("reduce_bucket_size", 5e8)
+    size = hidden_size**2 if size == "auto" else size  # as transformers decides
+    return size * (2 if zero.get("overlap_comm", zero["stage"] == 3) else 1)
 
 
 def _estimate_in_backward(

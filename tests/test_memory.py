@@ -11,7 +11,7 @@ import torch
 from deepseek_moe import DeepseekConfig
 from deepseek_moe.adapters import build_model
 from deepseek_moe.arguments import FineTuningArguments, ModelArguments, parse_arguments
-from deepseek_moe.memory import estimate, meta_model
+from deepseek_moe.memory import bucket_numbers, estimate, meta_model
 from deepseek_moe.optimizer import StepInBackward
 from deepseek_moe.quantization import stored_bytes
 
@@ -29,31 +29,29 @@ MEASURED = {
     "full_kept": (16, ALL, 110.8),
     "full_experts_again": (16, f"{ALL} --recompute_experts True", 95.9),
     "full_layers_again": (16, f"{ALL} {RECOMPUTE}", 71.2),
-    "qlora_r16": (1, f"--use_lora True --bits 4 --lora_r 16 {RECOMPUTE} {IN_8_BITS}", 12.6),
-    # Measured were 98.8, 28.3, 22.5 and 75.4 while the product of dropout was kept; less what the
-    # tensors of a step take since, counted.
-    "lora_kept": (16, LORA, 92.1),
-    "qlora": (16, f"{QLORA} {RECOMPUTE}", 27.7),
-    "qlora_adam_in_8_bits": (16, f"{QLORA} {RECOMPUTE} {IN_8_BITS}", 21.9),
-    "qlora_kept": (16, QLORA, 68.7),
+    "qlora_r16": (1, f"--use_lora True --bits 4 --lora_r 16 {RECOMPUTE} {IN_8_BITS}", 12.5),
+    "lora_kept": (16, LORA, 93.0),
+    "qlora": (16, f"{QLORA} {RECOMPUTE}", 27.8),
+    "qlora_adam_in_8_bits": (16, f"{QLORA} {RECOMPUTE} {IN_8_BITS}", 22.0),
+    "qlora_kept": (16, QLORA, 69.8),
 }
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_the_estimate_is_within_5_percent_of_what_was_measured(case: str, tmp_path: Path) -> None:
+def test_the_estimate_is_within_3_percent_of_what_was_measured(case: str, tmp_path: Path) -> None:
     rows, options, measured = MEASURED[case]
     DeepseekConfig().save_pretrained(tmp_path)
     model, _, training = parse_arguments(f"{BASE} {options}".split())
     memory = estimate(meta_model(tmp_path, model), model, training, rows * 1024)
-    assert abs(memory.total / 1e9 / measured - 1) < 0.05, memory
+    assert abs(memory.total / 1e9 / measured - 1) < 0.03, memory
 
 
 # By multi_gpu.py on H100s, on each; the last on H200s.
 ZERO_MEASURED = {
     "qlora_zero2": (28, 1, 16, "2_no_offload", QLORA, 30.8),
-    "qlora_zero2_two_gpus": (28, 2, 16, "2_no_offload", QLORA, 23.1),
+    "qlora_zero2_two_gpus": (28, 2, 16, "2_no_offload", QLORA, 22.6),
     "lora_zero2": (28, 1, 16, "2_no_offload", LORA, 54.5),
-    "lora_zero2_two_gpus": (28, 2, 16, "2_no_offload", LORA, 46.7),
+    "lora_zero2_two_gpus": (28, 2, 16, "2_no_offload", LORA, 46.2),
     "zero3": (6, 1, 16, "3", "", 63.2),
     "zero3_two_gpus": (6, 2, 16, "3", "", 34.1),
     "zero3_all_layers_two_gpus": (28, 2, 1, "3", "", 138.5),
@@ -71,7 +69,20 @@ def test_the_estimate_under_deepspeed(
     training.deepspeed = str(ROOT / f"configs/ds_config_zero{config}.json")
     monkeypatch.setattr(FineTuningArguments, "world_size", property(lambda self: ranks))
     memory = estimate(meta_model(tmp_path, model), model, training, rows * 1024)
-    assert abs(memory.total / 1e9 / measured - 1) < 0.05, memory
+    assert abs(memory.total / 1e9 / measured - 1) < 0.03, memory
+
+
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        ({"stage": 2, "reduce_bucket_size": 2e8, "overlap_comm": True}, 4e8),
+        ({"stage": 2, "reduce_bucket_size": "auto"}, 64**2),
+        ({"stage": 2}, 5e8),
+        ({"stage": 3}, 1e9),
+    ],
+)
+def test_buckets_are_those_that_deepspeed_makes(settings: dict, numbers: float) -> None:
+    assert bucket_numbers(settings, hidden_size=64) == numbers
 
 
 def test_all_weights_train_on_one_gpu_of_80_gb(tmp_path: Path) -> None:
