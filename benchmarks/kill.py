@@ -2,9 +2,11 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from processes import deepspeed
+from tqdm import tqdm
 
 STEPS = 6
 
@@ -15,14 +17,19 @@ def killed(command: str, gpus: int, folder: Path, timeout: float) -> str:
     command = command.replace("--save_strategy no", "--save_strategy steps --save_steps 2")
     command += " --save_total_limit 1 --learning_rate 1e-4"
 
+    bar = tqdm(total=3, unit="run", file=sys.stderr)
+
     def start(output: str, victim: int) -> tuple[str, int]:
         words = ["die", str(victim), *command.split(), "--output_dir", str(folder / output)]
-        return deepspeed(gpus, words, folder / "log", timeout)
+        ended = deepspeed(gpus, words, folder / "log", timeout)
+        bar.update()
+        return ended
 
     _, code = start("killed", gpus - 1)
     kept = sorted(one.name for one in (folder / "killed").glob("checkpoint-*"))
     printed, _ = start("killed", -1)
     start("whole", -1)
+    bar.close()
     repeated = re.findall(r"step (\d+)/", printed)
     return judged(code, kept, repeated, *(losses(folder / f) for f in ("killed", "whole")))
 

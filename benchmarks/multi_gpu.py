@@ -18,7 +18,8 @@ loss, and it saves no model under ZeRO-3: here it only shows its rate.
 Inference: transformers' `generate` under torchrun, by the model's own plans. In bf16 sums in
 another order may swap close tokens; --dtype float32 decides whether a plan is right.
 
---kill compares with a run that was not killed. The checkpoints of full training are 16 bytes a
+--kill compares with a run that was not killed; on GPUs the launcher gives the other ranks, which
+wait for the dead one, half a minute to end. The checkpoints of full training are 16 bytes a
 parameter, so it is killed only where --only names it (--num_hidden_layers 4 makes it smaller).
 """
 
