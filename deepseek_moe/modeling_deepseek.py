@@ -196,15 +196,37 @@ def balance_loss(
     gradient. `sequence_T` numbers the sequence of each token from 0 to `num_sequences` - 1, none of
     which may be empty; tokens of a negative number are left out.
     """
-    E, K = scores_TE.shape[-1], index_TK.shape[-1]
-    numbers_G1 = torch.arange(num_sequences, device=scores_TE.device)[:, None]
     with torch.autocast(scores_TE.device.type, enabled=False):
+        return _BalanceLoss.apply(scores_TE, index_TK, sequence_T, num_sequences)
+
+
+class _BalanceLoss(torch.autograd.Function):
+    """Keeps a number for each sequence and expert; autograd would keep which token is in which
+    sequence, with many short ones in a batch more than everything else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores_TE: torch.Tensor,
+        index_TK: torch.Tensor,
+        sequence_T: torch.Tensor,
+        num_sequences: int,
+    ) -> torch.Tensor:
+        E, K = scores_TE.shape[-1], index_TK.shape[-1]
+        numbers_G1 = torch.arange(num_sequences, device=scores_TE.device)[:, None]
         member_GT = (sequence_T == numbers_G1).to(scores_TE.dtype)
         length_G1 = member_GT.sum(dim=1, keepdim=True)
         picked_TE = torch.zeros_like(scores_TE).scatter_(1, index_TK, 1.0)
         f_GE = member_GT @ picked_TE * (E / K) / length_G1
         P_GE = member_GT @ scores_TE / length_G1
-    return (f_GE * P_GE).sum(dim=1).mean()
+        ctx.save_for_backward(f_GE / (length_G1 * num_sequences), sequence_T)
+        return (f_GE * P_GE).sum(dim=1).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        share_GE, sequence_T = ctx.saved_tensors
+        share_TE = share_GE[sequence_T.clamp(min=0)]
+        return grad * share_TE * (sequence_T >= 0)[:, None], None, None, None
 
 
 class _AddLossGradient(torch.autograd.Function):

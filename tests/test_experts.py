@@ -175,6 +175,19 @@ def test_each_sequence_is_counted_alone() -> None:
     assert balance_loss(scores, picks, *numbered(2, 2, per_sequence=False)) == 1
 
 
+def test_many_short_sequences_keep_little_for_the_backward_pass() -> None:
+    """Not which token is in which sequence; and padding has no gradient."""
+    sequences = torch.arange(200) // 2  # a hundred
+    sequences[-20:] = -1
+    scores, kept = torch.rand(200, 4, requires_grad=True), []
+    picks = torch.zeros(200, 1, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
+        balance_loss(scores, picks, sequences, 90)
+    assert sum(kept) == 90 * 4 + 200
+    (grad,) = torch.autograd.grad(balance_loss(scores, picks, sequences, 90), scores)
+    assert grad[:180, 0].all() and not grad[180:].any() and not grad[:, 1:].any()
+
+
 def test_no_balance_loss_outside_training(tiny_config: Callable[..., DeepseekConfig]) -> None:
     moe = DeepseekMoE(tiny_config(experts_implementation="eager")).eval()
     for weight in moe.parameters():
