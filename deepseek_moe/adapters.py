@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .acceleration import accelerate
 from .arguments import ALL_LINEARS, FineTuningArguments, ModelArguments, names, zero_stage
 from .checkpoint import one_line
+from .configuration_deepseek import DeepseekConfig
 from .errors import UserError
 from .experts import NAME as EXPERTS
 from .experts import LowRank, grouped_experts_forward
@@ -121,7 +122,8 @@ def add_lora(
         modules_to_save=list(modules_to_save) or None,
     )
     config._register_custom_module({DeepseekExperts: ExpertsLora})
-    adapted = get_peft_model(model, config)
+    with one_line("these adapters cannot be added", "change --trainable or --modules_to_save"):
+        adapted = get_peft_model(model, config)
     # In the saved file: plain PEFT refuses dropout on experts, and nobody drops out after training.
     config.lora_dropout = 0.0
     return adapted
@@ -138,6 +140,8 @@ def choose(model: PreTrainedModel, names: Sequence[str]) -> None:
         parts = name.removesuffix(".weight").split(".")
         within = [".".join(parts[: i + 1]) for i in range(len(parts))]
         parameter.requires_grad_(any(_ends(w, n) for w in within for n in [*modules, *parameters]))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"--trainable {','.join(names)} has no parameters; name what has")
 
 
 def _ends(name: str, ending: str) -> bool:
@@ -220,7 +224,7 @@ def build_model(
         quantization = Quantization(
             options.bits, options.quant_type, options.double_quant, dtype_name
         )
-        wanted["quantization_config"] = quantization.config(names(options.modules_to_save))
+        wanted["quantization_config"] = quantization.config(_saved_modules(folder, options))
     if zero_stage(training) != 3:  # which places the weights by itself
         wanted["device_map"] = {"": training.device}
     with one_line(f"{folder} cannot be loaded", "get the checkpoint anew"):
@@ -248,6 +252,16 @@ def build_model(
     if training.device.type == "cuda":
         accelerate(model)
     return model
+
+
+def _saved_modules(folder: Path, options: ModelArguments) -> list[str]:
+    """The full names of what PEFT takes `--modules_to_save` for: what ends like them."""
+    saved = names(options.modules_to_save)
+    if not saved:
+        return []
+    with torch.device("meta"):
+        model = DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder))
+    return [one for one, _ in model.named_modules() if one.endswith(tuple(saved))]
 
 
 def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:

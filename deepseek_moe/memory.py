@@ -190,7 +190,7 @@ def _stored(
     """Bytes of a parameter where it is kept for computing."""
     if parameter.requires_grad:
         return parameter.numel() * (low if training.deepspeed else 4)
-    linear = ".layers." in name and "_proj" in name
+    linear = ".layers." in name and "_proj" in name and "original_module" not in name
     if options.bits == 16 or not linear:
         return parameter.numel() * low
     if options.bits == 8:

@@ -201,11 +201,13 @@ def test_wrong_tensors_are_named(
 
 
 def test_modules_to_save_are_left_alone(base: Path) -> None:
-    config = WAYS["nf4"].config(["o_proj"])
+    config = WAYS["nf4"].config(["model.layers.1.self_attn.o_proj", "model.layers.1.mlp"])
     model = DeepseekForCausalLM.from_pretrained(base, quantization_config=config)
-    attention = model.model.layers[1].self_attn
-    assert type(attention.o_proj) is nn.Linear
-    assert type(attention.q_proj) is not nn.Linear
+    layer = model.model.layers[1]
+    assert type(layer.self_attn.o_proj) is nn.Linear
+    assert type(layer.mlp.shared_experts.up_proj) is nn.Linear
+    assert type(layer.self_attn.q_proj) is not nn.Linear
+    assert layer.mlp.experts.gate_up_proj.dtype == torch.float32
 
 
 @every_way
@@ -293,10 +295,13 @@ def test_frozen_weights_are_not_copied_either(base: Path) -> None:
 
 
 @every_four
+@pytest.mark.parametrize("saved", [[], ["shared_experts"]], ids=["", "shared_experts"])
 def test_merged_equals_unmerged_after_training(
-    base: Path, way: Quantization, tmp_path: Path
+    base: Path, way: Quantization, saved: list[str], tmp_path: Path
 ) -> None:
-    model = add_lora(load(base, way), LINEARS, rank=3, alpha=6, dropout=0.0).train()
+    config = way.config([f"model.layers.1.mlp.{name}" for name in saved])
+    model = load(base, quantization_config=config)
+    model = add_lora(model, LINEARS, rank=3, alpha=6, dropout=0.0, modules_to_save=saved).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
     with torch.no_grad():
         before = model(IDS, use_cache=False).logits
