@@ -50,6 +50,7 @@ class FineTuner(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(self.progress)
         self._aside: str | None = None  # where a checkpoint is being written
+        self._saved_step = 0  # the last one with a checkpoint of this process
         self._sources: list[str] = []  # the rows of the running step
         self._sequences_in_step = 0
         self._broken_loss: float | None = None
@@ -203,6 +204,14 @@ class FineTuner(Trainer):
         self.add_callback(sampler.callback)
         return sampler
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """None where a run is repeated that died after its last step, in the middle of an epoch:
+        Trainer would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     # ---- checkpoints ----
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -210,6 +219,8 @@ class FineTuner(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes aside and renames, so that a checkpoint that has its name is complete."""
+        if self._saved_step == self.state.global_step:
+            return  # at the end of a step, and of the epoch
         start = time.perf_counter()
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         aside = output / INCOMPLETE
@@ -220,13 +231,13 @@ class FineTuner(Trainer):
         self.state.best_model_checkpoint = None  # that it would be under the name of now
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            shutil.rmtree(output / name, ignore_errors=True)  # of the same step: as good as ours
             os.replace(aside / name, output / name)
             if self.args.save_total_limit:
                 for old in sort_checkpoints(str(output))[: -self.args.save_total_limit]:
                     os.replace(old, aside / Path(old).name)  # half deleted, it must not be found
             shutil.rmtree(aside)
         self.accelerator.wait_for_everyone()
+        self._saved_step = self.state.global_step
         self._counted_from += time.perf_counter() - start
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -242,7 +253,10 @@ class FineTuner(Trainer):
         if not isinstance(model, PreTrainedModel):  # adapters are stored as they are
             super()._load_from_checkpoint(checkpoint, model)
             return
-        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        # What trains may be fp32 and all else bf16, which fp32 holds as it is.
+        mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
+        dtype = torch.float32 if mixed else model.dtype
+        saved = type(model).from_pretrained(checkpoint, dtype=dtype)
         model.load_state_dict(saved.state_dict())
 
 
@@ -373,4 +387,17 @@ class StopAtSignal(TrainerCallback):
             distributed.all_reduce(stop, distributed.ReduceOp.MAX)
         if int(stop) and state.global_step < state.max_steps:
             self.stopped = int(stop)
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            if not self._epoch_ends(state):
+                control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer comes here from a stop in the middle too, which is no time to evaluate; at a real
+        end it saves after that, so that random numbers go on as they would have."""
+        if self.stopped:
+            control.should_save = self._epoch_ends(state)
+            control.should_evaluate = control.should_evaluate and control.should_save
+
+    @staticmethod
+    def _epoch_ends(state: Any) -> bool:
+        return state.epoch % 1 == 0

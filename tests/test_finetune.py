@@ -154,6 +154,50 @@ def test_a_signal_saves_and_leaves_and_the_repeat_goes_on(
     assert_same(output, finished["full"])
 
 
+@pytest.mark.parametrize("step", [3, 5], ids=["in an epoch", "at its end"])
+def test_a_stop_in_a_run_of_whole_epochs_changes_nothing(
+    step: int, argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Of five steps: it saves and evaluates at their end, not at a stop."""
+    by_epoch = LORA | {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_fraction": 0.25}
+    whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
+    assert run(argv(whole, **by_epoch), log).code == 0
+    stopped = run(argv(output, **by_epoch), log, partial(terminate_at, step))
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    assert checkpoints(output) == [step]
+    assert run(argv(output, **by_epoch), log).code == 0
+    assert_same(output, whole)
+    for key in ("loss", "eval_loss"):
+        assert logged(output, key) == logged(whole, key)
+
+
+def test_the_repeat_of_a_run_that_died_after_its_last_step_takes_no_other(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
+    five = {"max_steps": 5, "lr_scheduler_type": "constant"}  # an epoch has six
+    assert run(argv(whole, **five), log).code == 0
+    killed = run(argv(output, **five), log, kill_at("deepseek_moe.runs.Run", "_publish", 1))
+    assert killed.code == KILLED
+    repeated = run(argv(output, **five), log)
+    assert repeated.code == 0 and "step 6" not in repeated.err
+    assert checkpoints(output) == [3, 5]
+    assert_same(output, whole)
+
+
+def test_weights_in_fp32_among_others_go_on_as_they_were(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
+    some = {"trainable": "self_attn", "bf16": True, "learning_rate": 1e-4}
+    assert run(argv(whole, **some), log).code == 0
+    stopped = run(argv(output, **some), log, partial(terminate_at, 5))
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    assert run(argv(output, **some), log).code == 0
+    last = Path("checkpoint-12")
+    assert_same(output / last, whole / last)
+
+
 def test_a_finished_run_says_so_and_touches_nothing(
     finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:

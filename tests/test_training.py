@@ -306,7 +306,7 @@ def test_a_signal_in_the_last_step_does_not_lose_the_result() -> None:
         device, world_size = "cpu", 1
 
     class State:
-        global_step, max_steps = 5, 5
+        global_step, max_steps, epoch = 5, 5, 1.5
 
     class Control:
         should_save = should_training_stop = False
