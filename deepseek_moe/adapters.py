@@ -153,7 +153,8 @@ def _refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:
     known += [name for name, _ in model.named_parameters()]
     for name in names:
         if not any(_ends(one, name) for one in known):
-            last = sorted({one.rsplit(".", 1)[-1] for one in known if one.endswith("_proj")})
+            weights = {one.removesuffix(".weight") for one, _ in model.named_parameters()}
+            last = sorted({one.rsplit(".", 1)[-1] for one in weights})
             raise UserError(f"this model has no module {name!r}; it has {', '.join(last)}")
 
 

@@ -6,6 +6,7 @@ published commands work as written.
 
 import difflib
 import json
+import math
 import os
 import sys
 import warnings
@@ -130,6 +131,7 @@ LEAST = (
     ("training", "gradient_accumulation_steps", 1),
     ("training", "logging_steps", 0),  # below 1: that part of all steps
     ("training", "learning_rate", 0),
+    ("training", "seed", 0),
 )
 DROPPED = ("--logging_dir", "--overwrite_output_dir", "--save_safetensors", "--group_by_length")
 
@@ -243,15 +245,23 @@ def _build(parser: HfArgumentParser, argv: list[str]):
 
 def _refuse_broken_settings(file: str) -> None:
     """transformers would end in its depths."""
+    one = "configs/ds_config_zero2_no_offload.json"
     try:
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
         right = isinstance(settings["zero_optimization"]["stage"], int)
     except OSError as error:
-        raise UserError(f"--deepspeed {file} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--deepspeed {file} is no DeepSpeed configuration ({error!r})") from error
+        raise UserError(
+            f"--deepspeed {file} cannot be read: {error.strerror}; give a file such as {one}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed {file} is not JSON ({error}); mend it") from error
+    except (TypeError, KeyError):
+        right = False
     if not right:
-        raise UserError(f"--deepspeed {file} has no number as the stage of zero_optimization")
+        raise UserError(
+            f"--deepspeed {file} has no number as the stage of zero_optimization; give it one, as "
+            f"{one} does"
+        )
 
 
 def _refuse_what_cannot_work(
@@ -297,7 +307,7 @@ def _refuse_what_cannot_work(
             f"--attn_implementation {model.attn_implementation} is unknown; use auto, eager, sdpa, "
             f"{VARLEN} or flash_attention_2"
         )
-    if training.num_train_epochs <= 0 and training.max_steps <= 0:
+    if not 0 < training.num_train_epochs < math.inf and training.max_steps <= 0:
         raise UserError(f"--num_train_epochs is {training.num_train_epochs}; nothing would train")
     if data.eval_data_path and data.eval_fraction:
         raise UserError("give --eval_data_path or --eval_fraction, not both")

@@ -153,6 +153,8 @@ def one_line(what: str, remedy: str) -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        raise UserError(f"{what}: {_short(error)}; or choose what needs no such package") from error
     except Exception as error:
         raise UserError(f"{what}: {_short(error)}; {remedy}") from error
 

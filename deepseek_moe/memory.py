@@ -39,7 +39,8 @@ HEAD = 10  # bytes a weight of the head, for its gradient, which the loss comput
 
 @dataclass
 class Memory:
-    """Bytes a device at the highest of the peaks; CUDA itself takes about 0.5 GB more."""
+    """Bytes a device at the highest of the peaks; CUDA itself takes about 0.5 GB more. Activations
+    are what comes and goes: ZeRO's buckets and weights unpacked for computing too."""
 
     weights: float
     optimizer: float
@@ -66,6 +67,7 @@ def estimate(
     config, low = model.config, 2 if training.bf16 else 4
     zero = deepspeed_settings(training).get("zero_optimization", {})
     stage, ranks = zero.get("stage", 0), max(1, training.world_size)
+    number = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(_stored(name, p, options, training, low) for name, p in model.named_parameters())
     copies = _computing_copies(model, options, training, low)
@@ -80,7 +82,8 @@ def estimate(
         copies += bucket_numbers(zero, config.hidden_size) * low
         if stage == 3:
             weights = 0 if zero.get("offload_param") else weights / ranks
-            copies += 2 * low * 1e9  # max_live_parameters and as much on its way
+            live = min(zero.get("stage3_max_live_parameters", 1e9), number)
+            copies += 2 * low * live  # and as much on its way
     else:
         optimizer, gradients, stepping = _states(training) * trained, 4 * trained, 0
     kept, layer, temporary = _activations(config, options, training, low)
@@ -207,11 +210,12 @@ def plan(
 ) -> None:
     """Prints what a run over rows of `lengths` tokens would do, to stdout."""
     model = meta_model(folder, options)
-    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    step *= max(1, training.world_size)
+    batch = training.per_device_train_batch_size * max(1, training.world_size)
+    step = batch * training.gradient_accumulation_steps
+    used = len(lengths) // batch * batch if training.dataloader_drop_last else len(lengths)
     steps = training.max_steps
     if steps <= 0:
-        steps = math.ceil(math.ceil(len(lengths) / step) * training.num_train_epochs)
+        steps = math.ceil(math.ceil(used / step) * training.num_train_epochs)
     console = Console(width=100)
     clip = training.max_grad_norm
     settings = {
@@ -238,7 +242,8 @@ def plan(
     console.print(trainable_table(model))
     tokens = training.per_device_train_batch_size * max(lengths)
     memory = estimate(model, options, training, tokens)
-    rows = [(part, _size(getattr(memory, part))) for part in vars(memory)]
+    shown = {"activations": "activations, buffers"}
+    rows = [(shown.get(part, part), _size(size)) for part, size in vars(memory).items()]
     rows.append(("in all", _size(memory.total)))
     title = f"memory a device at its peak (estimated), its parts then; {tokens:,} tokens at a time"
     console.print(_table(title, [], rows))

@@ -185,7 +185,7 @@ def _json_rows(stream: BinaryIO) -> Rows:
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError as error:
-            row = _BadRow(f"byte {error.start + 1} is not UTF-8, wanted a JSON object")
+            row = _BadRow(f"byte {error.start + 1} is not UTF-8 (convert it), wanted a JSON object")
         except json.JSONDecodeError as error:
             row = _BadRow(
                 f"invalid JSON ({error.msg} at column {error.colno}), wanted an object on one line"

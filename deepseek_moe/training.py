@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .adapters import weights_passed
+from .checkpoint import one_line
 from .errors import RunError, UserError
 from .optimizer import StepInBackward
 
@@ -71,7 +72,7 @@ class FineTuner(Trainer):
         """Ends the process, if a signal ended the training, as that signal would have."""
         if self.stopper.stopped:
             if self.is_world_process_zero():
-                last = get_last_checkpoint(self.args.output_dir)
+                last = get_last_checkpoint(self.args.output_dir) or "its start"
                 print(f"stopped; repeat the command to go on from {last}", file=sys.stderr)
             raise SystemExit(128 + self.stopper.stopped)
 
@@ -112,7 +113,9 @@ class FineTuner(Trainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> Any:
         if not args.single_gpu_full:
-            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+            name = getattr(args.optim, "value", args.optim)
+            with one_line(f"--optim {name} cannot be made", "choose another"):
+                return Trainer.get_optimizer_cls_and_kwargs(args, model)
         betas = (args.adam_beta1, args.adam_beta2)
         options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         return StepInBackward, options | {"seed": args.seed}
@@ -232,7 +235,7 @@ class FineTuner(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             os.replace(aside / name, output / name)
-            if self.args.save_total_limit:
+            if (self.args.save_total_limit or 0) > 0:  # else there is none
                 for old in sort_checkpoints(str(output))[: -self.args.save_total_limit]:
                     os.replace(old, aside / Path(old).name)  # half deleted, it must not be found
             shutil.rmtree(aside)

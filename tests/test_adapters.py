@@ -232,7 +232,7 @@ def test_half_of_a_stack_is_refused(name: str, tiny_model: MakeModel) -> None:
 
 
 def test_unknown_names_are_refused_with_what_there_is(tiny_model: MakeModel) -> None:
-    message = "no module 'w1'; it has down_proj, gate_proj, gate_up_proj, k_proj, o_proj, q_proj"
+    message = "no module 'w1'; it has down_proj, embed_tokens, gate, gate_proj, gate_up_proj, input"
     with pytest.raises(UserError, match=message):
         add_lora(tiny_model(), ["q_proj", "w1"], 3, 6.0, 0.0)
     with pytest.raises(UserError, match=message):

@@ -284,6 +284,30 @@ def test_a_full_disk_is_one_line_and_the_repeat_goes_on(
     assert_same(output, finished["full"])
 
 
+def test_the_dry_run_counts_the_steps_of_whole_batches(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Of 24 rows, five at a time, the last four are dropped."""
+    whole = {"per_device_train_batch_size": 5, "dataloader_drop_last": True}
+    planned = run(argv(tmp_path / "out", dry_run=True, **whole), tmp_path / "log")
+    assert "8 of 5 rows" in planned.out
+    done = run(argv(tmp_path / "out", **whole), tmp_path / "log")
+    assert done.code == 0 and "step 8/8" in done.err
+
+
+def test_no_limit_keeps_all_checkpoints(argv: Callable[..., list[str]], tmp_path: Path) -> None:
+    done = run(argv(tmp_path / "out", max_steps=6, save_total_limit=-1), tmp_path / "log")
+    assert done.code == 0, done.err
+    assert checkpoints(tmp_path / "out") == [3, 6]
+
+
+def test_an_optimizer_of_a_missing_package_is_one_line(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    done = run(argv(tmp_path / "out", optim="lomo"), tmp_path / "log")
+    assert "--optim lomo cannot be made: " in refused(done)
+
+
 def test_a_broken_weight_stops_before_it_spoils_anything(
     argv: Callable[..., list[str]], place: Path, tmp_path: Path
 ) -> None:
@@ -418,6 +442,8 @@ def test_wrong_use_is_found_before_the_model_is_loaded(
     assert "--report_to wandb" in wrong(report_to="wandb")
     long = {"model_max_length": 5000, "data_path": tmp_path / "long.jsonl"}
     assert "the model's context is" in wrong(**long) == wrong(**long, dry_run=True)
+    dropped = {"dataloader_drop_last": True, "per_device_train_batch_size": 25}
+    assert "24 rows are less than a batch of 25" in wrong(**dropped)
     assert "does not exist" in wrong(model_name_or_path=tmp_path / "none")
     assert not (tmp_path / "out").exists()
 

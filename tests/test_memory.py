@@ -85,6 +85,17 @@ def test_buckets_are_those_that_deepspeed_makes(settings: dict, numbers: float) 
     assert bucket_numbers(settings, hidden_size=64) == numbers
 
 
+def test_of_a_small_model_no_more_is_gathered_than_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _, training = parse_arguments(BASE.split())
+    training.deepspeed = str(ROOT / "configs/ds_config_zero3.json")
+    monkeypatch.setattr(FineTuningArguments, "world_size", property(lambda self: 2))
+    folder = Path(ModelArguments().model_name_or_path)
+    memory = estimate(meta_model(folder, model), model, training, 64)
+    assert 0.8e9 < memory.total < 1e9, memory  # two buckets
+
+
 def test_all_weights_train_on_one_gpu_of_80_gb(tmp_path: Path) -> None:
     """The official size, 16 x 1024 tokens a step."""
     official = {"num_hidden_layers": 28, "vocab_size": 102400, "hidden_size": 2048}

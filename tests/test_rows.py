@@ -221,7 +221,10 @@ def test_a_bad_row_is_named_with_its_place(
         (b'{"instruction": "a", "output": "b"', "invalid JSON (Expecting ',' delimiter at column"),
         (b"{'instruction': 'a'}", "invalid JSON (Expecting property name enclosed in double"),
         (b"hello", "invalid JSON (Expecting value at column 1), wanted an object on one line"),
-        (b'{"instruction": "a", "output": "\xff"}', "byte 33 is not UTF-8, wanted a JSON object"),
+        (
+            b'{"instruction": "a", "output": "\xff"}',
+            "byte 33 is not UTF-8 (convert it), wanted",
+        ),
         (b"[" * 100_000, "invalid JSON (maximum recursion depth exceeded"),
         (b"9" * 5_000, "invalid JSON (Exceeds the limit"),
     ],

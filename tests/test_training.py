@@ -35,7 +35,8 @@ datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
 TOKENIZER = tokenizer_of(BUNDLED)
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -468,6 +469,10 @@ def test_a_flag_without_a_value_is_true() -> None:
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps"),
         ("--num_train_epochs 0", "--num_train_epochs"),
+        ("--num_train_epochs nan", "--num_train_epochs is nan"),
+        ("--seed -1", "--seed is -1"),
+        (f"--deepspeed {ROOT}/README.md", "README.md is not JSON"),
+        (f"--deepspeed {ROOT}/models/tiny-base/config.json", "no number as the stage"),
         ("--show_examples -1", "--show_examples"),
         ("--output_dir=", "--output_dir is empty"),
         ("--train_sampling_strategy sequental", "--train_sampling_strategy"),
