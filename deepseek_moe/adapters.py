@@ -112,6 +112,7 @@ def add_lora(
     modules, parameters = targets(trainable)
     _refuse_unknown(model, [*modules, *parameters, *modules_to_save])
     _refuse_other_than_linear(model, modules)
+    saved_whole(model, modules_to_save)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -124,6 +125,12 @@ def add_lora(
     config._register_custom_module({DeepseekExperts: ExpertsLora})
     with one_line("these adapters cannot be added", "change --trainable or --modules_to_save"):
         adapted = get_peft_model(model, config)
+    for name, _ in adapted.named_parameters():
+        if ".modules_to_save." in name and ".lora_" in name:  # no merge could know both
+            raise UserError(
+                f"--modules_to_save {','.join(modules_to_save)} has in it what --trainable adapts "
+                f"({name}); leave it out of one of them"
+            )
     # In the saved file: plain PEFT refuses dropout on experts, and nobody drops out after training.
     config.lora_dropout = 0.0
     return adapted
@@ -142,6 +149,32 @@ def choose(model: PreTrainedModel, names: Sequence[str]) -> None:
         parameter.requires_grad_(any(_ends(w, n) for w in within for n in [*modules, *parameters]))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--trainable {','.join(names)} has no parameters; name what has")
+
+
+def saved_whole(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The full names of the modules that PEFT takes `--modules_to_save` for: they end like it.
+
+    Raises:
+        UserError: there is none with weights, or one is inside of another.
+    """
+    found = [
+        one
+        for one, module in model.named_modules()
+        if one.endswith(tuple(names)) and any(True for _ in module.parameters())
+    ]
+    for name in names:
+        if not any(one.endswith(name) for one in found):
+            raise UserError(
+                f"--modules_to_save {name} is no module with weights; name one, such as experts, "
+                "shared_experts, gate, embed_tokens or lm_head"
+            )
+    for one in found:
+        if one.startswith(tuple(f"{other}." for other in found)):
+            raise UserError(
+                f"--modules_to_save {','.join(names)} means {one} twice; leave out what is inside "
+                "of another"
+            )
+    return found
 
 
 def _ends(name: str, ending: str) -> bool:
@@ -225,7 +258,7 @@ def build_model(
         quantization = Quantization(
             options.bits, options.quant_type, options.double_quant, dtype_name
         )
-        wanted["quantization_config"] = quantization.config(_saved_modules(folder, options))
+        wanted["quantization_config"] = quantization.config(_left_alone(folder, options))
     if zero_stage(training) != 3:  # which places the weights by itself
         wanted["device_map"] = {"": training.device}
     with one_line(f"{folder} cannot be loaded", "get the checkpoint anew"):
@@ -255,14 +288,20 @@ def build_model(
     return model
 
 
-def _saved_modules(folder: Path, options: ModelArguments) -> list[str]:
-    """The full names of what PEFT takes `--modules_to_save` for: what ends like them."""
-    saved = names(options.modules_to_save)
-    if not saved:
+def _left_alone(folder: Path, options: ModelArguments) -> list[str]:
+    """The full names of the modules with weights that `--modules_to_save` means or that are in one
+    of those: a whole layer's name would be the beginning of others'."""
+    if not options.modules_to_save:
         return []
     with torch.device("meta"):
         model = DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder))
-    return [one for one, _ in model.named_modules() if one.endswith(tuple(saved))]
+    saved = saved_whole(model, names(options.modules_to_save))
+    inside = tuple(f"{one}." for one in saved)
+    return [
+        one
+        for one, module in model.named_modules()
+        if f"{one}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
+    ]
 
 
 def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:

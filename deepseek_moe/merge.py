@@ -88,7 +88,7 @@ class Checkpoint:
             refuse_wrong_tensors(folder, self.model)
             opened = [safe_open(file, framework="pt") for file in weight_files(folder)]
         except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise UserError(f"{folder} cannot be exported: {error}; give a whole base") from error
+            raise UserError(f"{folder} cannot be read: {error}; give a whole model") from error
         # A bare DeepseekModel passes the above; its names lack "model.", and it has no head.
         self.places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         self.official = official_tensors(self.model)
@@ -159,6 +159,12 @@ class _Adapter:
             raise UserError(
                 f"{folder} changes the embedding or the head, which this base ties to each other; "
                 "untie the base and train anew"
+            )
+        unknown = (self.low_rank.keys() | self.replaced.keys()) - checkpoint.parameters.keys()
+        if unknown:
+            raise UserError(
+                f"{folder} changes {name_some(sorted(unknown))}, which this base has not: adapters "
+                "inside of a module that was saved whole; name it in one of the two and train anew"
             )
         self._refuse_bad_numbers()
 

@@ -54,8 +54,8 @@ class Quantization:
         (folder / FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def config(self, skip: list[str]) -> "ExpertsToo4bit | ExpertsToo8bit":
-        """For `from_pretrained(quantization_config=)`; leaves modules of these full names alone,
-        with all that is in them."""
+        """For `from_pretrained(quantization_config=)`; leaves alone the linears and the experts
+        whose full names are in `skip`."""
         skip = ["lm_head", *skip]
         if self.bits == 8:
             return ExpertsToo8bit(load_in_8bit=True, llm_int8_skip_modules=skip)
@@ -152,7 +152,7 @@ class _ExpertsToo:
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
         if param_name.endswith(STACKS):
-            return not any(param_name.startswith(f"{one}.") for one in self.modules_to_not_convert)
+            return param_name.rpartition(".")[0] not in self.modules_to_not_convert
         return super().param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> ConversionOps:

@@ -382,29 +382,39 @@ def test_router_and_norms_stay_as_loaded(bits: int, bf16: bool, base: Path) -> N
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("saved", ["shared_experts", "layers.0.mlp", "experts", "gate"])
+@pytest.mark.parametrize("saved", ["shared_experts", "layers.0", "mlp", "experts", "gate"])
 def test_what_is_saved_whole_is_not_quantised(saved: str, bits: int, base: Path) -> None:
-    model = build(
-        base, True, use_lora=True, bits=bits, trainable="q_proj,k_proj", modules_to_save=saved
-    )
+    model = build(base, True, use_lora=True, bits=bits, trainable="k_proj", modules_to_save=saved)
     packed = {16: torch.bfloat16, 8: torch.int8, 4: torch.uint8}[bits]
     copies = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
     frozen = {p.dtype for n, p in model.named_parameters() if ".original_module." in n}
     assert copies and all(f"{saved}." in name for name in copies)
     assert {p.dtype for p in copies.values()} == {torch.float32}
     assert frozen == {torch.bfloat16}
-    keys = [p for n, p in model.named_parameters() if n.endswith("k_proj.base_layer.weight")]
-    assert {p.dtype for p in keys} == {packed}
+    [last, *_] = [p for n, p in model.named_parameters() if "layers.2.self_attn.k_proj.base" in n]
+    assert last.dtype == packed
     with torch.autocast("cpu", torch.bfloat16):
         model.train()(IDS, labels=IDS, use_cache=False).loss.backward()
     assert all(parameter.grad.any() for parameter in copies.values())
 
 
-@pytest.mark.parametrize("twice", ["q_proj", "experts"])
-def test_adapted_and_saved_whole_is_one_line(twice: str, tiny_model: MakeModel) -> None:
-    names = LINEARS if twice == "experts" else [twice]
-    with pytest.raises(UserError, match=r"cannot be added: .*change --trainable or"):
-        add_lora(tiny_model(), names, 3, 6.0, 0.0, [twice])
+@pytest.mark.parametrize(
+    ("saved", "names", "message"),
+    [
+        ("q_proj", ["q_proj"], r"cannot be added: .*change --trainable or"),
+        ("experts", LINEARS, r"cannot be added: .*change --trainable or"),
+        ("mlp", LINEARS, "--modules_to_save mlp has in it what --trainable adapts"),
+        ("layers.1", LINEARS, "--modules_to_save layers.1 has in it what --trainable adapts"),
+        ("gate_up_proj", ["q_proj"], "--modules_to_save gate_up_proj is no module with weights"),
+        ("rotary_emb", ["q_proj"], "--modules_to_save rotary_emb is no module with weights"),
+        ("mlp,experts", ["q_proj"], r"means model.layers.1.mlp.experts twice; leave out"),
+    ],
+)
+def test_what_cannot_be_saved_whole_is_one_line(
+    saved: str, names: list[str], message: str, tiny_model: MakeModel
+) -> None:
+    with pytest.raises(UserError, match=message):
+        add_lora(tiny_model(), names, 3, 6.0, 0.0, saved.split(","))
 
 
 def test_a_module_without_parameters_is_refused(tiny_model: MakeModel) -> None:

@@ -201,7 +201,8 @@ def test_wrong_tensors_are_named(
 
 
 def test_modules_to_save_are_left_alone(base: Path) -> None:
-    config = WAYS["nf4"].config(["model.layers.1.self_attn.o_proj", "model.layers.1.mlp"])
+    within = ("self_attn.o_proj", "mlp.shared_experts.up_proj", "mlp.experts")
+    config = WAYS["nf4"].config([f"model.layers.1.{name}" for name in within])
     model = DeepseekForCausalLM.from_pretrained(base, quantization_config=config)
     layer = model.model.layers[1]
     assert type(layer.self_attn.o_proj) is nn.Linear
@@ -299,7 +300,7 @@ def test_frozen_weights_are_not_copied_either(base: Path) -> None:
 def test_merged_equals_unmerged_after_training(
     base: Path, way: Quantization, saved: list[str], tmp_path: Path
 ) -> None:
-    config = way.config([f"model.layers.1.mlp.{name}" for name in saved])
+    config = way.config([f"model.layers.1.mlp.{x}.{y}" for x in saved for y in LINEARS])
     model = load(base, quantization_config=config)
     model = add_lora(model, LINEARS, rank=3, alpha=6, dropout=0.0, modules_to_save=saved).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
