@@ -131,7 +131,6 @@ LEAST = (
     ("training", "gradient_accumulation_steps", 1),
     ("training", "logging_steps", 0),  # below 1: that part of all steps
     ("training", "learning_rate", 0),
-    ("training", "seed", 0),
 )
 DROPPED = ("--logging_dir", "--overwrite_output_dir", "--save_safetensors", "--group_by_length")
 
@@ -307,7 +306,11 @@ def _refuse_what_cannot_work(
             f"--attn_implementation {model.attn_implementation} is unknown; use auto, eager, sdpa, "
             f"{VARLEN} or flash_attention_2"
         )
-    if not 0 < training.num_train_epochs < math.inf and training.max_steps <= 0:
+    if not 0 <= training.seed < 2**32:
+        raise UserError(f"--seed is {training.seed}; it must be from 0 to below 2**32")
+    if training.max_steps == 0:
+        raise UserError("--max_steps is 0; nothing would train; leave it out for whole epochs")
+    if not 0 < training.num_train_epochs < math.inf and training.max_steps < 0:
         raise UserError(f"--num_train_epochs is {training.num_train_epochs}; nothing would train")
     if data.eval_data_path and data.eval_fraction:
         raise UserError("give --eval_data_path or --eval_fraction, not both")

@@ -153,9 +153,9 @@ def one_line(what: str, remedy: str) -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except ImportError as error:
-        raise UserError(f"{what}: {_short(error)}; or choose what needs no such package") from error
     except Exception as error:
+        if isinstance(error, ImportError) and "install" in str(error):
+            remedy = "or choose what needs no such package"
         raise UserError(f"{what}: {_short(error)}; {remedy}") from error
 
 

@@ -111,10 +111,11 @@ def _states(training: FineTuningArguments) -> float:
 
 
 def bucket_numbers(zero: dict[str, Any], hidden_size: int) -> float:
-    """Numbers in ZeRO's buckets for gradients on their way: two, if one is filled meanwhile."""
+    """Numbers in ZeRO's buckets for gradients on their way: one that is filled and one that is
+    sent, which stage 2 has only with overlap_comm."""
     size = zero.get("reduce_bucket_size", 5e8)
     size = hidden_size**2 if size == "auto" else size  # as transformers decides
-    return size * (2 if zero.get("overlap_comm", zero["stage"] == 3) else 1)
+    return size * (2 if zero["stage"] == 3 or zero.get("overlap_comm") else 1)
 
 
 def _estimate_in_backward(

@@ -31,6 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from .adapters import weights_passed
 from .checkpoint import one_line
 from .errors import RunError, UserError
+from .merge import Checkpoint
 from .optimizer import StepInBackward
 
 INCOMPLETE = "incomplete"
@@ -72,7 +73,7 @@ class FineTuner(Trainer):
         """Ends the process, if a signal ended the training, as that signal would have."""
         if self.stopper.stopped:
             if self.is_world_process_zero():
-                last = get_last_checkpoint(self.args.output_dir) or "its start"
+                last = get_last_checkpoint(self.args.output_dir)
                 print(f"stopped; repeat the command to go on from {last}", file=sys.stderr)
             raise SystemExit(128 + self.stopper.stopped)
 
@@ -185,14 +186,25 @@ class FineTuner(Trainer):
         return counts[:, 0].sum() / counts[:, 1].sum(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As transformers' own, with a loss that each token counts in once, and its perplexity."""
+        """As transformers' own, with a loss that each token counts in once, and its perplexity; it
+        leaves the random numbers of training alone, which go on the same after a stop."""
         start, self._evaluated = time.perf_counter(), torch.zeros(2)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss = (self._evaluated[0] / self._evaluated[1]).item()
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
         self._counted_from += time.perf_counter() - start  # not of the next step's tokens/s
         return output
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Of all rows: --dataloader_drop_last is for training."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
 
     # ---- the order of examples ----
 
@@ -223,7 +235,7 @@ class FineTuner(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes aside and renames, so that a checkpoint that has its name is complete."""
         if self._saved_step == self.state.global_step:
-            return  # at the end of a step, and of the epoch
+            return  # at a stop, which is the end of the epoch too
         start = time.perf_counter()
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         aside = output / INCOMPLETE
@@ -234,6 +246,8 @@ class FineTuner(Trainer):
         self.state.best_model_checkpoint = None  # that it would be under the name of now
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            if (output / name).exists():  # of the same step; half deleted, it must not be found
+                os.replace(output / name, aside / f"{name}-before")
             os.replace(aside / name, output / name)
             if (self.args.save_total_limit or 0) > 0:  # else there is none
                 for old in sort_checkpoints(str(output))[: -self.args.save_total_limit]:
@@ -256,11 +270,10 @@ class FineTuner(Trainer):
         if not isinstance(model, PreTrainedModel):  # adapters are stored as they are
             super()._load_from_checkpoint(checkpoint, model)
             return
-        # What trains may be fp32 and all else bf16, which fp32 holds as it is.
-        mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
-        dtype = torch.float32 if mixed else model.dtype
-        saved = type(model).from_pretrained(checkpoint, dtype=dtype)
-        model.load_state_dict(saved.state_dict())
+        saved = Checkpoint(Path(checkpoint))
+        with torch.no_grad():  # one at a time, each in its own dtype: what trains may be fp32
+            for name, parameter in model.named_parameters():
+                parameter.copy_(saved.read(name))
 
 
 @contextmanager
@@ -390,17 +403,9 @@ class StopAtSignal(TrainerCallback):
             distributed.all_reduce(stop, distributed.ReduceOp.MAX)
         if int(stop) and state.global_step < state.max_steps:
             self.stopped = int(stop)
-            control.should_training_stop = True
-            if not self._epoch_ends(state):
-                control.should_save = True
+            control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer comes here from a stop in the middle too, which is no time to evaluate; at a real
-        end it saves after that, so that random numbers go on as they would have."""
-        if self.stopped:
-            control.should_save = self._epoch_ends(state)
-            control.should_evaluate = control.should_evaluate and control.should_save
-
-    @staticmethod
-    def _epoch_ends(state: Any) -> bool:
-        return state.epoch % 1 == 0
+        """Trainer comes here from a stop in the middle of an epoch too: no time to evaluate."""
+        if self.stopped and state.epoch % 1:
+            control.should_evaluate = False

@@ -154,12 +154,14 @@ def test_a_signal_saves_and_leaves_and_the_repeat_goes_on(
     assert_same(output, finished["full"])
 
 
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
 @pytest.mark.parametrize("step", [3, 5], ids=["in an epoch", "at its end"])
-def test_a_stop_in_a_run_of_whole_epochs_changes_nothing(
-    step: int, argv: Callable[..., list[str]], tmp_path: Path
+def test_a_stop_among_evaluations_changes_nothing(
+    step: int, strategy: str, argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Of five steps: it saves and evaluates at their end, not at a stop."""
-    by_epoch = LORA | {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_fraction": 0.25}
+    """Of epochs of five steps: evaluated at their end, not at a stop within."""
+    by_epoch = LORA | {"save_strategy": strategy, "save_steps": 5}
+    by_epoch |= {"eval_strategy": "epoch", "eval_fraction": 0.25}
     whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
     assert run(argv(whole, **by_epoch), log).code == 0
     stopped = run(argv(output, **by_epoch), log, partial(terminate_at, step))
@@ -167,8 +169,10 @@ def test_a_stop_in_a_run_of_whole_epochs_changes_nothing(
     assert checkpoints(output) == [step]
     assert run(argv(output, **by_epoch), log).code == 0
     assert_same(output, whole)
-    for key in ("loss", "eval_loss"):
-        assert logged(output, key) == logged(whole, key)
+    assert logged(output, "loss") == logged(whole, "loss")
+    assert stopped.err.count("evaluation: ") == (step == 5)
+    # The one at a stop comes after its checkpoint is written.
+    assert logged(output, "eval_loss") == logged(whole, "eval_loss")[int(step == 5) :]
 
 
 def test_the_repeat_of_a_run_that_died_after_its_last_step_takes_no_other(
@@ -285,14 +289,17 @@ def test_a_full_disk_is_one_line_and_the_repeat_goes_on(
 
 
 def test_the_dry_run_counts_the_steps_of_whole_batches(
-    argv: Callable[..., list[str]], tmp_path: Path
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
 ) -> None:
     """Of 24 rows, five at a time, the last four are dropped."""
     whole = {"per_device_train_batch_size": 5, "dataloader_drop_last": True}
+    whole |= {"eval_strategy": "epoch", "eval_data_path": place / "rows.jsonl"}
+    whole |= {"per_device_eval_batch_size": 25}
     planned = run(argv(tmp_path / "out", dry_run=True, **whole), tmp_path / "log")
     assert "8 of 5 rows" in planned.out
     done = run(argv(tmp_path / "out", **whole), tmp_path / "log")
     assert done.code == 0 and "step 8/8" in done.err
+    assert "evaluation: loss" in done.err and "nan" not in done.err  # of all rows
 
 
 def test_no_limit_keeps_all_checkpoints(argv: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -444,6 +451,7 @@ def test_wrong_use_is_found_before_the_model_is_loaded(
     assert "the model's context is" in wrong(**long) == wrong(**long, dry_run=True)
     dropped = {"dataloader_drop_last": True, "per_device_train_batch_size": 25}
     assert "24 rows are less than a batch of 25" in wrong(**dropped)
+    assert "--modules_to_save mlp has in it" in wrong(use_lora=True, modules_to_save="mlp")
     assert "does not exist" in wrong(model_name_or_path=tmp_path / "none")
     assert not (tmp_path / "out").exists()
 

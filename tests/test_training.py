@@ -307,7 +307,7 @@ def test_a_signal_in_the_last_step_does_not_lose_the_result() -> None:
         device, world_size = "cpu", 1
 
     class State:
-        global_step, max_steps, epoch = 5, 5, 1.5
+        global_step, max_steps = 5, 5
 
     class Control:
         should_save = should_training_stop = False
@@ -471,6 +471,8 @@ def test_a_flag_without_a_value_is_true() -> None:
         ("--num_train_epochs 0", "--num_train_epochs"),
         ("--num_train_epochs nan", "--num_train_epochs is nan"),
         ("--seed -1", "--seed is -1"),
+        ("--seed 4294967296", "--seed is 4294967296"),
+        ("--max_steps 0", "--max_steps is 0"),
         (f"--deepspeed {ROOT}/README.md", "README.md is not JSON"),
         (f"--deepspeed {ROOT}/models/tiny-base/config.json", "no number as the stage"),
         ("--show_examples -1", "--show_examples"),
