@@ -144,7 +144,7 @@ def test_a_command_is_ended(way: str, tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def run(options: str, folder: Path) -> str:
     command = [sys.executable, str(FOLDER / "multi_gpu.py"), "--device", "cpu", *options.split()]
-    command += ["--folder", str(folder), "--timeout", "60"]  # of each run in it
+    command += ["--folder", str(folder), "--timeout", "240"]  # of each run in it, 30 s alone here
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
