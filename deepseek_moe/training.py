@@ -198,6 +198,11 @@ class FineTuner(Trainer):
         self._counted_from += time.perf_counter() - start  # not of the next step's tokens/s
         return output
 
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.stopper.stopped:  # saved first: who stops a run may not wait for long
+            self._save_checkpoint(self.model, trial)
+        return super()._evaluate(trial, *args, **kwargs)
+
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Of all rows: --dataloader_drop_last is for training."""
         drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False

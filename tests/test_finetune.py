@@ -175,6 +175,22 @@ def test_a_stop_among_evaluations_changes_nothing(
     assert logged(output, "eval_loss") == logged(whole, "eval_loss")[int(step == 5) :]
 
 
+@pytest.mark.parametrize(("strategy", "step"), [("steps", 4), ("epoch", 6)])
+def test_a_stop_is_saved_before_anything_is_evaluated(
+    strategy: str, step: int, argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    held = {"eval_strategy": strategy, "eval_steps": 4, "eval_data_path": place / "rows.jsonl"}
+    words = argv(tmp_path / "out", save_strategy=strategy, save_steps=100, **held)
+    killed = run(words, tmp_path / "log", partial(stopped_and_killed_in_evaluation, step))
+    assert killed.code == KILLED, killed.err
+    assert checkpoints(tmp_path / "out") == [step]
+
+
+def stopped_and_killed_in_evaluation(step: int) -> None:
+    terminate_at(step)
+    kill_at("deepseek_moe.training.FineTuner", "evaluation_loop", 1)()
+
+
 def test_the_repeat_of_a_run_that_died_after_its_last_step_takes_no_other(
     argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
