@@ -154,8 +154,8 @@ def one_line(what: str, remedy: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if isinstance(error, ImportError) and "install" in str(error):
-            remedy = "or choose what needs no such package"
+        if isinstance(error, ImportError):
+            remedy = "install that package, or choose what needs none"
         raise UserError(f"{what}: {_short(error)}; {remedy}") from error
 
 

@@ -180,9 +180,10 @@ class _Adapter:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        wanted = {name: tuple(x.shape) for name, x in state.items()}
-        # Of an adapted head PEFT saves the frozen weight too.
-        names = {name for name in self.file.keys() if not name.endswith(".base_layer.weight")}  # noqa: SIM118
+        # Of what is adapted and saved whole, as a head may be, PEFT saves the frozen weight too.
+        frozen = ".base_layer.weight"
+        wanted = {name: tuple(x.shape) for name, x in state.items() if not name.endswith(frozen)}
+        names = {name for name in self.file.keys() if not name.endswith(frozen)}  # noqa: SIM118
         wrong = [f"{name} is missing" for name in sorted(wanted.keys() - names)]
         wrong += [f"{name} is surplus" for name in sorted(names - wanted.keys())]
         for name in sorted(names & wanted.keys()):

@@ -285,6 +285,22 @@ def test_adapter_that_leaves_its_saved_modules_as_they_are_is_refused(
     merged_tensors(base, same)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "modules_to_save": ["mlp"]},
+        {"target_modules": ["q_proj", "gate_proj"], "modules_to_save": ["experts"]},
+    ],
+    ids=["stacks", "linears"],
+)
+def test_adapters_inside_of_what_is_saved_whole_are_refused(
+    fields: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(load(base), tmp_path / "adapter", r=3, **fields)
+    with pytest.raises(UserError, match="inside of a module that was saved whole"):
+        merged_tensors(base, adapter)
+
+
 def test_adapter_of_another_base_is_refused(
     adapter: Path, tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path
 ) -> None:
