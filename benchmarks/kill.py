@@ -17,19 +17,17 @@ def killed(command: str, gpus: int, folder: Path, timeout: float) -> str:
     command = command.replace("--save_strategy no", "--save_strategy steps --save_steps 2")
     command += " --save_total_limit 1 --learning_rate 1e-4"
 
-    bar = tqdm(total=3, unit="run", file=sys.stderr)
-
     def start(output: str, victim: int) -> tuple[str, int]:
         words = ["die", str(victim), *command.split(), "--output_dir", str(folder / output)]
         ended = deepspeed(gpus, words, folder / "log", timeout)
         bar.update()
         return ended
 
-    _, code = start("killed", gpus - 1)
-    kept = sorted(one.name for one in (folder / "killed").glob("checkpoint-*"))
-    printed, _ = start("killed", -1)
-    start("whole", -1)
-    bar.close()
+    with tqdm(total=3, unit="run", file=sys.stderr) as bar:
+        _, code = start("killed", gpus - 1)
+        kept = sorted(one.name for one in (folder / "killed").glob("checkpoint-*"))
+        printed, _ = start("killed", -1)
+        start("whole", -1)
     repeated = re.findall(r"step (\d+)/", printed)
     return judged(code, kept, repeated, *(losses(folder / f) for f in ("killed", "whole")))
 

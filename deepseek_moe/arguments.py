@@ -312,6 +312,11 @@ def _refuse_what_cannot_work(
         raise UserError("--max_steps is 0; nothing would train; leave it out for whole epochs")
     if not 0 < training.num_train_epochs < math.inf and training.max_steps < 0:
         raise UserError(f"--num_train_epochs is {training.num_train_epochs}; nothing would train")
+    _refuse_evaluation(data, training)
+
+
+def _refuse_evaluation(data: DataArguments, training: FineTuningArguments) -> None:
+    """That is asked for in two ways, in none, or of no part of the rows."""
     if data.eval_data_path and data.eval_fraction:
         raise UserError("give --eval_data_path or --eval_fraction, not both")
     if training.eval_strategy == "no" and (data.eval_data_path or data.eval_fraction):

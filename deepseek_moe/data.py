@@ -186,6 +186,15 @@ def refuse_longer(train: Dataset, evaluation: Dataset | None, config: DeepseekCo
         )
 
 
+def refuse_fewer(train: Dataset, batch: int) -> None:
+    """A UserError if the rows are no whole batch, where only whole ones train."""
+    if len(train) < batch:
+        raise UserError(
+            f"{len(train)} rows are less than a batch of {batch}, which --dataloader_drop_last "
+            "drops; leave that out, or lower --per_device_train_batch_size"
+        )
+
+
 def fingerprint(dataset: Dataset) -> str:
     """A hash of the ids and masks in their order: equal wherever and however they were loaded."""
     digest = hashlib.blake2b(digest_size=8)

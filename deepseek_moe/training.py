@@ -52,7 +52,6 @@ class FineTuner(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(self.progress)
         self._aside: str | None = None  # where a checkpoint is being written
-        self._saved_step = 0  # the last one with a checkpoint of this process
         self._sources: list[str] = []  # the rows of the running step
         self._sequences_in_step = 0
         self._broken_loss: float | None = None
@@ -198,11 +197,6 @@ class FineTuner(Trainer):
         self._counted_from += time.perf_counter() - start  # not of the next step's tokens/s
         return output
 
-    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.stopper.stopped:  # saved first: who stops a run may not wait for long
-            self._save_checkpoint(self.model, trial)
-        return super()._evaluate(trial, *args, **kwargs)
-
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Of all rows: --dataloader_drop_last is for training."""
         drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -239,8 +233,6 @@ class FineTuner(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes aside and renames, so that a checkpoint that has its name is complete."""
-        if self._saved_step == self.state.global_step:
-            return  # at a stop, which is the end of the epoch too
         start = time.perf_counter()
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         aside = output / INCOMPLETE
@@ -259,7 +251,6 @@ class FineTuner(Trainer):
                     os.replace(old, aside / Path(old).name)  # half deleted, it must not be found
             shutil.rmtree(aside)
         self.accelerator.wait_for_everyone()
-        self._saved_step = self.state.global_step
         self._counted_from += time.perf_counter() - start
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -384,7 +375,8 @@ class Progress(ProgressCallback):
 
 
 class StopAtSignal(TrainerCallback):
-    """SIGTERM, or Ctrl-C: saves at the end of the step, on all processes, and stops."""
+    """SIGTERM, or Ctrl-C: saves at the end of the step, on all processes, and stops; nothing is
+    evaluated any more, since who stops a run may not wait for long."""
 
     def __init__(self) -> None:
         self.signal = 0  # that came to this process
@@ -409,8 +401,9 @@ class StopAtSignal(TrainerCallback):
         if int(stop) and state.global_step < state.max_steps:
             self.stopped = int(stop)
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer comes here from a stop in the middle of an epoch too: no time to evaluate."""
-        if self.stopped and state.epoch % 1:
-            control.should_evaluate = False
+        """Trainer comes here from a stop too, which is saved."""
+        if self.stopped:
+            control.should_save = control.should_evaluate = False

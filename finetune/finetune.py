@@ -30,8 +30,15 @@ from deepseek_moe.adapters import build_model
 from deepseek_moe.arguments import DataArguments, FineTuningArguments, parse_arguments
 from deepseek_moe.checkpoint import locate, one_line, own_tokenizer
 from deepseek_moe.cli import one_line_errors
-from deepseek_moe.data import Collator, load_examples, pack, refuse_longer, show, split
-from deepseek_moe.errors import UserError
+from deepseek_moe.data import (
+    Collator,
+    load_examples,
+    pack,
+    refuse_fewer,
+    refuse_longer,
+    show,
+    split,
+)
 from deepseek_moe.memory import meta_model, plan, trainable_table
 from deepseek_moe.runs import Run, settings_of
 from deepseek_moe.training import FineTuner, said_once
@@ -50,12 +57,8 @@ def main() -> None:
         train, evaluation = load_data(data, tokenizer, args, options.cache_dir, say)
         refuse_longer(train, evaluation, DeepseekConfig.from_pretrained(folder))
         packed = pack(train, data.model_max_length) if data.packing else train
-    batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(packed) < batch:
-        raise UserError(
-            f"{len(packed)} rows are less than a batch of {batch}, which --dataloader_drop_last "
-            "drops; leave that out, or lower --per_device_train_batch_size"
-        )
+        if args.dataloader_drop_last:
+            refuse_fewer(packed, args.per_device_train_batch_size * args.world_size)
     run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
     if data.dry_run:
         if main_process:
