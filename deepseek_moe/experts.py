@@ -74,7 +74,7 @@ def grouped_experts_forward(
             out_NO = out_NO + adapter(x_NI, offsets_E)
         return out_NO
 
-    x_ND = hidden_TD.to(dtype)[order_N // K]
+    x_ND = _a_row_for_each_pick(hidden_TD.to(dtype), K)[order_N]
     gate_NF, up_NF = linear(x_ND, "gate_up_proj").chunk(2, dim=-1)
     out_ND = linear(experts.act_fn(gate_NF) * up_NF, "down_proj")
     # Gathered back and summed, not added in place: that would be another sum in each run on a GPU.
@@ -82,6 +82,15 @@ def grouped_experts_forward(
     back_N[order_N] = torch.arange(T * K, device=order_N.device)
     out_TKD = out_ND[back_N].view(T, K, -1)
     return (out_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(hidden_TD.dtype)
+
+
+def _a_row_for_each_pick(hidden_TD: torch.Tensor, K: int) -> torch.Tensor:
+    """[N, D]: each token K times, so that taking picks in any order takes each row once.
+
+    Taking a token K times makes the backward pass add K gradients to one row, on a CPU with
+    several threads in no fixed order. Here they are summed over K, always in the same order.
+    """
+    return hidden_TD.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)
 
 
 def _can_fuse(

@@ -207,3 +207,26 @@ def test_experts_skip_the_mark_of_another_rank(tiny_config: Callable[..., Deepse
     out = experts(hidden, index, torch.ones(2, 2))
     torch.testing.assert_close(out[0], experts(hidden[:1], index[:1, :1], torch.ones(1, 1))[0])
     assert not out[1].any()
+
+
+def test_with_several_threads_the_gradient_repeats_bit_for_bit(
+    tiny_config: Callable[..., DeepseekConfig],
+) -> None:
+    """Each token's gradient is a sum over its picks, which threads must add in a fixed order."""
+    config = tiny_config(hidden_size=64, moe_intermediate_size=32)
+    torch.manual_seed(0)
+    moe = DeepseekMoE(config)
+    moe.experts.config._experts_implementation = GROUPED
+    for parameter in moe.parameters():
+        parameter.data.normal_(0, 0.1)
+    hidden_BLD = torch.randn(2, 256, 64, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(moe(hidden_BLD).square().sum(), hidden_BLD)[0]
+
+    torch.set_num_threads(4)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(20))
+    finally:
+        torch.set_num_threads(1)
