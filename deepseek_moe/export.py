@@ -150,7 +150,7 @@ def write_checkpoint(
     base: Path,
     folder: Path,
     dtype: torch.dtype | None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Makes a complete checkpoint of `tensors`; all else in it comes from `base`.
 
@@ -158,6 +158,7 @@ def write_checkpoint(
         tensors: official names, each once, in any order.
         folder: not there yet, or empty.
         dtype: of all tensors; None keeps for each the one that it has in `base`.
+        max_shard_size: of a weight file, in bytes or as "5GB"; 0 gives each tensor its own.
 
     Raises:
         UserError: tensors are missing, not of this model or not finite, or `folder` is in use.
@@ -185,7 +186,7 @@ def write_checkpoint(
             else:
                 GenerationConfig.from_model_config(config).save_pretrained(aside)
             add_code(aside)
-            _write_shards(_checked(tensors, checkpoint, dtype), aside, limit)
+            write_shards(_checked(tensors, checkpoint, dtype), aside, limit)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error
 
@@ -236,8 +237,12 @@ def _checked(
         raise UserError(f"the model lacks {name_some(list(missing))}; give its own base")
 
 
-def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int) -> None:
-    """Fills files up to `limit` bytes, in the order in which the tensors come."""
+def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int) -> None:
+    """Fills files of up to `limit` bytes in the order of the tensors; 0 gives each its own file.
+
+    At most `limit` bytes, or one tensor, are in memory. `folder` holds config.json already, whose
+    permissions the files get.
+    """
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
     size = total = 0

@@ -34,6 +34,7 @@ from .modeling_deepseek import DeepseekForCausalLM
 from .quantization import full_shape
 
 LOGITS = 0.5  # bytes a logit: they are there piece by piece, fused with the loss
+IN_BACKWARD = 2 * (1 + 4 / BLOCK)  # bytes a weight of averages in 8 bits, with their scales
 HEAD = 10  # bytes a weight of the head, for its gradient, which the loss computes
 
 
@@ -85,7 +86,7 @@ def estimate(
             live = min(zero.get("stage3_max_live_parameters", 1e9), number)
             copies += 2 * low * live  # and as much on its way
     else:
-        optimizer, gradients, stepping = _states(training) * trained, 4 * trained, 0
+        optimizer, gradients, stepping = optimizer_bytes(training) * trained, 4 * trained, 0
     kept, layer, temporary = _activations(config, options, training, low)
     at_loss = (kept + LOGITS * config.vocab_size) * tokens
     head = any("lm_head" in n and p.requires_grad for n, p in model.named_parameters())
@@ -102,11 +103,13 @@ def estimate(
     return Memory(weights, optimizer, peaks[peak], peak - peaks[peak])
 
 
-def _states(training: FineTuningArguments) -> float:
-    """Bytes of the optimizer a trained weight."""
+def optimizer_bytes(training: FineTuningArguments) -> float:
+    """Bytes that the optimizer keeps for each trained weight."""
+    if training.single_gpu_full:
+        return IN_BACKWARD
     name = str(getattr(training.optim, "value", training.optim))
     if "8bit" in name:
-        return 2 * (1 + 4 / BLOCK)  # with a scale for each block
+        return IN_BACKWARD
     return 0 if name == "sgd" else 8
 
 
@@ -125,7 +128,7 @@ def _estimate_in_backward(
     config, low = model.config, 2
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     weights = low * sum(p.numel() for p in model.parameters())
-    optimizer = 2 * (1 + 4 / BLOCK) * sum(trained.values())  # two bytes and two scales
+    optimizer = IN_BACKWARD * sum(trained.values())
     gradients = low * max(trained.values(), default=0)
     kept, layer, temporary = _activations(config, options, training, low)
     at_loss = kept * tokens + HEAD * config.vocab_size * config.hidden_size - gradients
@@ -208,15 +211,12 @@ def plan(
     options: ModelArguments,
     training: FineTuningArguments,
     lengths: list[int],
+    disk: str,
 ) -> None:
-    """Prints what a run over rows of `lengths` tokens would do, to stdout."""
+    """Prints what a run over rows of `lengths` tokens would do, to stdout; `disk` is what it would
+    write."""
     model = meta_model(folder, options)
-    batch = training.per_device_train_batch_size * max(1, training.world_size)
-    step = batch * training.gradient_accumulation_steps
-    used = len(lengths) // batch * batch if training.dataloader_drop_last else len(lengths)
-    steps = training.max_steps
-    if steps <= 0:
-        steps = math.ceil(math.ceil(used / step) * training.num_train_epochs)
+    step, steps = rows_in_step(training), count_steps(training, len(lengths))
     console = Console(width=100)
     clip = training.max_grad_norm
     settings = {
@@ -238,6 +238,7 @@ def plan(
         if training.save_strategy == "steps"
         else f"by {training.save_strategy.value}",
         "output": training.output_dir,
+        "disk": disk,
     }
     console.print(_table("settings", [], [(key, str(value)) for key, value in settings.items()]))
     console.print(trainable_table(model))
@@ -252,6 +253,20 @@ def plan(
         free, there = torch.cuda.mem_get_info()
         fits = "fits" if memory.total + 0.5e9 < free else "does not fit"
         console.print(f"it {fits} the GPU here: {free / 1e9:.1f} of {there / 1e9:.1f} GB are free")
+
+
+def rows_in_step(training: FineTuningArguments) -> int:
+    batch = training.per_device_train_batch_size * max(1, training.world_size)
+    return batch * training.gradient_accumulation_steps
+
+
+def count_steps(training: FineTuningArguments, rows: int) -> int:
+    """The steps of a run over so many rows."""
+    if training.max_steps > 0:
+        return training.max_steps
+    batch = training.per_device_train_batch_size * max(1, training.world_size)
+    used = rows // batch * batch if training.dataloader_drop_last else rows
+    return math.ceil(math.ceil(used / rows_in_step(training)) * training.num_train_epochs)
 
 
 def trainable_table(model: nn.Module) -> Table:

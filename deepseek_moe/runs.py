@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from . import data as examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, names, zero_stage
 from .errors import UserError
 from .export import write_checkpoint
-from .merge import base_tensors, merged_tensors
-from .training import INCOMPLETE, FineTuner, one_line_write_errors
+from .merge import merged_tensors
+from .saving import INCOMPLETE, ONE_TENSOR, report_failed_save, tensors_on_host
+from .training import FineTuner
 from .weights import fingerprint
 
 FILE = "run.json"
+RESULT_SHARDS = "5GB"
 HASHED = ("model", "data", "eval_data")  # of the settings: known by what they contain
 
 
@@ -97,7 +100,7 @@ class Run:
         except OSError:
             pass  # a file system without locks
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
-        with one_line_write_errors(self.folder, self.folder / INCOMPLETE, main=True):
+        with report_failed_save(self.folder, main=True):
             self._write(finished=False)
 
     def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
@@ -108,39 +111,42 @@ class Run:
             RunError: it cannot be written. The last checkpoint is still there.
             UserError: the adapter cannot be merged. It is there.
         """
-        aside, main = self.folder / INCOMPLETE, trainer.is_world_process_zero()
-        with one_line_write_errors(self.folder, aside, main):
-            trained = aside / "adapter"
-            trainer.save_model(str(trained))  # gathers what the processes hold
-            if main:
-                (trained / "training_args.bin").unlink()  # a pickle; run.json says it better
-                (trained / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
-                for file in trained.glob("*.safetensors"):
-                    file.chmod(0o644)
-                result = self._result(trained, base, isinstance(trainer.model, PeftModel), merge)
-                self._publish(result)
-                shutil.rmtree(aside)
+        with report_failed_save(self.folder, trainer.is_world_process_zero()):
+            trainer.save_sparingly(partial(self._save_result, trainer, base, merge))
         trainer.accelerator.wait_for_everyone()
 
-    def _result(self, trained: Path, base: Path, adapter: bool, merge: bool) -> Path:
-        if adapter and not merge:
-            return trained
-        result = trained.with_name("result")
-        if adapter:
-            kept = self.folder / "adapter"  # before the merge, in case that it is refused
-            shutil.rmtree(kept, ignore_errors=True)
-            os.replace(trained, kept)
-            tensors = merged_tensors(base, kept)
-        else:
-            tensors = base_tensors(trained)
-        write_checkpoint(tensors, base, result, dtype=None)
-        return result
+    def _save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
+        aside = self.folder / INCOMPLETE
+        result, adapter = aside / "result", aside / "adapter"
+        limit = RESULT_SHARDS if trainer.shard_bytes != ONE_TENSOR else ONE_TENSOR
+        if not isinstance(trainer.model, PeftModel):
+            state = trainer.whole_parameters()
+            if trainer.is_world_process_zero():
+                tensors = tensors_on_host(trainer.model, state)
+                write_checkpoint(tensors, base, result, None, limit)
+                self._publish(result)
+            return
+        trainer.save_model(str(adapter))
+        if not trainer.is_world_process_zero():
+            return
+        (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
+        for file in adapter.glob("*.safetensors"):
+            file.chmod(0o644)
+        if not merge:
+            self._publish(adapter)
+            return
+        kept = self.folder / "adapter"  # before the merge, in case that it is refused
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(adapter, kept)
+        write_checkpoint(merged_tensors(base, kept), base, result, None, limit)
+        self._publish(result)
 
     def _publish(self, result: Path) -> None:
         """Moves each file to the root, those that make it a model last."""
         for file in sorted(result.iterdir(), key=lambda file: "config" in file.name):
             os.replace(file, self.folder / file.name)
         self._write(finished=True)
+        shutil.rmtree(self.folder / INCOMPLETE)
 
     def _write(self, finished: bool) -> None:
         content = {

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
@@ -29,12 +30,19 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .adapters import weights_passed
+from .arguments import zero_stage
 from .checkpoint import one_line
 from .errors import RunError, UserError
 from .merge import Checkpoint
 from .optimizer import StepInBackward
-
-INCOMPLETE = "incomplete"
+from .saving import (
+    INCOMPLETE,
+    SHARD_BYTES,
+    RehearseSave,
+    report_failed_save,
+    save_sparingly,
+    save_weights,
+)
 
 
 class EveryProcess(RunError):
@@ -51,7 +59,9 @@ class FineTuner(Trainer):
         self.progress = Progress()
         if self.pop_callback(ProgressCallback):
             self.add_callback(self.progress)
+        self.add_callback(RehearseSave())
         self._aside: str | None = None  # where a checkpoint is being written
+        self.shard_bytes = SHARD_BYTES
         self._sources: list[str] = []  # the rows of the running step
         self._sequences_in_step = 0
         self._broken_loss: float | None = None
@@ -236,11 +246,11 @@ class FineTuner(Trainer):
         start = time.perf_counter()
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         aside = output / INCOMPLETE
-        with one_line_write_errors(self.args.output_dir, aside, self.is_world_process_zero()):
+        with report_failed_save(output, self.is_world_process_zero()):
             self._aside = str(aside)
-            super()._save_checkpoint(model, trial)
+            self.save_sparingly(lambda: super(FineTuner, self)._save_checkpoint(model, trial))
         self._aside = None
-        self.state.best_model_checkpoint = None  # that it would be under the name of now
+        self.state.best_model_checkpoint = None  # It would name a folder that has been renamed.
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             if (output / name).exists():  # of the same step; half deleted, it must not be found
@@ -253,11 +263,43 @@ class FineTuner(Trainer):
         self.accelerator.wait_for_everyone()
         self._counted_from += time.perf_counter() - start
 
+    def save_sparingly(self, save: Callable[[], None]) -> None:
+        """`saving.save_sparingly` of what `save` writes into the folder for incomplete files."""
+
+        def save_in_shards(shard_bytes: int) -> None:
+            self.shard_bytes = shard_bytes
+            save()
+
+        aside = Path(self.args.output_dir) / INCOMPLETE
+        save_sparingly(save_in_shards, aside, alone=self.args.world_size == 1)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer would copy all weights to the host of every process, except under ZeRO-3."""
+        state = self.whole_parameters()
+        if self.args.should_save:
+            self._save(output_dir, state)
+
+    def whole_parameters(self) -> dict[str, torch.Tensor] | None:
+        """Under ZeRO-3 all parameters that train, on the first process's host; else None, since the
+        model has them. All processes call it."""
+        if zero_stage(self.args) != 3:
+            return None
+        adapter = isinstance(self.model, PeftModel)
+        gather = self.model_wrapped._zero3_consolidated_16bit_state_dict
+        return gather(exclude_frozen_parameters=adapter)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        quantization = getattr(self.model, "base_quantization", None)
-        if quantization and self.args.should_save:
-            quantization.save(Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            on_host = {n: p.detach().cpu() for n, p in (state_dict or trained).items()}
+            self.model.save_pretrained(str(folder), state_dict=on_host)
+            if self.model.base_quantization:
+                self.model.base_quantization.save(folder)
+        else:
+            save_weights(self.model, folder, state_dict, self.shard_bytes)
+        self.processing_class.save_pretrained(str(folder))
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer would match the per-expert names on disk with the stacked ones in memory, find
@@ -283,25 +325,6 @@ def said_once() -> Iterator[None]:
             raise
         time.sleep(3)  # when one process leaves, the launcher ends the others
         raise SystemExit(error.exit_code) from error
-
-
-@contextmanager
-def one_line_write_errors(output: str | Path, aside: Path, main: bool) -> Iterator[None]:
-    """Whatever a library makes of a full disk: removes what is half written and says it once."""
-    try:
-        yield
-    except Exception as error:  # of many libraries, and of any class
-        if main:
-            shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, UserError) and not isinstance(error, RunError):
-            raise  # not of the disk
-        free = shutil.disk_usage(output).free / 1e9
-        found = " ".join(str(error).split())[:200]
-        good = get_last_checkpoint(str(output)) or "none"
-        raise RunError(
-            f"{output} could not be written to ({found}; {free:.1f} GB free there); the last "
-            f"complete checkpoint is {good}: make room and repeat the command to go on from it"
-        ) from error
 
 
 class EpochSampler(Sampler[int]):

@@ -39,7 +39,8 @@ from deepseek_moe.data import (
     show,
     split,
 )
-from deepseek_moe.memory import meta_model, plan, trainable_table
+from deepseek_moe.disk import disk_need
+from deepseek_moe.memory import count_steps, meta_model, plan, trainable_table
 from deepseek_moe.runs import Run, settings_of
 from deepseek_moe.training import FineTuner, said_once
 
@@ -51,6 +52,9 @@ def main() -> None:
     if args.world_size == 1 and torch.cuda.device_count() > 1:
         say(f"of {torch.cuda.device_count()} GPUs one is used; started by deepspeed, all are")
     set_seed(args.seed)
+    if args.full_determinism:
+        # PyTorch prefers this attention on Hopper GPUs; its backward pass adds in no fixed order.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     with args.main_process_first():  # downloads and prepares; the others find it done
         folder = locate(options.model_name_or_path, cache_dir=options.cache_dir)
         tokenizer = own_tokenizer(folder)
@@ -60,9 +64,11 @@ def main() -> None:
         if args.dataloader_drop_last:
             refuse_fewer(packed, args.per_device_train_batch_size * args.world_size)
     run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
+    network = meta_model(folder, options)  # refuses what cannot train, in a second
+    disk = disk_need(network, options, args, count_steps(args, len(packed)))
     if data.dry_run:
         if main_process:
-            plan(folder, options, args, packed["length"])
+            plan(folder, options, args, packed["length"], disk.compared_with(run.folder))
         leave_together()
         return
 
@@ -74,9 +80,10 @@ def main() -> None:
             print(run.folder)
         leave_together()
         return
-    table = trainable_table(meta_model(folder, options))  # refuses what cannot train, in a second
     if main_process:
-        Console(stderr=True, width=100).print(table)
+        Console(stderr=True, width=100).print(trainable_table(network))
+    disk.refuse_too_small(run.folder)
+    say(f"disk: {disk.compared_with(run.folder)}")
     with args.main_process_first():
         if main_process:
             run.start()

@@ -27,7 +27,6 @@ from deepseek_moe.training import (
     EveryProcess,
     FineTuner,
     StopAtSignal,
-    one_line_write_errors,
     said_once,
 )
 
@@ -274,18 +273,6 @@ def test_the_sampler_is_told_the_epoch_of_a_resumed_run(
 # --- Small parts
 
 
-def test_a_write_that_fails_names_the_last_checkpoint_and_removes_its_half(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-7").mkdir()
-    (tmp_path / "incomplete").mkdir()
-    with (
-        pytest.raises(RunError, match=r"checkpoint-7.*repeat") as caught,
-        one_line_write_errors(tmp_path, tmp_path / "incomplete", True),
-    ):
-        raise RuntimeError("PytorchStreamWriter\nfailed")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "incomplete").exists()
-
-
 def test_wrong_use_is_said_by_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepseek_moe.training.time.sleep", lambda seconds: None)
 
@@ -340,22 +327,6 @@ def test_a_run_knows_whether_it_is_new_begun_or_finished(tmp_path: Path) -> None
     (run.folder / FILE).unlink()
     with pytest.raises(UserError, match=r"no run\.json"):
         Run(str(run.folder), settings)
-
-
-def test_of_a_failed_save_nothing_is_left(tmp_path: Path) -> None:
-    """What the disk does is said with the last checkpoint; what is refused, in its own words."""
-    for error, said in (
-        (OSError("no space"), "could not be written to"),
-        (RunError("it is full"), "could not be written to .it is full"),
-        (UserError("it is zero"), "^it is zero$"),
-    ):
-        (tmp_path / "incomplete").mkdir()
-        with (
-            pytest.raises(UserError, match=said),
-            one_line_write_errors(tmp_path, tmp_path / "incomplete", main=True),
-        ):
-            raise error
-        assert not (tmp_path / "incomplete").exists()
 
 
 def test_a_folder_where_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
