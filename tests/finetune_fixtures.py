@@ -104,7 +104,7 @@ def read(log: Path, kind: str) -> str:
 def _script(argv: list[str], log: Path, before: Callable[[], None] | None) -> None:
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    torch.set_num_threads(1)
+    torch.set_num_threads(os.cpu_count() or 1)  # with one, no sum could be in another order
     if before:
         before()
     sys.argv = [str(SCRIPT), *argv]

@@ -100,7 +100,7 @@ KILLS = [  # where, and the checkpoints that must be there afterwards
     (kill_at("torch", "save", 2, half=True), []),  # in the first save
     (kill_at("deepseek_moe.training.FineTuner", "compute_loss", 8), [3, 6]),
     (kill_at("deepseek_moe.training.FineTuner", "compute_loss", 5), [3, 6, 9]),  # from the border
-    (kill_at("torch", "save", 1, half=True), [3, 6, 9]),  # from the middle of an epoch
+    (kill_at("torch", "save", 2, half=True), [3, 6, 9]),  # from the middle of an epoch
     (kill_at("deepseek_moe.training.os", "replace", 1), [3, 6, 9]),  # written, but not renamed
     (kill_at("deepseek_moe.runs.Run", "_publish", 1), [3, 6, 9, 12]),  # all trained
     (kill_at("deepseek_moe.runs.os", "replace", 4), [3, 6, 9, 12]),  # of the result's files
