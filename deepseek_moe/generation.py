@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .engine import Engine
+from .engine import Batch, Engine, UnknownModel, refusal_of
 from .errors import UserError
 from .sampling import Sampler, greedy, seen_in
 
@@ -22,19 +22,46 @@ class Generator:
     This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else, or all
     with `fast` False, goes the plain way: the model's own forward over a growing cache.
 
+    Every call generates with the model as it is when its first token is asked for. The model may
+    be trained, cast, moved, resized, or get or lose adapters, hooks, heads or weights between two
+    calls: the engine notices, and is built anew or, where it does not know what the model has
+    become, the call goes the plain way (with `fast` True it is refused). While a stream runs, the
+    engine goes on with the weights that it began with, and the plain way calls the model as it is
+    at each step, over the cache of the steps before; so finish a stream before such a change.
+
+    What the engine does to the model: the weights of q_proj, k_proj and v_proj of each layer are
+    laid side by side in new memory, also those of gate_proj and up_proj (of a dense layer, and of
+    the shared experts), and these parameters become views of it. Their names, shapes and values
+    stay, and a second Generator finds them side by side and moves nothing. Weights that are parts
+    of somebody's larger tensor, as DeepSpeed's ZeRO lays them, are not moved; if they are not side
+    by side there, the call goes the plain way.
+
+    Args:
+        fast: None takes the engine where it can; True refuses to go without; False never does.
+        engine: one that was made of this model, in place of the Generator's own. This is the way
+            to try one on a CPU, where it is slow.
+
     Raises:
-        UserError: `fast` is True where the engine cannot run.
+        UserError: `fast` is True where the engine cannot run (here, or at a later call).
     """
 
-    def __init__(self, model: PreTrainedModel, fast: bool | None = None) -> None:
-        self.model = model.eval()
-        self.context = model.config.max_position_embeddings
-        if fast and not Engine.supports(model):
-            raise UserError(
-                "the fast engine needs this architecture, in bfloat16 or float16, on one NVIDIA "
-                "GPU with Triton; leave `fast` out"
-            )
-        self.engine = Engine(model) if fast or (fast is None and Engine.supports(model)) else None
+    def __init__(
+        self, model: PreTrainedModel, fast: bool | None = None, engine: Engine | None = None
+    ) -> None:
+        self.model, self.fast, self.engine = model.eval(), fast, engine
+        self._find_engine()
+        if fast and self.engine is None:
+            raise UserError(refusal_of(model))
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return self.model.config.max_position_embeddings
+
+    def _find_engine(self) -> None:
+        """Makes the engine where there is none yet and it can run."""
+        if self.engine is None and self.fast is not False and Engine.supports(self.model):
+            self.engine = Engine(self.model)
 
     def generate(
         self,
@@ -77,10 +104,7 @@ class Generator:
         sample: Sampler,
         stop_ids: Collection[int],
     ) -> Iterator[list[int | None]]:
-        if self.engine is not None:
-            batch = self.engine.start(prompts, sample, max_new_tokens)
-        else:
-            batch = PlainBatch(self.model, prompts, sample)
+        batch = self._start(prompts, max_new_tokens, sample)
         try:
             room = [self.context - len(prompt) for prompt in prompts]
             running = set(range(len(prompts)))
@@ -96,6 +120,19 @@ class Generator:
         finally:  # the engine keeps nothing of a batch that is over, or was left
             if self.engine is not None and self.engine.batch is batch:
                 self.engine.batch = None
+
+    def _start(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sample: Sampler
+    ) -> "Batch | PlainBatch":
+        """In the engine, if it may and can compute the model as it is now; else the plain way."""
+        self._find_engine()
+        if self.engine is not None:
+            try:
+                return self.engine.start(prompts, sample, max_new_tokens)
+            except UnknownModel:
+                if self.fast:
+                    raise
+        return PlainBatch(self.model, prompts, sample)
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts or not all(prompts):

@@ -30,9 +30,7 @@ def prompts() -> list[list[int]]:
 
 def with_engine(model: DeepseekForCausalLM, chunk: int = engine.CHUNK) -> Generator:
     """A generator whose engine runs step by step on the CPU, with the plain twins."""
-    generator = Generator(model, fast=False)
-    generator.engine = Engine(model, chunk)
-    return generator
+    return Generator(model, engine=Engine(model, chunk))
 
 
 def plain(model: DeepseekForCausalLM) -> Generator:
@@ -321,12 +319,15 @@ def test_a_start_that_fails_ends_the_stream_before(prompts: list[list[int]]) -> 
         next(first)
 
 
-def test_a_cast_model_is_refused() -> None:
-    model = DeepseekForCausalLM.from_pretrained(BUNDLED).eval()
+def test_a_cast_model_is_taken_anew(prompts: list[list[int]]) -> None:
+    """What else may become of a model, test_signature.py tries."""
+    model = DeepseekForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
     generator = with_engine(model)
-    model.half()
-    with pytest.raises(UserError, match="cast"):
-        generator.generate([[1, 2]], 2)
+    generator.generate(prompts, 2)
+    model.bfloat16()
+    made = generator.generate(prompts, 12)
+    assert generator.engine.cache.keys.dtype == torch.bfloat16
+    assert made == with_engine(model).generate(prompts, 12)
 
 
 def test_nothing_is_kept_of_a_batch_that_is_over(prompts: list[list[int]]) -> None:
