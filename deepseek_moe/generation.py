@@ -6,8 +6,10 @@ for step in generator.stream([[100000, 17464]], max_new_tokens=20):
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -29,6 +31,8 @@ class Generator:
     engine goes on with the weights that it began with, and the plain way calls the model as it is
     at each step, over the cache of the steps before; so finish a stream before such a change.
 
+    Training mode is off in each step, and back afterwards in every module that was in it.
+
     What the engine does to the model: the weights of q_proj, k_proj and v_proj of each layer are
     laid side by side in new memory, also those of gate_proj and up_proj (of a dense layer, and of
     the shared experts), and these parameters become views of it. Their names, shapes and values
@@ -48,7 +52,7 @@ class Generator:
     def __init__(
         self, model: PreTrainedModel, fast: bool | None = None, engine: Engine | None = None
     ) -> None:
-        self.model, self.fast, self.engine = model.eval(), fast, engine
+        self.model, self.fast, self.engine = model, fast, engine
         self._find_engine()
         if fast and self.engine is None:
             raise UserError(refusal_of(model))
@@ -147,6 +151,20 @@ class Generator:
             )
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """What is inside runs without dropout, gradient checkpointing and whatever else training adds;
+    afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class PlainBatch:
     """`engine.Batch` with any model on any device: the model's forward, padded to the left."""
 
@@ -167,14 +185,17 @@ class PlainBatch:
     @torch.inference_mode()
     def next(self) -> dict[int, int]:
         """The next id of each prompt in the batch."""
-        logits_BV = self.model(
-            input_ids=self.ids_BL,
-            attention_mask=self.mask_BL,
-            position_ids=self.position_BL,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        # In each step by itself: between two of a stream, or after a stream that is left, the model
+        # may be trained.
+        with evaluating(self.model):
+            logits_BV = self.model(
+                input_ids=self.ids_BL,
+                attention_mask=self.mask_BL,
+                position_ids=self.position_BL,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         ids_B = self.sample(logits_BV.float(), self.seen_BV)
         self.seen_BV.scatter_(1, ids_B[:, None], True)
         self.ids_BL = ids_B[:, None]

@@ -298,6 +298,7 @@ def test_training_between_calls_is_read_where_it_is(model: Model) -> None:
         optimizer.step()
         optimizer.zero_grad()
         after = check_equals_plain(generator)
+        assert model.training
         assert not torch.allclose(before, after, atol=1e-2)
         before = after
     model.load_state_dict(other_state(model))
