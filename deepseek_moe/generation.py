@@ -96,7 +96,8 @@ class Generator:
         other function on the logits that it leaves.
 
         Raises:
-            UserError: no prompt, an empty one, one that fills the context, nothing to generate.
+            UserError: no prompt, an empty one, one that fills the context, one with an id that the
+                model does not have, nothing to generate.
         """
         self._check(prompts, max_new_tokens)
         return self._steps(prompts, max_new_tokens, sample, stop_ids)
@@ -148,6 +149,15 @@ class Generator:
             raise UserError(
                 f"the prompt has {longest} tokens, but the model's context is {self.context}, "
                 "answer included; shorten the prompt"
+            )
+        vocabulary = self.model.config.vocab_size
+        wrong = [
+            i for prompt in prompts for i in (min(prompt), max(prompt)) if not 0 <= i < vocabulary
+        ]
+        if wrong:
+            raise UserError(
+                f"the prompt has the id {wrong[0]}, but the model's ids are 0 to {vocabulary - 1}; "
+                "encode the prompt with the model's own tokenizer"
             )
 
 

@@ -135,6 +135,8 @@ def test_a_seed_repeats_the_whole_text(generator: Generator, prompts: list[list[
         ([[5], []], 5, "empty"),
         ([[5] * 1024], 5, "1024 tokens.*context is 1024.*shorten"),
         ([[5], [5] * 3000], 5, "3000 tokens.*context is 1024.*shorten"),
+        ([[5], [9, 4096]], 5, "the id 4096.*ids are 0 to 4095"),
+        ([[5, -1]], 5, "the id -1"),
         ([[5]], 0, "max_new_tokens is 0"),
         ([[5]], -3, "max_new_tokens is -3"),
     ],

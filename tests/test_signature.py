@@ -269,6 +269,17 @@ def test_the_context_is_the_present_one(model: Model, context: int, fast: bool) 
         generator.generate([[5] * context], 2)
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["engine", "plain"])
+def test_the_vocabulary_is_the_present_one(model: Model, fast: bool) -> None:
+    generator = with_engine(model) if fast else Generator(model, fast=False)
+    generator.generate(PROMPTS, 2)
+    model.resize_token_embeddings(70)
+    with pytest.raises(UserError, match="the id 70, but the model's ids are 0 to 69"):
+        generator.generate(PROMPTS, 2)
+    model.resize_token_embeddings(300)
+    assert len(generator.generate([[5, 299]], 3)[0]) == 3
+
+
 def test_every_parameter_replaced_or_changed_in_place(any_model: Model) -> None:
     """A replaced one is noticed, whichever it is; a changed one is read where it is."""
     generator = with_engine(any_model)
