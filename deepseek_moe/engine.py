@@ -255,7 +255,7 @@ class Batch:
         kept = [row for row, number in enumerate(self.numbers) if number not in numbers]
         if len(kept) < len(self.numbers):
             self.numbers = [self.numbers[row] for row in kept]
-            if kept:
+            if kept and self.engine.batch is self:  # else the rows are those of another batch
                 with torch.inference_mode(), self.engine.here():
                     self.engine.rows.keep(kept)
 

@@ -29,7 +29,8 @@ class Generator:
     calls: the engine notices, and is built anew or, where it does not know what the model has
     become, the call goes the plain way (with `fast` True it is refused). While a stream runs, the
     engine goes on with the weights that it began with, and the plain way calls the model as it is
-    at each step, over the cache of the steps before; so finish a stream before such a change.
+    at each step, over the cache of the steps before; so finish a stream before such a change. The
+    engine keeps the memory of weights that were replaced until the next call.
 
     Training mode is off in each step, and back afterwards in every module that was in it.
 

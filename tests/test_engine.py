@@ -165,6 +165,20 @@ def test_a_second_stream_ends_the_first(prompts: list[list[int]]) -> None:
         next(first)
 
 
+def test_a_stream_that_was_ended_leaves_the_second_alone(prompts: list[list[int]]) -> None:
+    """Also if one of its own sequences has just ended."""
+    generator = with_engine(bundled_model())
+    whole = generator.generate(prompts, 6)
+    first = generator.stream(prompts, 6, stop_ids={whole[0][0]})
+    assert next(first)[0] is None
+    second = generator.stream(prompts, 6)
+    steps = [next(second)]
+    with pytest.raises(UserError, match="another generation has begun"):
+        next(first)
+    steps += second
+    assert [list(ids) for ids in zip(*steps, strict=True)] == whole
+
+
 def test_looks_one_step_ahead_and_no_further(prompts: list[list[int]]) -> None:
     calls: list[int] = []
 
