@@ -21,6 +21,7 @@ from threading import Condition, Thread
 from typing import IO
 
 import torch
+from check_changes import change_checks
 from check_kernels import Check, Group, kernel_checks
 from check_models import bundled_checks, model_checks
 from check_training import training_checks
@@ -73,6 +74,7 @@ def all_groups(args: argparse.Namespace) -> list[Group]:
         *kernel_checks(device),
         *training_checks(device),
         *bundled_checks(device, args.new_tokens),
+        *change_checks(device),
         *(model_checks(args.model, device) if args.model else ()),
     ]
 

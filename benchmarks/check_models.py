@@ -76,9 +76,7 @@ class Pair:
 
 def engine_of(model: PreTrainedModel, chunk: int = CHUNK) -> Generator:
     """A generator with an engine, which on a CPU runs the plain twins step by step."""
-    generator = Generator(model, fast=False)
-    generator.engine = Engine(model, chunk)
-    return generator
+    return Generator(model, engine=Engine(model, chunk))
 
 
 def bundled_checks(device: torch.device, new: int) -> Iterator[Group]:

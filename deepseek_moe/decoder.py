@@ -39,7 +39,7 @@ class StaticCache:
     def _shape(model: DeepseekForCausalLM, slots: int, capacity: int) -> tuple[int, ...]:
         config = model.config
         heads, width = config.num_key_value_heads, config.head_dim
-        return 2, config.num_hidden_layers, slots, heads, capacity, width
+        return 2, len(model.model.layers), slots, heads, capacity, width
 
     @classmethod
     def bytes(cls, model: DeepseekForCausalLM, slots: int, capacity: int) -> int:
@@ -78,7 +78,7 @@ class Decoder:
     def __init__(self, model: DeepseekForCausalLM, ops: ModuleType) -> None:
         config = model.config
         self.ops, self.config = ops, config
-        self.eps = config.rms_norm_eps
+        self.eps = model.model.norm.variance_epsilon  # of all norms: see signature.py
         self.heads = config.num_attention_heads
         self.scale = config.head_dim**-0.5
         self.embedding = model.model.embed_tokens.weight.data
@@ -242,14 +242,37 @@ def _stack(experts: nn.Module, name: str) -> Weight:
 
 
 def _together(linears: list[nn.Module]) -> Weight:
-    """One weight of all rows of `linears`, whose parameters become views of it."""
+    """One weight of all rows of `linears`, whose parameters become views of it.
+
+    If they are such views already, by an engine that was made before, nothing is moved.
+    """
     parts = [_weight(linear) for linear in linears]
     fields = {"weight": [part.data for part in parts]}
     if parts[0].scale is not None:
         fields["weight_scale"] = [part.scale for part in parts]
-    joined = {name: torch.cat(tensors) for name, tensors in fields.items()}
-    for name, whole in joined.items():
-        pieces = whole.split([len(tensor) for tensor in fields[name]])
-        for linear, piece in zip(linears, pieces, strict=True):
-            getattr(linear, name).data = piece
+    joined = {}
+    for name, tensors in fields.items():
+        joined[name] = as_one(tensors)
+        if joined[name] is None:
+            joined[name] = torch.cat(tensors)
+            pieces = joined[name].split([len(tensor) for tensor in tensors])
+            for linear, piece in zip(linears, pieces, strict=True):
+                getattr(linear, name).data = piece
     return Weight(joined["weight"], joined.get("weight_scale"), parts[0].bits)
+
+
+def as_one(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """All rows of `tensors` [R, C] as one view, if they follow each other in one memory."""
+    first = tensors[0]
+    place = first.data_ptr()
+    for tensor in tensors:
+        follows = (
+            tensor.data_ptr() == place
+            and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and tensor.is_contiguous()
+            and (tensor.dtype, tensor.shape[1:]) == (first.dtype, first.shape[1:])
+        )
+        if not follows:
+            return None
+        place += tensor.nbytes
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

@@ -15,30 +15,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
 
 from .decoder import Decoder, StaticCache
 from .errors import UserError
 from .kernels import plain
-from .modeling_deepseek import (
-    DeepseekDecoderLayer,
-    DeepseekExperts,
-    DeepseekForCausalLM,
-    DeepseekGate,
-    DeepseekMLP,
-    DeepseekModel,
-    DeepseekMoE,
-)
+from .modeling_deepseek import DeepseekForCausalLM
 from .packages import has_triton
-from .packing import PackedExperts, PackedLinear
 from .sampling import Sampler, Sampling, greedy, seen_in
+from .signature import knows, signature_of, tensors_of, unknown_in
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """Rows for which graphs are made; a batch takes the next that holds it, above them multiples of
@@ -47,27 +32,31 @@ CHUNK = 8192  # tokens of prompts that go through the layers at once
 BLOCK = 64  # the cache's capacity is a multiple
 
 
+class UnknownModel(UserError):
+    """The engine does not compute this model, or not as it is now."""
+
+
 class Engine:
     """A model and what its batches share: the static cache, the state of their rows, the graphs.
 
     One batch at a time: another takes the place of the one before.
+
+    Each new batch is computed with the model as it is when the batch begins: if it has changed
+    since (signature.py says what is noticed), the engine is built anew. A batch that has begun goes
+    on with the weights that it began with; those that were replaced meanwhile are not looked for at
+    every token, which would take as long as a token does. Numbers that are changed in place, as an
+    optimizer does it, are the weights that it began with, and count at once.
+
+    An engine may also be made where `supports` says no, to try it step by step on a CPU.
+
+    Raises:
+        UnknownModel: something in the model is nothing that the decoder computes.
     """
 
     def __init__(self, model: DeepseekForCausalLM, chunk: int = CHUNK) -> None:
-        self.device, self.dtype = model.device, model.dtype
-        self.fast = self.device.type == "cuda"
-        if self.fast:
-            from .kernels import fused
         self.model, self.chunk = model, chunk
-        self.context = model.config.max_position_embeddings
-        self.decoder = Decoder(model, fused if self.fast else plain)
-        self.cache: StaticCache | None = None
-        self.rows: Rows | None = None
-        self.batch: Batch | None = None
-        self.graphs: dict[tuple[int, Sampler], torch.cuda.CUDAGraph | None] = {}
-        self.pool: tuple[int, int] | None = None
-        # torch's own, one a process, is on the GPU of the first capture.
-        self.stream = torch.cuda.Stream(self.device) if self.fast else None
+        self.by_hand = not self.supports(model)
+        self._build()
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -83,13 +72,41 @@ class Engine:
             and knows(model)
         )
 
+    def _build(self) -> None:
+        """Reads the model as it is now. What was there for another is let go first: its weights,
+        its cache, and the graphs, which hold the addresses of both."""
+        self.signature = self.decoder = None
+        self.cache: StaticCache | None = None
+        self.rows: Rows | None = None
+        self.batch: Batch | None = None
+        self.graphs: dict[tuple[int, Sampler], torch.cuda.CUDAGraph | None] = {}
+        self.pool: tuple[int, int] | None = None
+        self.held: list[torch.Tensor] = []
+        model = self.model
+        if unknown_in(model) or not (self.by_hand or self.supports(model)):
+            raise UnknownModel(refusal_of(model))
+        self.device, self.dtype = model.device, model.dtype
+        self.fast = self.device.type == "cuda"
+        if self.fast:
+            from .kernels import fused
+        # torch's own, one a process, is on the GPU of the first capture.
+        self.stream = torch.cuda.Stream(self.device) if self.fast else None
+        # The model is still to be trained, whatever mode the caller generates in.
+        with torch.inference_mode(False), torch.no_grad():
+            self.decoder = Decoder(model, fused if self.fast else plain)
+        self.context = model.config.max_position_embeddings
+        self.held = tensors_of(model)
+        self.signature = signature_of(model)  # last: the decoder moves some of the weights
+
     def start(self, prompts: Sequence[Sequence[int]], sample: Sampler, steps: int) -> "Batch":
-        """Begins to continue `prompts`, each by up to `steps` tokens."""
+        """Begins to continue `prompts`, each by up to `steps` tokens.
+
+        Raises:
+            UnknownModel: the model was changed into one that the engine does not compute.
+        """
         self.batch = None  # whatever happens below, the one before has lost its rows
-        if (self.model.device, self.model.dtype) != (self.device, self.dtype):
-            raise UserError(
-                "the model was moved or cast after its Generator was made; make a new one"
-            )
+        if self.signature != signature_of(self.model):
+            self._build()
         self.graphs = {key: graph for key, graph in self.graphs.items() if key[1] in (sample, None)}
         longest = max(map(len, prompts)) + steps
         with self.here():
@@ -238,7 +255,7 @@ class Batch:
         kept = [row for row, number in enumerate(self.numbers) if number not in numbers]
         if len(kept) < len(self.numbers):
             self.numbers = [self.numbers[row] for row in kept]
-            if kept:
+            if kept and self.engine.batch is self:  # else the rows are those of another batch
                 with torch.inference_mode(), self.engine.here():
                     self.engine.rows.keep(kept)
 
@@ -273,39 +290,14 @@ class Batch:
         self.under_way.append((list(self.numbers), ids, event))
 
 
-def knows(model: DeepseekForCausalLM) -> bool:
-    """Whether the kernels compute all that `model` does: no adapter, hook, sharded or otherwise
-    quantised weight in it, and nothing in its config that they leave out."""
-    config = model.config
-    known = (
-        nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, SiLUActivation, PackedLinear,
-        PackedExperts, LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding, DeepseekGate,
-        DeepseekExperts, DeepseekMLP, DeepseekMoE, DeepseekDecoderLayer, DeepseekModel,
-        DeepseekForCausalLM,
-    )  # fmt: skip
+def refusal_of(model: PreTrainedModel) -> str:
+    """What to tell the user of a model that the engine does not take."""
+    found = unknown_in(model) or f"it is {model.dtype} on {model.device}"
     return (
-        all(type(module) in known for module in model.modules())
-        and not any(map(_foreign_hooks, model.modules()))
-        and all(
-            type(p.data) is torch.Tensor
-            and p.device == model.device
-            and p.dtype in (model.dtype, torch.int32)
-            and p.numel() > 0
-            for p in model.parameters()
-        )
-        and config.rope_parameters["rope_type"] in ("default", "linear")
-        and not config.attention_bias
-        and config.hidden_act == "silu"
-        and bool(config.n_shared_experts)
-        and config.head_dim in (32, 64, 128)
-        and config.hidden_size % 64 == config.moe_intermediate_size % 8 == 0
+        f"the fast engine does not take this model: {found}. It takes this architecture, with "
+        "nothing added, in bfloat16 or float16 or packed, on one NVIDIA GPU with Triton; leave "
+        "`fast` out to generate without the engine"
     )
-
-
-def _foreign_hooks(module: nn.Module) -> bool:
-    """Hooks other than those by which transformers collects hidden states, once it was asked to."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def size_for(count: int) -> int:

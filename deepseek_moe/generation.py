@@ -6,12 +6,14 @@ for step in generator.stream([[100000, 17464]], max_new_tokens=20):
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .engine import Engine
+from .engine import Batch, Engine, UnknownModel, refusal_of
 from .errors import UserError
 from .sampling import Sampler, greedy, seen_in
 
@@ -22,19 +24,49 @@ class Generator:
     This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else, or all
     with `fast` False, goes the plain way: the model's own forward over a growing cache.
 
+    Every call generates with the model as it is when its first token is asked for. The model may
+    be trained, cast, moved, resized, or get or lose adapters, hooks, heads or weights between two
+    calls: the engine notices, and is built anew or, where it does not know what the model has
+    become, the call goes the plain way (with `fast` True it is refused). While a stream runs, the
+    engine goes on with the weights that it began with, and the plain way calls the model as it is
+    at each step, over the cache of the steps before; so finish a stream before such a change. The
+    engine keeps the memory of weights that were replaced until the next call.
+
+    Training mode is off in each step, and back afterwards in every module that was in it.
+
+    What the engine does to the model: the weights of q_proj, k_proj and v_proj of each layer are
+    laid side by side in new memory, also those of gate_proj and up_proj (of a dense layer, and of
+    the shared experts), and these parameters become views of it. Their names, shapes and values
+    stay, and a second Generator finds them side by side and moves nothing. Weights that are parts
+    of somebody's larger tensor, as DeepSpeed's ZeRO lays them, are not moved; if they are not side
+    by side there, the call goes the plain way.
+
+    Args:
+        fast: None takes the engine where it can; True refuses to go without; False never does.
+        engine: one that was made of this model, in place of the Generator's own. This is the way
+            to try one on a CPU, where it is slow.
+
     Raises:
-        UserError: `fast` is True where the engine cannot run.
+        UserError: `fast` is True where the engine cannot run (here, or at a later call).
     """
 
-    def __init__(self, model: PreTrainedModel, fast: bool | None = None) -> None:
-        self.model = model.eval()
-        self.context = model.config.max_position_embeddings
-        if fast and not Engine.supports(model):
-            raise UserError(
-                "the fast engine needs this architecture, in bfloat16 or float16, on one NVIDIA "
-                "GPU with Triton; leave `fast` out"
-            )
-        self.engine = Engine(model) if fast or (fast is None and Engine.supports(model)) else None
+    def __init__(
+        self, model: PreTrainedModel, fast: bool | None = None, engine: Engine | None = None
+    ) -> None:
+        self.model, self.fast, self.engine = model, fast, engine
+        self._find_engine()
+        if fast and self.engine is None:
+            raise UserError(refusal_of(model))
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return self.model.config.max_position_embeddings
+
+    def _find_engine(self) -> None:
+        """Makes the engine where there is none yet and it can run."""
+        if self.engine is None and self.fast is not False and Engine.supports(self.model):
+            self.engine = Engine(self.model)
 
     def generate(
         self,
@@ -65,7 +97,8 @@ class Generator:
         other function on the logits that it leaves.
 
         Raises:
-            UserError: no prompt, an empty one, one that fills the context, nothing to generate.
+            UserError: no prompt, an empty one, one that fills the context, one with an id that the
+                model does not have, nothing to generate.
         """
         self._check(prompts, max_new_tokens)
         return self._steps(prompts, max_new_tokens, sample, stop_ids)
@@ -77,10 +110,7 @@ class Generator:
         sample: Sampler,
         stop_ids: Collection[int],
     ) -> Iterator[list[int | None]]:
-        if self.engine is not None:
-            batch = self.engine.start(prompts, sample, max_new_tokens)
-        else:
-            batch = PlainBatch(self.model, prompts, sample)
+        batch = self._start(prompts, max_new_tokens, sample)
         try:
             room = [self.context - len(prompt) for prompt in prompts]
             running = set(range(len(prompts)))
@@ -97,6 +127,19 @@ class Generator:
             if self.engine is not None and self.engine.batch is batch:
                 self.engine.batch = None
 
+    def _start(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sample: Sampler
+    ) -> "Batch | PlainBatch":
+        """In the engine, if it may and can compute the model as it is now; else the plain way."""
+        self._find_engine()
+        if self.engine is not None:
+            try:
+                return self.engine.start(prompts, sample, max_new_tokens)
+            except UnknownModel:
+                if self.fast:
+                    raise
+        return PlainBatch(self.model, prompts, sample)
+
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts or not all(prompts):
             raise UserError("the prompt is empty; give it at least one token")
@@ -108,6 +151,29 @@ class Generator:
                 f"the prompt has {longest} tokens, but the model's context is {self.context}, "
                 "answer included; shorten the prompt"
             )
+        vocabulary = self.model.config.vocab_size
+        wrong = [
+            i for prompt in prompts for i in (min(prompt), max(prompt)) if not 0 <= i < vocabulary
+        ]
+        if wrong:
+            raise UserError(
+                f"the prompt has the id {wrong[0]}, but the model's ids are 0 to {vocabulary - 1}; "
+                "encode the prompt with the model's own tokenizer"
+            )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """What is inside runs without dropout, gradient checkpointing and whatever else training adds;
+    afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class PlainBatch:
@@ -130,14 +196,17 @@ class PlainBatch:
     @torch.inference_mode()
     def next(self) -> dict[int, int]:
         """The next id of each prompt in the batch."""
-        logits_BV = self.model(
-            input_ids=self.ids_BL,
-            attention_mask=self.mask_BL,
-            position_ids=self.position_BL,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        # In each step by itself: between two of a stream, or after a stream that is left, the model
+        # may be trained.
+        with evaluating(self.model):
+            logits_BV = self.model(
+                input_ids=self.ids_BL,
+                attention_mask=self.mask_BL,
+                position_ids=self.position_BL,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         ids_B = self.sample(logits_BV.float(), self.seen_BV)
         self.seen_BV.scatter_(1, ids_B[:, None], True)
         self.ids_BL = ids_B[:, None]

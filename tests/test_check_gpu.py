@@ -24,7 +24,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 def checks() -> SimpleNamespace:
     """The modules of check_gpu.py, and the bundled model in both ways."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    names = ("gpu", "kernels", "training", "models")
+    names = ("gpu", "kernels", "training", "models", "changes")
     found = {name: import_module(f"check_{name}") for name in names}
     return SimpleNamespace(**found, pair=found["models"].Pair(str(BUNDLED), CPU, "float32"))
 
@@ -149,13 +149,15 @@ def test_every_kernel_and_every_way_is_among_the_checks(checks: SimpleNamespace)
     [group] = checks.models.model_checks("x", CPU)  # one process has the model, once
     assert len(group.checks) == 4 and group.gigabytes > 40
     assert len(names(checks.training.training_checks(CPU))) == 4
+    assert len(names(checks.changes.change_checks(CPU))) == len(checks.changes.CHANGES)
 
 
 @pytest.mark.slow
 def test_all_checks_of_the_engine_pass_on_the_cpu(
     checks: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = [check for group in checks.models.bundled_checks(CPU, 8) for check in group.checks]
+    groups = [*checks.models.bundled_checks(CPU, 8), *checks.changes.change_checks(CPU)]
+    made = [check for group in groups for check in group.checks]
     assert checks.gpu.report(made, map(checks.gpu.outcome, made)) == 0, capsys.readouterr().out
 
 
@@ -264,6 +266,28 @@ def test_an_engine_that_is_wrong_is_found(
     ):
         with pytest.raises(RuntimeError):
             check()
+
+
+@pytest.mark.parametrize("change", ["another head", "a second generator"])
+def test_an_engine_that_computes_an_old_model_is_found(
+    change: str, checks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek_moe import decoder, engine
+
+    monkeypatch.setattr(checks.changes, "NEW", 4)
+    # A Generator makes no engine of its own on a CPU.
+    monkeypatch.setattr(checks.changes, "Generator", partial(generator_with_engine, checks))
+    assert checks.changes.check_change(change, CPU).startswith("engine")
+    monkeypatch.setattr(engine, "signature_of", lambda model: [])
+    monkeypatch.setattr(decoder, "as_one", lambda tensors: None)
+    with pytest.raises(RuntimeError, match="not those of the changed model"):
+        checks.changes.check_change(change, CPU)
+
+
+def generator_with_engine(checks: SimpleNamespace, model: Any, fast: bool = True) -> Any:
+    from deepseek_moe.generation import Generator
+
+    return checks.models.engine_of(model) if fast else Generator(model, fast=False)
 
 
 def test_ids_may_differ_by_a_near_tie_only(checks: SimpleNamespace) -> None:

@@ -30,9 +30,7 @@ def prompts() -> list[list[int]]:
 
 def with_engine(model: DeepseekForCausalLM, chunk: int = engine.CHUNK) -> Generator:
     """A generator whose engine runs step by step on the CPU, with the plain twins."""
-    generator = Generator(model, fast=False)
-    generator.engine = Engine(model, chunk)
-    return generator
+    return Generator(model, engine=Engine(model, chunk))
 
 
 def plain(model: DeepseekForCausalLM) -> Generator:
@@ -165,6 +163,20 @@ def test_a_second_stream_ends_the_first(prompts: list[list[int]]) -> None:
     next(generator.stream(prompts[:1], 5))
     with pytest.raises(UserError, match="another generation has begun"):
         next(first)
+
+
+def test_a_stream_that_was_ended_leaves_the_second_alone(prompts: list[list[int]]) -> None:
+    """Also if one of its own sequences has just ended."""
+    generator = with_engine(bundled_model())
+    whole = generator.generate(prompts, 6)
+    first = generator.stream(prompts, 6, stop_ids={whole[0][0]})
+    assert next(first)[0] is None
+    second = generator.stream(prompts, 6)
+    steps = [next(second)]
+    with pytest.raises(UserError, match="another generation has begun"):
+        next(first)
+    steps += second
+    assert [list(ids) for ids in zip(*steps, strict=True)] == whole
 
 
 def test_looks_one_step_ahead_and_no_further(prompts: list[list[int]]) -> None:
@@ -321,12 +333,15 @@ def test_a_start_that_fails_ends_the_stream_before(prompts: list[list[int]]) -> 
         next(first)
 
 
-def test_a_cast_model_is_refused() -> None:
-    model = DeepseekForCausalLM.from_pretrained(BUNDLED).eval()
+def test_a_cast_model_is_taken_anew(prompts: list[list[int]]) -> None:
+    """What else may become of a model, test_signature.py tries."""
+    model = DeepseekForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
     generator = with_engine(model)
-    model.half()
-    with pytest.raises(UserError, match="cast"):
-        generator.generate([[1, 2]], 2)
+    generator.generate(prompts, 2)
+    model.bfloat16()
+    made = generator.generate(prompts, 12)
+    assert generator.engine.cache.keys.dtype == torch.bfloat16
+    assert made == with_engine(model).generate(prompts, 12)
 
 
 def test_nothing_is_kept_of_a_batch_that_is_over(prompts: list[list[int]]) -> None:

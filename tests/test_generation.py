@@ -1,9 +1,13 @@
 """Generation against transformers' own, on the bundled model; impossible requests."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from text_fixtures import BUNDLED, bundled_model, tokenizer_of
 
+from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.engine import Engine
 from deepseek_moe.errors import UserError
 from deepseek_moe.generation import Generator
 from deepseek_moe.sampling import greedy, make_sampler
@@ -131,6 +135,8 @@ def test_a_seed_repeats_the_whole_text(generator: Generator, prompts: list[list[
         ([[5], []], 5, "empty"),
         ([[5] * 1024], 5, "1024 tokens.*context is 1024.*shorten"),
         ([[5], [5] * 3000], 5, "3000 tokens.*context is 1024.*shorten"),
+        ([[5], [9, 4096]], 5, "the id 4096.*ids are 0 to 4095"),
+        ([[5, -1]], 5, "the id -1"),
         ([[5]], 0, "max_new_tokens is 0"),
         ([[5]], -3, "max_new_tokens is -3"),
     ],
@@ -141,3 +147,100 @@ def test_impossible_requests(
     with pytest.raises(UserError, match=said) as caught:
         generator.generate(prompts, new)
     assert "\n" not in str(caught.value)
+
+
+# ---- a model that is being trained ----
+
+
+def with_dropout(tiny_model: Callable[..., DeepseekForCausalLM]) -> DeepseekForCausalLM:
+    return tiny_model(hidden_size=64, num_attention_heads=2, attention_dropout=0.9)
+
+
+def with_an_adapter(tiny_model: Callable[..., DeepseekForCausalLM]) -> torch.nn.Module:
+    """On linears and on experts, each of which drops out by itself."""
+    pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
+    from deepseek_moe.adapters import add_lora
+
+    targets = ["q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = add_lora(tiny_model(), targets, 4, 64, 0.9, [])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def with_checkpointing(tiny_model: Callable[..., DeepseekForCausalLM]) -> DeepseekForCausalLM:
+    """As finetune.py leaves it: transformers keeps no cache in training then."""
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+    return model
+
+
+def modes(model: torch.nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("make", [with_dropout, with_an_adapter, with_checkpointing])
+def test_a_model_in_training_mode(
+    make: Callable[..., torch.nn.Module], tiny_model: Callable[..., DeepseekForCausalLM]
+) -> None:
+    """Its text is that of evaluation mode, and each of its modules stays in its own mode."""
+    model, prompts = make(tiny_model).eval(), [[5, 17, 44], [8, 61]]
+    generator = Generator(model)
+    expected = generator.generate(prompts, 8)
+    model.train()
+    model.get_input_embeddings().eval()
+    before = modes(model)
+    assert len(set(before)) == 2
+    assert generator.generate(prompts, 8) == expected
+    assert modes(model) == before
+    assert Generator(model.train()).generate(prompts, 8) == expected
+    assert all(modes(model))
+
+
+def test_a_model_that_is_trained_between_the_steps_of_a_stream(
+    tiny_model: Callable[..., DeepseekForCausalLM],
+) -> None:
+    model, prompts = with_dropout(tiny_model), [[5, 17, 44], [8, 61]]
+    generator = Generator(model)
+    expected = list(generator.stream(prompts, 6))
+    stream = generator.stream(prompts, 6)
+    made = [next(stream)]
+    for step in stream:
+        made.append(step)
+        assert not model.training
+        model.train()
+        model(torch.tensor(prompts[:1])).logits.sum().backward()
+        model.eval()
+    assert made == expected
+    left = generator.stream(prompts, 6)
+    model.train()
+    next(left)
+    assert all(modes(model))  # though nobody ends the stream
+
+
+def test_the_mode_comes_back_after_an_error(
+    tiny_model: Callable[..., DeepseekForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model().train()
+
+    def fails(*_: object) -> None:
+        assert not any(modes(model))
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(model.lm_head, "forward", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        Generator(model).generate([[5]], 2)
+    assert all(modes(model))
+
+
+def test_the_engine_in_training_mode(tiny_model: Callable[..., DeepseekForCausalLM]) -> None:
+    model, prompts = with_dropout(tiny_model), [[5, 17, 44], [8, 61]]
+    generator = Generator(model, engine=Engine(model))
+    expected = generator.generate(prompts, 8)
+    model.train()
+    assert generator.generate(prompts, 8) == expected
+    assert generator.engine.decoder is not None
+    assert all(modes(model))
