@@ -21,9 +21,9 @@ from . import data as examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, names, zero_stage
 from .errors import UserError
 from .export import write_checkpoint
+from .fingerprint import fingerprint, is_outdated
 from .merge import base_tensors, merged_tensors
 from .training import INCOMPLETE, FineTuner, one_line_write_errors
-from .weights import fingerprint
 
 FILE = "run.json"
 HASHED = ("model", "data", "eval_data")  # of the settings: known by what they contain
@@ -62,6 +62,11 @@ class Run:
     def _refuse_others(self, found: dict[str, Any]) -> None:
         keys = list(dict.fromkeys([*found, *self.settings]))
         differ = [key for key in keys if found.get(key) != self.settings.get(key)]
+        if "model" in differ and is_outdated(found.get("model")):
+            raise UserError(
+                f"{self.folder} holds a run of an older version of this code, which noted its base "
+                "model in another way; finish it with that version, or give another --output_dir"
+            )
         if differ:
             shown = "; ".join(self._difference(key, found.get(key)) for key in differ)
             raise UserError(

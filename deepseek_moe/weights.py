@@ -1,6 +1,5 @@
 """The tensors of a checkpoint: their names on disk and in memory, and whether all are there."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -116,16 +115,3 @@ def name_some(findings: list[str], most: int = 4) -> str:
     """The first few of `findings` in one line, and how many more there are."""
     more = f" and {len(findings) - most} more" if len(findings) > most else ""
     return "; ".join(findings[:most]) + more
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's config and weight files: their sizes and samples of their bytes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with file.open("rb") as handle:
-            for at in range(0, size, max(1, size // 32)):
-                handle.seek(at)
-                digest.update(handle.read(4096))
-    return digest.hexdigest()[:16]

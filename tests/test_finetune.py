@@ -260,6 +260,17 @@ def test_other_settings_are_refused_with_the_difference(
     assert run(argv(finished["lora"], **(LORA | same)), tmp_path / "log").code == 0
 
 
+def test_a_run_over_a_base_that_has_changed_is_not_finished(
+    finished: dict[str, Path], argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.5.down_proj.weight"].zero_()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    again = argv(finished["full"], model_name_or_path=tmp_path / "base")
+    assert "another model" in refused(run(again, tmp_path / "log"))
+
+
 def test_a_folder_with_another_model_in_it_is_refused(
     argv: Callable[..., list[str]], place: Path, tmp_path: Path
 ) -> None:
@@ -444,7 +455,7 @@ def test_wrong_use_is_found_before_the_model_is_loaded(
     argv: Callable[..., list[str]], place: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(place / "base", tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"broken")
+    save_file({"other": torch.zeros(1)}, tmp_path / "base" / "model.safetensors")  # no such model
     (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"output": "b"}]')
     (tmp_path / "file").write_text("")
     (tmp_path / "empty.jsonl").write_text("")
