@@ -312,6 +312,17 @@ def test_misshapen_tensor_is_named(folder: Path) -> None:
     refused(folder, "model.norm.weight", "3", "16")
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_floats(
+    folder: Path, dtype: torch.dtype, quantization: str | None
+) -> None:
+    change_weights(
+        folder, lambda weights: weights.update({n: w.to(dtype) for n, w in weights.items()})
+    )
+    refused(folder, "is stored as", quantization=quantization)
+
+
 def test_no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     refused(folder, "no tokenizer.json", "original checkpoint")

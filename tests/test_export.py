@@ -419,6 +419,17 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_base_that_is_no_floats_is_refused(
+    dtype: torch.dtype, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors_in(base).items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is stored as"):
+        run(monkeypatch, "--model", base, "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_only_an_empty_folder_is_filled(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "new"
     output.mkdir()

@@ -359,6 +359,17 @@ def test_a_broken_weight_stops_before_it_spoils_anything(
     assert checkpoints(tmp_path / "out") == []
 
 
+def test_weights_that_are_no_floats_are_refused(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors = {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    again = argv(tmp_path / "out", model_name_or_path=tmp_path / "base")
+    assert "is stored as I8" in refused(run(again, tmp_path / "log"))
+
+
 def test_an_absurd_learning_rate_stops_at_the_first_number_that_is_none(
     argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
