@@ -21,6 +21,20 @@ The engine calls a sampler of your own a step ahead, with rows that move togethe
 and some at the end that hold none, and on a buffer that the next step overwrites: clone to keep."""
 
 
+BROKEN = -1
+"""Stands for the id of a row whose logits, as the model gave them, are not all finite."""
+
+
+def mark_broken(ids_B: torch.Tensor, sums_B: torch.Tensor) -> list[int]:
+    """The ids of a step, `BROKEN` where the sum of a row's logits (fp32) is NaN or infinite.
+
+    The sum takes one pass over the logits, on a CPU a tenth of argmax's time. It is finite if and
+    only if all logits are, but for some beyond 1e33, which no working model gives.
+    """
+    finite_B = sums_B.isfinite()
+    return torch.where(finite_B, ids_B, BROKEN).tolist()
+
+
 def greedy(logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
     """The likeliest id of each row."""
     return largest(logits_BV)

@@ -34,6 +34,7 @@ from finetune_fixtures import (
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from text_fixtures import BUNDLED, tokenizer_of
 from transformers import AutoModelForCausalLM
 
 KILLED = -signal.SIGKILL
@@ -357,6 +358,24 @@ def test_a_broken_weight_stops_before_it_spoils_anything(
     assert "step 1: the loss is nan" in done.error
     assert "rows.jsonl line " in done.error and "none yet" in done.error
     assert checkpoints(tmp_path / "out") == []
+
+
+def test_an_evaluation_loss_that_is_nan_stops_the_run(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    """Only the rows to evaluate on have a token whose embedding is broken."""
+    shutil.copytree(place / "base", tmp_path / "base")
+    token = tokenizer_of(BUNDLED).encode("!", add_special_tokens=False)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "held.jsonl").write_text('{"instruction": "Well!!", "output": "A bird!!"}')
+    held = {"eval_data_path": tmp_path / "held.jsonl", "eval_strategy": "steps", "eval_steps": 4}
+    base = {"model_name_or_path": tmp_path / "base"}
+    done = run(argv(tmp_path / "out", **base, **held), tmp_path / "log")
+    assert done.code == 1
+    assert "step 4: the evaluation loss is nan" in done.error
+    assert str(tmp_path / "out" / "checkpoint-3") in done.error
 
 
 def test_weights_that_are_no_floats_are_refused(
