@@ -29,13 +29,12 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import convert_file_size_to_int
 
-from .checkpoint import DTYPES, locate
+from .checkpoint import DTYPES, locate, own_tokenizer
 from .cli import one_line_errors
 from .errors import RunError, UserError
 from .fingerprint import fingerprint, is_outdated
 from .merge import ADAPTER_FILE, Checkpoint, base_tensors, merged_tensors, official_parts
 from .modeling_deepseek import DeepseekForCausalLM
-from .tokenization_deepseek import DeepseekTokenizer
 from .weights import name_some
 
 AUTO_MAP = {
@@ -179,10 +178,7 @@ def write_checkpoint(
     config = checkpoint.config
     config.architectures = [DeepseekForCausalLM.__name__]
     config.dtype = dtype or config.dtype
-    try:
-        tokenizer = DeepseekTokenizer.from_pretrained(base)
-    except Exception as error:  # tokenizers has no class for its own
-        raise UserError(f"{base}: no usable tokenizer: {error}; get its files anew") from error
+    tokenizer = own_tokenizer(base)
     try:
         with _complete_or_absent(folder) as aside:
             config.save_pretrained(aside)

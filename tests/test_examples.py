@@ -333,6 +333,25 @@ def test_weights_that_are_nan(run: Runner, tmp_path: Path, sampled: bool) -> Non
     assert talk.out == ""
 
 
+@pytest.mark.parametrize("script", ["completion.py", "chat.py"])
+def test_a_tokenizer_of_another_model(run: Runner, tmp_path: Path, script: str) -> None:
+    model = shutil.copytree(BUNDLED, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    last = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"].append(last | {"id": 4096, "content": "<extra>"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert_error(run(script, "--model", model, "--prompt", "x"), "ids up to 4096", "vocab_size")
+
+
+@pytest.mark.parametrize("script", ["completion.py", "chat.py"])
+def test_a_model_without_tokenizer_config(run: Runner, tmp_path: Path, script: str) -> None:
+    model = shutil.copytree(BUNDLED, tmp_path / "model")
+    (model / "tokenizer_config.json").unlink()
+    options = ["--prompt", "Hello", "--max_new_tokens", 8]
+    done, wanted = (run(script, "--model", it, *options) for it in (model, BUNDLED))
+    assert done.code == 0 and done.out == wanted.out
+
+
 def test_help_names_every_option(run: Runner) -> None:
     done = run("completion.py", "--help")
     options = """

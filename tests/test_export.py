@@ -347,8 +347,12 @@ def test_command_refuses_in_one_line(
     assert "is no size" in error("--max_shard_size", "5 potatoes")
     (adapter / ADAPTER_FILE).write_bytes(b"broken")
     assert "get the adapter anew" in error("--adapter", adapter)
+    change = json.loads((base / "tokenizer.json").read_text())
+    change["model"]["vocab"]["w96"] = 96
+    (base / "tokenizer.json").write_text(json.dumps(change))
+    assert "has ids up to 96" in error()
     (base / "tokenizer.json").write_text("{}")
-    assert "no usable tokenizer" in error()
+    assert "tokenizer.json cannot be used" in error()
     assert not (tmp_path / "out").exists()
     change = json.loads((base / "config.json").read_text()) | {"model_type": "llama"}
     (base / "config.json").write_text(json.dumps(change))

@@ -515,6 +515,16 @@ def test_wrong_use_is_found_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_of_another_model_is_refused(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    fields = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(fields | {"vocab_size": 4000}))
+    again = argv(tmp_path / "out", model_name_or_path=tmp_path / "base")
+    assert "ids up to 4095" in refused(run(again, tmp_path / "log"))
+
+
 def test_wrong_use_is_said_by_the_first_process_only(
     argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
