@@ -38,7 +38,7 @@ from .modeling_deepseek import (
 )
 from .packages import has_triton
 from .packing import PackedExperts, PackedLinear
-from .sampling import Sampler, Sampling, greedy, mark_broken, seen_in
+from .sampling import Sampler, Sampling, greedy, mark_broken, seen_in, sum_rows
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """Rows for which graphs are made; a batch takes the next that holds it, above them multiples of
@@ -159,7 +159,7 @@ class Engine:
         rows = self.rows.first(size)
         # A row that goes on one step too long, unread, must stay inside the cache.
         last = self.cache.capacity - 1
-        torch.sum(logits_BV, dim=-1, out=rows.sum)
+        sum_rows(logits_BV, out=rows.sum)
         new_B = sample(logits_BV, rows.seen)
         self.decoder.ops.advance(new_B, rows.ids, rows.position, rows.seen, last)
 

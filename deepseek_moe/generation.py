@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from .engine import Engine
 from .errors import RunError, UserError
-from .sampling import BROKEN, Sampler, greedy, mark_broken, seen_in
+from .sampling import BROKEN, Sampler, greedy, mark_broken, seen_in, sum_rows
 
 
 class Generator:
@@ -152,7 +152,7 @@ class PlainBatch:
             logits_to_keep=1,
         ).logits[:, -1]
         logits_BV = logits_BV.float()
-        sums_B = logits_BV.sum(dim=-1)  # before the sampler, which may change them
+        sums_B = sum_rows(logits_BV)  # before the sampler, which may change them
         ids_B = self.sample(logits_BV, self.seen_BV)
         self.seen_BV.scatter_(1, ids_B[:, None], True)
         self.ids_BL = ids_B[:, None]

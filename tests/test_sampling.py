@@ -26,6 +26,7 @@ from deepseek_moe.sampling import (
     greedy,
     make_sampler,
     mark_broken,
+    sum_rows,
 )
 
 PROBS = torch.tensor([0.05, 0.5, 0.15, 0.3])  # by rank: 1, 3, 2, 0
@@ -370,4 +371,5 @@ def test_rows_with_a_logit_that_is_no_number_are_marked() -> None:
         logits_BV[row, 70000] = value
         logits_BV[3 + row] = value
     ids_B = torch.arange(8)
-    assert mark_broken(ids_B, logits_BV.sum(dim=-1)) == [BROKEN] * 6 + [6, 7]
+    assert mark_broken(ids_B, sum_rows(logits_BV)) == [BROKEN] * 6 + [6, 7]
+    assert mark_broken(ids_B, sum_rows(logits_BV[:, :70001])) == [BROKEN] * 6 + [6, 7]
