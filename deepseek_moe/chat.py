@@ -40,8 +40,10 @@ def render(
         add_generation_prompt: end with what asks for an answer.
 
     Raises:
-        UserError: an unknown role, or content that is not text.
+        UserError: an unknown role, content that is not text, or a tokenizer without BOS or EOS.
     """
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no BOS or no EOS, which a conversation needs; name both")
     ids, mask = [tokenizer.bos_token_id], [0]
 
     def add(text: str, trained: int) -> None:

@@ -75,6 +75,9 @@ def load(
             return numbers * number_type.itemsize
         return packed_bytes(numbers, config, BITS[quantization], number_type)
 
+    ours = isinstance(config, DeepseekConfig)
+    if ours:  # before the weights, which take longer; whatever class the files name
+        tokenizer: PreTrainedTokenizerBase = own_tokenizer(folder)
     number_type = DTYPES.get(dtype) or _auto_dtype(place, size(torch.float32), config.dtype)
     _refuse_too_little_memory(size(number_type), quantization or str(number_type), place)
     options = {"quantization_config": PackingConfig(BITS[quantization])} if quantization else {}
@@ -85,16 +88,15 @@ def load(
             dtype=number_type,
             device_map=place,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code and not isinstance(config, DeepseekConfig),
+            trust_remote_code=trust_remote_code and not ours,
             output_loading_info=True,
             **options,
         )
         if info["missing_keys"]:  # of other architectures; ours refuses them by itself
             raise UserError(f"{folder} lacks {min(info['missing_keys'])}; get the checkpoint anew")
-    if isinstance(config, DeepseekConfig):  # whatever class the files name
-        return network.eval(), own_tokenizer(folder)
-    with one_line(f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if not ours:
+        with one_line(f"{folder / 'tokenizer.json'} cannot be used", "get its files anew"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return network.eval(), tokenizer
 
 
@@ -137,13 +139,22 @@ def own_tokenizer(folder: Path) -> DeepseekTokenizer:
     """The tokenizer of a checkpoint that must be of this architecture.
 
     Raises:
-        UserError: it is of another one, or its files are broken.
+        UserError: it is of another one, its files are broken, or it has ids that the model has not.
     """
-    kind = _read_object(folder / "config.json").get("model_type")
+    fields = _read_object(folder / "config.json")
+    kind = fields.get("model_type")
     if kind != DeepseekConfig.model_type:
         raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
     with one_line(f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"):
-        return DeepseekTokenizer.from_pretrained(folder)
+        tokenizer = DeepseekTokenizer.from_pretrained(folder)
+        highest = max(tokenizer.get_vocab().values())
+    size = fields.get("vocab_size", DeepseekConfig.vocab_size)
+    if isinstance(size, int) and highest >= size:
+        raise UserError(
+            f"{folder / 'tokenizer.json'} has ids up to {highest}, but the model's vocabulary ends "
+            f"at {size - 1} (vocab_size in config.json); get both files of one checkpoint"
+        )
+    return tokenizer
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
 # Newer transformers dispatch tokens to the ranks; 5.17 masked the picks of other ranks and summed.
 if find_spec("transformers.distributed.expert_parallel"):
@@ -15,6 +16,8 @@ else:
         "layers.*.mlp.gate": "ep_router",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
+
+logger = logging.get_logger(__name__)
 
 ROPE_TYPES = ("default", "linear", "dynamic")
 
@@ -106,6 +109,14 @@ class DeepseekConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._refuse_what_is_not_implemented()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own. If AutoConfig asks, it may be for AutoTokenizer, so it warns of a
+        tokenizer that AutoTokenizer would read as another class."""
+        if "name_or_path" in kwargs and not kwargs.get("return_unused_kwargs"):  # not of AutoModel
+            _warn_of_other_tokenizer(str(kwargs["name_or_path"]))
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
@@ -168,6 +179,29 @@ class DeepseekConfig(PreTrainedConfig):
             value = getattr(self, field, None)
             if value not in (None, "greedy", 1, 1.0):
                 refuse(field, value, "none of DeepSeek-V2's additions")
+
+
+def _warn_of_other_tokenizer(checkpoint: str) -> None:
+    """Where tokenizer_config.json has an `auto_map`, AutoTokenizer does not ask which class is
+    registered for the model, and takes the one that the file names, which adds no BOS.
+
+    This is said here because transformers has no place of its own to answer for that file. Of a hub
+    id only what was downloaded before is looked at.
+    """
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    try:
+        fields = get_tokenizer_config(checkpoint, local_files_only=True)
+        code, named = fields.get("auto_map"), fields.get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):  # AutoTokenizer says what is wrong with it
+        return
+    if code and named and not named.startswith("DeepseekTokenizer"):
+        logger.warning_once(
+            f"{checkpoint}: tokenizer_config.json has an auto_map, so AutoTokenizer takes the "
+            f"{named} that it names, which adds no BOS: the model then writes worse. Use "
+            "deepseek_moe.DeepseekTokenizer.from_pretrained, as this package's programs do, or "
+            "take auto_map out of the file"
+        )
 
 
 __all__ = ["DeepseekConfig"]

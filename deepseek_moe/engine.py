@@ -22,7 +22,7 @@ from .errors import UserError
 from .kernels import plain
 from .modeling_deepseek import DeepseekForCausalLM
 from .packages import has_triton
-from .sampling import Sampler, Sampling, greedy, seen_in
+from .sampling import Sampler, Sampling, greedy, mark_broken, seen_in, sum_rows
 from .signature import knows, signature_of, tensors_of, unknown_in
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
@@ -176,6 +176,7 @@ class Engine:
         rows = self.rows.first(size)
         # A row that goes on one step too long, unread, must stay inside the cache.
         last = self.cache.capacity - 1
+        sum_rows(logits_BV, out=rows.sum)
         new_B = sample(logits_BV, rows.seen)
         self.decoder.ops.advance(new_B, rows.ids, rows.position, rows.seen, last)
 
@@ -192,13 +193,15 @@ class Engine:
 
 class Rows:
     """What a step reads and writes, a row a sequence: the id to go on from, its position (-1: no
-    sequence), its slot of the cache, which ids it has seen."""
+    sequence), its slot of the cache, which ids it has seen, and the sum of its logits, which is
+    finite if all of them are."""
 
     def __init__(self, size: int, vocabulary: int, device: torch.device) -> None:
         self.ids = torch.zeros(size, dtype=torch.int64, device=device)
         self.position = torch.full((size,), -1, dtype=torch.int32, device=device)
         self.slot = torch.zeros(size, dtype=torch.int32, device=device)
         self.seen = torch.zeros(size, vocabulary, dtype=torch.bool, device=device)
+        self.sum = torch.zeros(size, dtype=torch.float32, device=device)
 
     def first(self, size: int) -> "Rows":
         """Views of the first rows."""
@@ -225,11 +228,15 @@ class Batch:
         self.engine, self.sample = engine, sample
         self.numbers = list(range(len(prompts)))  # which prompt each row continues
         self.left = steps - 1  # after the one that the prompts themselves give
-        self.under_way: deque[tuple[list[int], torch.Tensor, torch.cuda.Event | None]] = deque()
+        # What was sent to the CPU: which prompts, their ids, the sums of their logits.
+        self.under_way: deque[
+            tuple[list[int], torch.Tensor, torch.Tensor, torch.cuda.Event | None]
+        ] = deque()
         self._prefill(prompts)
 
     def next(self) -> dict[int, int]:
-        """The next id of each prompt that was in the batch when its step began.
+        """The next id of each prompt that was in the batch when its step began; `BROKEN` where the
+        model's logits are NaN or infinite.
 
         Raises:
             UserError: the engine has begun another batch.
@@ -242,13 +249,13 @@ class Batch:
         with self.engine.here():
             if not self.under_way:
                 self._launch()
-            numbers, ids, event = self.under_way.popleft()
+            numbers, ids, sums, event = self.under_way.popleft()
             if self.started:  # one step ahead, but not before the first id is out
                 self._launch()
         self.started = True
         if event is not None:
             event.synchronize()
-        return dict(zip(numbers, ids.tolist(), strict=True))
+        return dict(zip(numbers, mark_broken(ids, sums), strict=True))
 
     def drop(self, numbers: Collection[int]) -> None:
         """These prompts have ended: they leave the batch."""
@@ -279,15 +286,20 @@ class Batch:
             self._sent(len(self.numbers))
 
     def _sent(self, count: int) -> None:
-        """Sends the ids on their way to the CPU."""
-        ids, event = self.engine.rows.ids[:count], None
+        """Sends the ids and the sums of the logits on their way to the CPU."""
+        rows, event = self.engine.rows.first(count), None
+        ids, sums = (self._send(tensor) for tensor in (rows.ids, rows.sum))
         if self.engine.fast:
-            ids = torch.empty(count, dtype=ids.dtype, pin_memory=True).copy_(ids, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        else:
-            ids = ids.clone()
-        self.under_way.append((list(self.numbers), ids, event))
+        self.under_way.append((list(self.numbers), ids, sums, event))
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.engine.fast:
+            return tensor.clone()
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
 
 
 def refusal_of(model: PreTrainedModel) -> str:

@@ -29,13 +29,13 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import convert_file_size_to_int
 
-from .checkpoint import DTYPES, locate
+from .checkpoint import DTYPES, locate, own_tokenizer
 from .cli import one_line_errors
 from .errors import RunError, UserError
+from .fingerprint import fingerprint, is_outdated
 from .merge import ADAPTER_FILE, Checkpoint, base_tensors, merged_tensors, official_parts
 from .modeling_deepseek import DeepseekForCausalLM
-from .tokenization_deepseek import DeepseekTokenizer
-from .weights import fingerprint, name_some
+from .weights import name_some
 
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek.DeepseekConfig",
@@ -95,7 +95,13 @@ def _refuse_other_base(folder: Path, base: Path) -> None:
     for file in (folder / "run.json", folder.parent / "run.json"):
         if file.is_file():
             trained_over = json.loads(file.read_text(encoding="utf-8"))["settings"]["model"]
-            if trained_over != fingerprint(base):
+            if is_outdated(trained_over):
+                print(
+                    f"{file} is of an older version of this code, so it was not checked that "
+                    f"{folder} was trained over {base}",
+                    file=sys.stderr,
+                )
+            elif trained_over != fingerprint(base):
                 raise UserError(
                     f"{folder} was not trained over {base}, by {file}; give the --model that was"
                 )
@@ -173,10 +179,7 @@ def write_checkpoint(
     config = checkpoint.config
     config.architectures = [DeepseekForCausalLM.__name__]
     config.dtype = dtype or config.dtype
-    try:
-        tokenizer = DeepseekTokenizer.from_pretrained(base)
-    except Exception as error:  # tokenizers has no class for its own
-        raise UserError(f"{base}: no usable tokenizer: {error}; get its files anew") from error
+    tokenizer = own_tokenizer(base)
     try:
         with _complete_or_absent(folder) as aside:
             config.save_pretrained(aside)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .engine import Batch, Engine, UnknownModel, refusal_of
-from .errors import UserError
-from .sampling import Sampler, greedy, seen_in
+from .errors import RunError, UserError
+from .sampling import BROKEN, Sampler, greedy, mark_broken, seen_in, sum_rows
 
 
 class Generator:
@@ -99,6 +99,7 @@ class Generator:
         Raises:
             UserError: no prompt, an empty one, one that fills the context, one with an id that the
                 model does not have, nothing to generate.
+            RunError: in a step, the model's logits are NaN or infinite.
         """
         self._check(prompts, max_new_tokens)
         return self._steps(prompts, max_new_tokens, sample, stop_ids)
@@ -116,6 +117,7 @@ class Generator:
             running = set(range(len(prompts)))
             for made in range(1, max_new_tokens + 1):
                 new = {b: token for b, token in batch.next().items() if b in running}
+                _refuse_broken(new, made)
                 running = {b for b, token in new.items() if token not in stop_ids}
                 if running:
                     yield [new[b] if b in running else None for b in range(len(prompts))]
@@ -176,6 +178,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _refuse_broken(new: dict[int, int], made: int) -> None:
+    """`new`: the id of each prompt by its number; `made`: how many each has with it."""
+    for number, token in new.items():
+        if token == BROKEN:
+            raise RunError(
+                f"the model's logits for new token {made} of prompt {number + 1} in the batch are "
+                "NaN or infinite: its weights are broken, or their products overflow float16; try "
+                "--dtype bfloat16, or get the checkpoint anew"
+            )
+
+
 class PlainBatch:
     """`engine.Batch` with any model on any device: the model's forward, padded to the left."""
 
@@ -195,7 +208,7 @@ class PlainBatch:
 
     @torch.inference_mode()
     def next(self) -> dict[int, int]:
-        """The next id of each prompt in the batch."""
+        """The next id of each prompt in the batch, or `BROKEN`, as in the engine."""
         # In each step by itself: between two of a stream, or after a stream that is left, the model
         # may be trained.
         with evaluating(self.model):
@@ -207,12 +220,14 @@ class PlainBatch:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-        ids_B = self.sample(logits_BV.float(), self.seen_BV)
+        logits_BV = logits_BV.float()
+        sums_B = sum_rows(logits_BV)  # before the sampler, which may change them
+        ids_B = self.sample(logits_BV, self.seen_BV)
         self.seen_BV.scatter_(1, ids_B[:, None], True)
         self.ids_BL = ids_B[:, None]
         self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(ids_B), 1)], dim=-1)
         self.position_BL = self.position_BL[:, -1:] + 1
-        return dict(zip(self.numbers, ids_B.tolist(), strict=True))
+        return dict(zip(self.numbers, mark_broken(ids_B, sums_B), strict=True))
 
     @torch.inference_mode()
     def drop(self, numbers: Collection[int]) -> None:

@@ -16,7 +16,13 @@ from torch import nn
 from .configuration_deepseek import DeepseekConfig
 from .errors import UserError
 from .modeling_deepseek import DeepseekForCausalLM
-from .weights import name_some, official_tensors, refuse_wrong_tensors, weight_files
+from .weights import (
+    dtype_fault,
+    name_some,
+    official_tensors,
+    refuse_wrong_tensors,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -197,6 +203,9 @@ class _Adapter:
             )
 
     def _refuse_bad_numbers(self) -> None:
+        for name in self.file.keys():  # noqa: SIM118 - not a dict
+            if fault := dtype_fault(self.file.get_slice(name).get_dtype()):
+                raise UserError(f"{self.folder}: {name} {fault}; give the adapter as PEFT saved it")
         changes = any(
             not torch.equal(self.replacement(name), self.checkpoint.read(name))
             for name in self.replaced

@@ -22,10 +22,10 @@ from . import data as examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, names, zero_stage
 from .errors import UserError
 from .export import write_checkpoint
+from .fingerprint import fingerprint, is_outdated
 from .merge import merged_tensors
 from .saving import INCOMPLETE, ONE_TENSOR, report_failed_save, tensors_on_host
 from .training import FineTuner
-from .weights import fingerprint
 
 FILE = "run.json"
 RESULT_SHARDS = "5GB"
@@ -65,6 +65,11 @@ class Run:
     def _refuse_others(self, found: dict[str, Any]) -> None:
         keys = list(dict.fromkeys([*found, *self.settings]))
         differ = [key for key in keys if found.get(key) != self.settings.get(key)]
+        if "model" in differ and is_outdated(found.get("model")):
+            raise UserError(
+                f"{self.folder} holds a run of an older version of this code, which noted its base "
+                "model in another way; finish it with that version, or give another --output_dir"
+            )
         if differ:
             shown = "; ".join(self._difference(key, found.get(key)) for key in differ)
             raise UserError(

@@ -21,6 +21,28 @@ The engine calls a sampler of your own a step ahead, with rows that move togethe
 and some at the end that hold none, and on a buffer that the next step overwrites: clone to keep."""
 
 
+BROKEN = -1
+"""Stands for the id of a row whose logits, as the model gave them, are not all finite."""
+
+
+def sum_rows(logits_BV: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum of each row, fp32 [B], which tells whether all its logits are finite.
+
+    It is the cheapest test: 5 of a step's 2,000 microseconds on an H100 (in two steps, like
+    `largest`), and a tenth of argmax's time on a CPU. Only logits beyond 1e33, which no working
+    model gives, have an infinite sum while they are finite.
+    """
+    V = logits_BV.shape[-1]
+    parts_BN = logits_BV.unflatten(-1, (V // 256, 256)).sum(dim=-1) if V % 256 == 0 else logits_BV
+    return torch.sum(parts_BN, dim=-1, out=out)
+
+
+def mark_broken(ids_B: torch.Tensor, sums_B: torch.Tensor) -> list[int]:
+    """The ids of a step, `BROKEN` where the sum of a row's logits is NaN or infinite."""
+    finite_B = sums_B.isfinite()
+    return torch.where(finite_B, ids_B, BROKEN).tolist()
+
+
 def greedy(logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
     """The likeliest id of each row."""
     return largest(logits_BV)

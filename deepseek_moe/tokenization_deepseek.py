@@ -9,7 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import BatchEncoding, TokenizersBackend
+
+from .errors import UserError
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -34,6 +37,10 @@ CHAT_TEMPLATE = """\
 class DeepseekTokenizer(TokenizersBackend):
     """transformers' tokenizer with BOS in front exactly once, left padding, and the chat template.
 
+    Which tokens are BOS and EOS is what tokenizer_config.json says. Where it says nothing, or is
+    missing, they are this family's own tokens, if tokenizer.json has them, else those with the ids
+    in config.json. PAD is EOS, if nothing else is said.
+
     BOS is added to plain text, kept single where the text already begins with it (a rendered chat),
     and left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json, so that
     every reader of that file adds it too.
@@ -44,9 +51,18 @@ class DeepseekTokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What `from_pretrained` hands to the constructor; here the defaults come in."""
+        """What `from_pretrained` hands to the constructor; here the defaults come in.
+
+        Raises:
+            UserError: there is no BOS or EOS, or the files name one that tokenizer.json lacks.
+        """
+        file = kwargs.get("tokenizer_file")
         kwargs = super().convert_to_native_format(*args, **kwargs)
         kwargs.setdefault("add_bos_token", True)
+        if file is not None:
+            # Before 5.23 transformers has read the file by now.
+            vocabulary = kwargs.get("tokenizer_object") or Tokenizer.from_file(str(file))
+            kwargs |= _find_special_tokens(Path(file), vocabulary, kwargs)
         if not kwargs.get("chat_template"):
             kwargs["chat_template"] = CHAT_TEMPLATE
         return kwargs
@@ -79,6 +95,44 @@ class DeepseekTokenizer(TokenizersBackend):
         aside.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
         os.replace(aside, path)
         return files
+
+
+def _find_special_tokens(
+    file: Path, vocabulary: Tokenizer, named: dict[str, Any]
+) -> dict[str, Any]:
+    """BOS, EOS and PAD, which all are in the `vocabulary` of tokenizer.json (`file`): transformers
+    would give others new ids, which the model has never seen. `named` are those of the files."""
+    found: dict[str, Any] = {}
+    for name, own in (("bos_token", BOS), ("eos_token", EOS)):
+        token = named.get(name)
+        if token is None and vocabulary.token_to_id(own) is not None:
+            token = own
+        if token is None:
+            token = _token_of_config(file.with_name("config.json"), f"{name}_id", vocabulary)
+        if token is None:
+            raise UserError(
+                f"{file} has no {own}, and neither tokenizer_config.json nor config.json beside it "
+                f"says which of its tokens is {name}; name {name} in tokenizer_config.json"
+            )
+        if vocabulary.token_to_id(str(token)) is None:
+            raise UserError(
+                f"{file} lacks {token}, which tokenizer_config.json names as {name}; get both "
+                "files of one checkpoint"
+            )
+        found[name] = token
+    if named.get("pad_token") is None:
+        found["pad_token"] = found["eos_token"]
+    return found
+
+
+def _token_of_config(config: Path, field: str, vocabulary: Tokenizer) -> str | None:
+    """The token whose id the config gives in `field`, the first of several."""
+    try:
+        ids = json.loads(config.read_text(encoding="utf-8")).get(field)
+    except (OSError, ValueError, AttributeError):  # no config, or none that can be used
+        return None
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return vocabulary.id_to_token(first) if type(first) is int and first >= 0 else None
 
 
 def _without_bos(text: Any, bos: str) -> Any:

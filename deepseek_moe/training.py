@@ -202,6 +202,13 @@ class FineTuner(Trainer):
         with torch.random.fork_rng(devices):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss = (self._evaluated[0] / self._evaluated[1]).item()
+        if not math.isfinite(loss):
+            good = get_last_checkpoint(self.args.output_dir)
+            raise EveryProcess(
+                f"step {self.state.global_step}: the evaluation loss is {loss}; the last "
+                f"checkpoint is {good or 'none yet'}: look at the rows to evaluate on, and at the "
+                "base model's weights"
+            )
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
         self._counted_from += time.perf_counter() - start  # not of the next step's tokens/s

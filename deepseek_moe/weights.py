@@ -1,6 +1,5 @@
 """The tensors of a checkpoint: their names on disk and in memory, and whether all are there."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,10 @@ EXPERTS_CONVERSION = [
     ),
 ]
 register_checkpoint_conversion_mapping("deepseek", EXPERTS_CONVERSION, overwrite=True)
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""What a weight may be stored as, in the words of safetensors headers. transformers would cast
+anything else without a word: integers and booleans become zeros and ones."""
 
 
 def official_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -77,7 +80,9 @@ def refuse_wrong_checkpoint(
         )
     # Files of quantised weights (the config says so) hold other tensors. Weights that are quantised
     # while they are read (the keyword) lie there like any; transformers takes any shape of them.
-    if not hasattr(config, "quantization_config"):
+    if hasattr(config, "quantization_config"):
+        _refuse_8_bit_floats(Path(found).parent, _stored_tensors(Path(found).parent))
+    else:
         with torch.device("meta"):
             wanted = model_class(config)
         refuse_wrong_tensors(Path(found).parent, wanted)
@@ -87,21 +92,19 @@ def refuse_wrong_tensors(folder: Path, model: PreTrainedModel) -> None:
     """Compares the headers of the safetensors files in `folder` with what `model` (on meta) wants.
 
     Raises:
-        ValueError: names the tensors that are missing, surplus or of another shape.
+        ValueError: names the tensors that are missing, surplus, of another shape or no floats.
     """
-    files = weight_files(folder)
-    if not all(file.is_file() for file in files):
+    stored = _stored_tensors(folder)
+    if not stored:
         return  # transformers says what it looked for
-    found = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    _refuse_8_bit_floats(folder, stored)
+    found = {name: shape for name, (_, shape) in stored.items()}
     if not any(name.startswith("model.") for name in found):  # a bare DeepseekModel
         found = {f"model.{name}": shape for name, shape in found.items()}
         found["lm_head.weight"] = (model.config.vocab_size, model.config.hidden_size)
     wanted = official_tensors(model)
     wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{n} {fault}" for n, (dtype, _) in stored.items() if (fault := dtype_fault(dtype))]
     for name, shape in found.items():
         if name in wanted and shape != wanted[name]:
             wrong.append(f"{name} has shape {list(shape)}, the config wants {list(wanted[name])}")
@@ -112,20 +115,36 @@ def refuse_wrong_tensors(folder: Path, model: PreTrainedModel) -> None:
         raise ValueError(f"{folder} does not hold this model: {name_some(wrong)}")
 
 
+def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """By name, the type and shape of each tensor, from the files' headers; nothing if a file is
+    missing."""
+    files, stored = weight_files(folder), {}
+    if not all(file.is_file() for file in files):
+        return {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                header = tensors.get_slice(name)
+                stored[name] = (header.get_dtype(), tuple(header.get_shape()))
+    return stored
+
+
+def _refuse_8_bit_floats(folder: Path, stored: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    for name, (dtype, _) in stored.items():
+        if dtype.startswith("F8"):
+            raise ValueError(
+                f"{folder} is an FP8 checkpoint ({name} is stored as {dtype}), which this code "
+                "cannot read; get the original in bfloat16"
+            )
+
+
+def dtype_fault(dtype: str) -> str:
+    """What is wrong with a weight that is stored as `dtype` (a word of safetensors headers); empty
+    if nothing is."""
+    return "" if dtype in FLOATS else f"is stored as {dtype}, not as one of {', '.join(FLOATS)}"
+
+
 def name_some(findings: list[str], most: int = 4) -> str:
     """The first few of `findings` in one line, and how many more there are."""
     more = f" and {len(findings) - most} more" if len(findings) > most else ""
     return "; ".join(findings[:most]) + more
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's config and weight files: their sizes and samples of their bytes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with file.open("rb") as handle:
-            for at in range(0, size, max(1, size // 32)):
-                handle.seek(at)
-                digest.update(handle.read(4096))
-    return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """The renderer against the chat template, the mask, overflow, and text from a stream of tokens."""
 
+import copy
 import random
 from itertools import groupby
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_a_wrong_message_is_an_error_that_names_it(message: Message, said: str) 
     with pytest.raises(UserError, match=said) as caught:
         render(tokenizer_of(BUNDLED), [user("a"), message])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lacking", ["bos_token", "eos_token"])
+def test_a_tokenizer_without_bos_or_eos_cannot_render(lacking: str) -> None:
+    """That of another architecture, which many are."""
+    tokenizer = copy.copy(tokenizer_of(BUNDLED))
+    tokenizer._special_tokens_map = dict(tokenizer._special_tokens_map) | {lacking: None}
+    with pytest.raises(UserError, match="no BOS or no EOS"):
+        render(tokenizer, [user("Hi!")])
 
 
 TURNS = [

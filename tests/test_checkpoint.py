@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from text_fixtures import BUNDLED, tokenizer_of
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekTokenizer, checkpoint
-from deepseek_moe.checkpoint import load, locate
+from deepseek_moe.checkpoint import load, locate, own_tokenizer
 from deepseek_moe.errors import UserError
 
 
@@ -310,6 +310,45 @@ def test_misshapen_tensor_is_named(folder: Path) -> None:
     wrong = {"model.norm.weight": torch.zeros(3)}
     change_weights(folder, lambda weights: weights.update(wrong))
     refused(folder, "model.norm.weight", "3", "16")
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_floats(
+    folder: Path, dtype: torch.dtype, quantization: str | None
+) -> None:
+    change_weights(
+        folder, lambda weights: weights.update({n: w.to(dtype) for n, w in weights.items()})
+    )
+    refused(folder, "is stored as", quantization=quantization)
+
+
+def test_a_tokenizer_with_ids_that_the_model_has_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before the weights are read; an added token counts."""
+    monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", None)
+    tokenizer = DeepseekTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder)
+    said = ("ids up to 4096", "ends at 4095", "vocab_size")
+    refused(folder, *said)
+    with pytest.raises(UserError, match="ids up to 4096"):
+        own_tokenizer(folder)
+    change_config(folder, vocab_size=5000)
+    assert len(own_tokenizer(folder)) == 4097  # fewer than the model has is right
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_tokenizer_of_which_no_file_says_more(
+    whole: Path, folder: Path, content: str | None
+) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    if content:
+        (folder / "tokenizer_config.json").write_text(content)
+    _, tokenizer = load(str(folder))
+    assert tokenizer("Hello").input_ids == own_tokenizer(whole)("Hello").input_ids
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
 
 
 def test_no_tokenizer(folder: Path) -> None:

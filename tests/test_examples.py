@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe.chat import NO_SYSTEM_PROMPT
@@ -63,10 +64,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def assert_error(done: Run, *said: str) -> None:
+def assert_error(done: Run, *said: str, code: int = 2) -> None:
     """One line, at the end, that says all of `said`."""
     *before, last = done.err.splitlines()
-    assert done.code == 2, done.err
+    assert done.code == code, done.err
     assert last.startswith("error: ")
     assert not [words for words in said if words not in last], last
     assert not any(line.startswith("error:") for line in before)
@@ -310,6 +311,45 @@ def test_memory_that_runs_out(run: Runner, monkeypatch: pytest.MonkeyPatch, scri
 
     monkeypatch.setattr(Generator, "stream", fails)
     assert_error(run(script, "--prompt", "Hello"), "out of memory", "smaller batch")
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_weights_that_are_nan(run: Runner, tmp_path: Path, sampled: bool) -> None:
+    model = shutil.copytree(BUNDLED, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.3.mlp.shared_experts.up_proj.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    options = ["--model", model, *(["--temperature", 1] if sampled else [])]
+    said = ("NaN or infinite", "weights are broken", "--dtype bfloat16")
+    one = run("completion.py", *options, "--prompt", "Hello")
+    assert_error(one, *said, "token 1 of prompt 1", code=1)
+    assert one.out == "Hello"
+    output = tmp_path / "out.jsonl"
+    many = ["--prompt", "Hello", "--prompt", "You", "--output_file", output]
+    assert_error(run("completion.py", *options, *many), *said, code=1)
+    assert not output.exists()
+    talk = run("chat.py", *options, "--prompt", "Hello")
+    assert_error(talk, *said, code=1)
+    assert talk.out == ""
+
+
+@pytest.mark.parametrize("script", ["completion.py", "chat.py"])
+def test_a_tokenizer_of_another_model(run: Runner, tmp_path: Path, script: str) -> None:
+    model = shutil.copytree(BUNDLED, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    last = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"].append(last | {"id": 4096, "content": "<extra>"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert_error(run(script, "--model", model, "--prompt", "x"), "ids up to 4096", "vocab_size")
+
+
+@pytest.mark.parametrize("script", ["completion.py", "chat.py"])
+def test_a_model_without_tokenizer_config(run: Runner, tmp_path: Path, script: str) -> None:
+    model = shutil.copytree(BUNDLED, tmp_path / "model")
+    (model / "tokenizer_config.json").unlink()
+    options = ["--prompt", "Hello", "--max_new_tokens", 8]
+    done, wanted = (run(script, "--model", it, *options) for it in (model, BUNDLED))
+    assert done.code == 0 and done.out == wanted.out
 
 
 def test_help_names_every_option(run: Runner) -> None:

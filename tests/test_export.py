@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,15 +22,16 @@ from adapter_fixtures import (
     tensors_in,
 )
 from packaging.requirements import Requirement
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, export
 from deepseek_moe.cli import one_line_errors
 from deepseek_moe.errors import RunError, UserError
+from deepseek_moe.fingerprint import fingerprint
 from deepseek_moe.merge import ADAPTER_FILE, base_tensors, merged_tensors
 from deepseek_moe.tokenization_deepseek import BOS
-from deepseek_moe.weights import fingerprint, official_tensors
+from deepseek_moe.weights import official_tensors
 
 
 @pytest.fixture
@@ -94,19 +94,32 @@ def test_base_dtypes_are_kept_but_added_in_fp32(
 
 
 def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """By the note that fine-tuning left."""
-    trained = tmp_path / "trained"
-    shutil.copytree(adapter, trained)
-    for name, works in ((fingerprint(base), True), ("0" * 16, False)):
-        (trained / "run.json").write_text(json.dumps({"settings": {"model": name}}))
-        options = ("--model", base, "--adapter", trained, "--output", tmp_path / f"new{works}")
-        if works:
-            run(monkeypatch, *options)
-            continue
-        with pytest.raises(UserError, match="was not trained over"):
-            run(monkeypatch, *options)
+    """By the note that fine-tuning left; one expert is all that differs."""
+    note = json.dumps({"settings": {"model": fingerprint(base)}})
+    (adapter / "run.json").write_text(note)
+    run(monkeypatch, "--model", base, "--adapter", adapter, "--output", tmp_path / "merged")
+    tensors = tensors_in(base)
+    tensors["model.layers.2.mlp.experts.6.up_proj.weight"].zero_()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left, one_line_errors():
+        run(monkeypatch, "--model", base, "--adapter", adapter, "--output", tmp_path / "new")
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "was not trained over" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_of_an_older_version_is_merged_with_a_note(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its run.json has a fingerprint of another kind, which says nothing about the base."""
+    (adapter / "run.json").write_text(json.dumps({"settings": {"model": "0123456789abcdef"}}))
+    run(monkeypatch, "--model", base, "--adapter", adapter, "--output", tmp_path / "merged")
+    assert "it was not checked that" in capsys.readouterr().err
+    assert (tmp_path / "merged" / "config.json").is_file()
 
 
 def test_without_adapter_the_base_is_written_as_it_is(
@@ -334,8 +347,12 @@ def test_command_refuses_in_one_line(
     assert "is no size" in error("--max_shard_size", "5 potatoes")
     (adapter / ADAPTER_FILE).write_bytes(b"broken")
     assert "get the adapter anew" in error("--adapter", adapter)
+    change = json.loads((base / "tokenizer.json").read_text())
+    change["model"]["vocab"]["w96"] = 96
+    (base / "tokenizer.json").write_text(json.dumps(change))
+    assert "has ids up to 96" in error()
     (base / "tokenizer.json").write_text("{}")
-    assert "no usable tokenizer" in error()
+    assert "tokenizer.json cannot be used" in error()
     assert not (tmp_path / "out").exists()
     change = json.loads((base / "config.json").read_text()) | {"model_type": "llama"}
     (base / "config.json").write_text(json.dumps(change))
@@ -404,6 +421,17 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     with pytest.raises(RunError, match="No space left"):
         run(monkeypatch, "--model", base, "--output", tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_base_that_is_no_floats_is_refused(
+    dtype: torch.dtype, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors_in(base).items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is stored as"):
+        run(monkeypatch, "--model", base, "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_only_an_empty_folder_is_filled(base: Path, tmp_path: Path) -> None:

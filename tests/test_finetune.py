@@ -34,6 +34,7 @@ from finetune_fixtures import (
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from text_fixtures import BUNDLED, tokenizer_of
 from transformers import AutoModelForCausalLM
 
 KILLED = -signal.SIGKILL
@@ -260,6 +261,17 @@ def test_other_settings_are_refused_with_the_difference(
     assert run(argv(finished["lora"], **(LORA | same)), tmp_path / "log").code == 0
 
 
+def test_a_run_over_a_base_that_has_changed_is_not_finished(
+    finished: dict[str, Path], argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.5.down_proj.weight"].zero_()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    again = argv(finished["full"], model_name_or_path=tmp_path / "base")
+    assert "another model" in refused(run(again, tmp_path / "log"))
+
+
 def test_a_folder_with_another_model_in_it_is_refused(
     argv: Callable[..., list[str]], place: Path, tmp_path: Path
 ) -> None:
@@ -346,6 +358,35 @@ def test_a_broken_weight_stops_before_it_spoils_anything(
     assert "step 1: the loss is nan" in done.error
     assert "rows.jsonl line " in done.error and "none yet" in done.error
     assert checkpoints(tmp_path / "out") == []
+
+
+def test_an_evaluation_loss_that_is_nan_stops_the_run(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    """Only the rows to evaluate on have a token whose embedding is broken."""
+    shutil.copytree(place / "base", tmp_path / "base")
+    token = tokenizer_of(BUNDLED).encode("!", add_special_tokens=False)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "held.jsonl").write_text('{"instruction": "Well!!", "output": "A bird!!"}')
+    held = {"eval_data_path": tmp_path / "held.jsonl", "eval_strategy": "steps", "eval_steps": 4}
+    base = {"model_name_or_path": tmp_path / "base"}
+    done = run(argv(tmp_path / "out", **base, **held), tmp_path / "log")
+    assert done.code == 1
+    assert "step 4: the evaluation loss is nan" in done.error
+    assert str(tmp_path / "out" / "checkpoint-3") in done.error
+
+
+def test_weights_that_are_no_floats_are_refused(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors = {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    again = argv(tmp_path / "out", model_name_or_path=tmp_path / "base")
+    assert "is stored as I8" in refused(run(again, tmp_path / "log"))
 
 
 def test_an_absurd_learning_rate_stops_at_the_first_number_that_is_none(
@@ -444,7 +485,7 @@ def test_wrong_use_is_found_before_the_model_is_loaded(
     argv: Callable[..., list[str]], place: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(place / "base", tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"broken")
+    save_file({"other": torch.zeros(1)}, tmp_path / "base" / "model.safetensors")  # no such model
     (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"output": "b"}]')
     (tmp_path / "file").write_text("")
     (tmp_path / "empty.jsonl").write_text("")
@@ -472,6 +513,16 @@ def test_wrong_use_is_found_before_the_model_is_loaded(
     assert "--modules_to_save mlp has in it" in wrong(use_lora=True, modules_to_save="mlp")
     assert "does not exist" in wrong(model_name_or_path=tmp_path / "none")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    fields = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(fields | {"vocab_size": 4000}))
+    again = argv(tmp_path / "out", model_name_or_path=tmp_path / "base")
+    assert "ids up to 4095" in refused(run(again, tmp_path / "log"))
 
 
 def test_wrong_use_is_said_by_the_first_process_only(

@@ -1,5 +1,6 @@
 """Generation against transformers' own, on the bundled model; impossible requests."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -8,9 +9,9 @@ from text_fixtures import BUNDLED, bundled_model, tokenizer_of
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.engine import Engine
-from deepseek_moe.errors import UserError
+from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.generation import Generator
-from deepseek_moe.sampling import greedy, make_sampler
+from deepseek_moe.sampling import Sampler, greedy, make_sampler
 
 TEXTS = ["Once upon a time", "The", "It was a cold night, and nobody in the house could sleep. He"]
 
@@ -244,3 +245,40 @@ def test_the_engine_in_training_mode(tiny_model: Callable[..., DeepseekForCausal
     assert generator.generate(prompts, 8) == expected
     assert generator.engine.decoder is not None
     assert all(modes(model))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("sample", [greedy, make_sampler(1.0, top_k=5), make_sampler(1.0, seed=1)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_are_refused(
+    value: float, sample: Sampler, fast: bool, prompts: list[list[int]]
+) -> None:
+    """As soon as a prompt's are: here after a token that is in the prompt, or was just made."""
+    (free,) = Generator(bundled_model()).generate(prompts[:1], 12)
+    at = next(i for i, token in enumerate(free) if token not in prompts[0] + free[:i])
+    model = copy.deepcopy(bundled_model())
+    model.model.embed_tokens.weight.data[free[at]] = value
+    generator = Generator(model, engine=Engine(model) if fast else None)
+    said = "token 1 of prompt 2 .* NaN or infinite.*bfloat16"
+    with pytest.raises(RunError, match=said) as caught:
+        generator.generate([[5], [5, free[at]]], 4, sample)
+    assert "\n" not in str(caught.value)
+    if sample is greedy:
+        stream = generator.stream(prompts[:1], 12)
+        assert [next(stream)[0] for _ in range(at + 1)] == free[: at + 1]
+        with pytest.raises(RunError, match=f"token {at + 2} of prompt 1 "):
+            next(stream)
+        # Nothing follows the last token, so its logits are not looked at.
+        assert generator.generate(prompts[:1], at + 1) == [free[: at + 1]]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_sampler_may_mask_logits(fast: bool, prompts: list[list[int]]) -> None:
+    def even(logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
+        logits_BV[:, 1::2] = float("-inf")
+        return greedy(logits_BV, seen_BV)
+
+    generator = Generator(bundled_model(), engine=Engine(bundled_model()) if fast else None)
+    made = generator.generate(prompts, 5, even)
+    assert [len(ids) for ids in made] == [5] * len(prompts)
+    assert not any(token % 2 for ids in made for token in ids)

@@ -238,6 +238,10 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] =
     "missing": (lambda x: x.pop(Q_PROJ.format("A")), "q_proj.lora_A.weight is missing"),
     "surplus": (lambda x: x.update(extra=torch.ones(1)), "extra is surplus"),
     "nan": (lambda x: x[Q_PROJ.format("B")][0].fill_(torch.nan), "NaN or inf"),
+    "integers": (
+        lambda x: x.update({Q_PROJ.format("A"): x[Q_PROJ.format("A")].to(torch.int8)}),
+        "lora_A.weight is stored as I8, not as one of",
+    ),
     "shape": (
         lambda x: x.update({Q_PROJ.format("A"): torch.ones(3, 31)}),
         r"\[3, 31\] where \[3, 32\] is wanted",

@@ -18,7 +18,16 @@ from transformers import (
 
 from deepseek_moe.cli import add_sampling_options, sampler_of
 from deepseek_moe.errors import UserError
-from deepseek_moe.sampling import Sampler, Sampling, draw, greedy, make_sampler
+from deepseek_moe.sampling import (
+    BROKEN,
+    Sampler,
+    Sampling,
+    draw,
+    greedy,
+    make_sampler,
+    mark_broken,
+    sum_rows,
+)
 
 PROBS = torch.tensor([0.05, 0.5, 0.15, 0.3])  # by rank: 1, 3, 2, 0
 NAN, INF = float("nan"), float("inf")
@@ -352,3 +361,15 @@ def test_impossible_sampling_values(name: str, value: float, temperature: float)
     with pytest.raises(UserError, match=f"^{name} is .*must be") as caught:
         make_sampler(**{"temperature": temperature, name: value})
     assert "\n" not in str(caught.value)
+
+
+def test_rows_with_a_logit_that_is_no_number_are_marked() -> None:
+    """One of a row as large as the official vocabulary, and all of a row."""
+    inf, nan = float("inf"), float("nan")
+    logits_BV = torch.randn(8, 102400) * 1e4
+    for row, value in enumerate((nan, inf, -inf)):
+        logits_BV[row, 70000] = value
+        logits_BV[3 + row] = value
+    ids_B = torch.arange(8)
+    assert mark_broken(ids_B, sum_rows(logits_BV)) == [BROKEN] * 6 + [6, 7]
+    assert mark_broken(ids_B, sum_rows(logits_BV[:, :70001])) == [BROKEN] * 6 + [6, 7]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from text_fixtures import (
     user,
 )
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from deepseek_moe import configuration_deepseek
+from deepseek_moe.errors import UserError
 from deepseek_moe.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
 
 TALK = [user("Hi!"), assistant("Hello, who are you?"), user("Me?\nNobody.")]
@@ -129,6 +134,100 @@ def test_a_batch_is_padded_on_the_left(folder: Path) -> None:
 def test_text_survives_the_round_trip(folder: Path, text: str) -> None:
     tokenizer = tokenizer_of(folder)
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
+WITHOUT_NAMES: dict[str, Callable[[Path], Any]] = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_text("{}"),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "null": lambda file: file.write_text('{"bos_token": null, "eos_token": null}'),
+    "another class": lambda file: file.write_text('{"tokenizer_class": "BertTokenizer"}'),
+}
+
+
+@pytest.mark.parametrize("door", [DeepseekTokenizer, AutoTokenizer])
+@pytest.mark.parametrize("change", WITHOUT_NAMES)
+@both_tokenizers
+def test_bos_and_eos_are_known_where_the_files_name_none(
+    folder: Path, change: str, door: Any, tmp_path: Path
+) -> None:
+    copy(folder, tmp_path, without="")
+    WITHOUT_NAMES[change](tmp_path / "tokenizer_config.json")
+    tokenizer = door.from_pretrained(tmp_path)
+    assert type(tokenizer) is DeepseekTokenizer
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, EOS, EOS)
+    for path in ("plain", "BOS in the text", "padded batch", "chat template"):
+        assert PATHS[path](tokenizer) == PATHS[path](tokenizer_of(folder))
+    assert tokenizer.get_vocab() == tokenizer_of(folder).get_vocab()
+
+
+def with_other_names(folder: Path, adds_bos: bool = False, **config: Any) -> None:
+    """A tokenizer as other checkpoints of this architecture have one, of which no file says more
+    than config.json does."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "hi": 3}, unk_token="<unk>"))
+    words.add_special_tokens(["<s>", "</s>"])
+    if adds_bos:
+        words.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    fields = {"model_type": "deepseek", "vocab_size": 8} | config
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("eos", [2, [2, 3]])
+@pytest.mark.parametrize("door", [DeepseekTokenizer, AutoTokenizer])
+def test_bos_and_eos_are_those_of_the_config_where_the_vocabulary_has_not_ours(
+    door: Any, eos: Any, adds_bos: bool, tmp_path: Path
+) -> None:
+    with_other_names(tmp_path, adds_bos, bos_token_id=1, eos_token_id=eos)
+    tokenizer = door.from_pretrained(tmp_path)
+    assert tokenizer("hi").input_ids == tokenizer("<s>hi").input_ids == [1, 3]
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "</s>")
+    assert len(tokenizer) == 4
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("hi").input_ids == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("config", "named", "said"),
+    [
+        ({}, {}, "says which of its tokens is bos_token"),
+        ({"bos_token_id": 4}, {}, "says which of its tokens is bos_token"),
+        ({"bos_token_id": "1"}, {}, "says which of its tokens is bos_token"),
+        ({"bos_token_id": 1, "eos_token_id": []}, {}, "says which of its tokens is eos_token"),
+        ({"bos_token_id": 1, "eos_token_id": 2}, {"bos_token": "<bos>"}, "lacks <bos>"),
+        ({"bos_token_id": 1, "eos_token_id": 2}, {"eos_token": EOS}, f"lacks {EOS}"),
+    ],
+)
+def test_a_tokenizer_without_bos_or_eos_is_refused(
+    config: dict[str, Any], named: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    """Not given a new id, which the model has never seen."""
+    with_other_names(tmp_path, **config)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{said}.*; ") as caught:
+        DeepseekTokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [["tok.T", "tok.T"], {"AutoTokenizer": ["tok.T", None]}])
+def test_code_that_the_files_name_makes_autotokenizer_warn(
+    code: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers then takes the class that is named beside it, whatever is registered."""
+    copy(BUNDLED, tmp_path, without="")
+    file, said = tmp_path / "tokenizer_config.json", []
+    monkeypatch.setattr(configuration_deepseek.logger, "warning_once", said.append)
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    AutoTokenizer.from_pretrained(tmp_path)
+    assert not said
+    fields |= {"auto_map": code, "tokenizer_class": "LlamaTokenizerFast"}
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is LlamaTokenizer
+    (warning,) = said
+    assert "LlamaTokenizerFast" in warning and "adds no BOS" in warning
+    tokenizer = DeepseekTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("Hello").input_ids == tokenizer_of(BUNDLED)("Hello").input_ids
 
 
 def test_template_is_built_in_where_the_files_have_none(tmp_path: Path) -> None:

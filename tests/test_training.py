@@ -20,7 +20,7 @@ from deepseek_moe.adapters import add_lora, weights_passed
 from deepseek_moe.arguments import ModelArguments, names, parse_arguments, zero_stage
 from deepseek_moe.data import IGNORED, Collator, load_examples, pack
 from deepseek_moe.errors import RunError, UserError
-from deepseek_moe.runs import FILE, Run, fingerprint
+from deepseek_moe.runs import FILE, Run
 from deepseek_moe.tokenization_deepseek import EOS
 from deepseek_moe.training import (
     EpochSampler,
@@ -350,14 +350,18 @@ def test_a_broken_note_of_the_run_is_one_line(tmp_path: Path) -> None:
             Run(str(tmp_path), {})
 
 
-def test_the_fingerprint_of_a_model_is_of_its_numbers(base: Path, tmp_path: Path) -> None:
-    other = write_base(tmp_path / "other")
-    assert fingerprint(base) == fingerprint(other)
-    file = other / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert fingerprint(base) != fingerprint(other)
+def test_a_run_of_an_older_version_is_said_to_be_one(tmp_path: Path) -> None:
+    """Its base model is known by a fingerprint of another kind."""
+    Run(str(tmp_path), {"model": "0123456789abcdef"}).start()
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(UserError, match=r"of an older version of this code.*; finish it with"):
+        Run(str(tmp_path), {"model": "tensors:0123"})
+    (tmp_path / FILE).unlink()
+    (tmp_path / "checkpoint-5").rmdir()
+    Run(str(tmp_path), {"model": "tensors:0123"}).start()
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(UserError, match=r"other settings \(another model\)"):
+        Run(str(tmp_path), {"model": "tensors:4567"})
 
 
 # --- Options

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
+from deepseek_moe.packing import PackingConfig
 from deepseek_moe.weights import official_tensors
 
 MakeModel = Callable[..., DeepseekForCausalLM]
@@ -231,6 +232,57 @@ def test_wrong_tensors_are_named(
     if not case.startswith("head"):
         with pytest.raises(ValueError, match=named):
             AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.int8, "I8"),
+        (torch.int64, "I64"),
+        (torch.uint8, "U8"),
+        (torch.bool, "BOOL"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_no_floats_are_named(
+    dtype: torch.dtype, stored: str, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    """transformers casts them: integers of trained weights are all zeros."""
+    tiny_model().save_pretrained(tmp_path)
+    tensors = tensors_in(tmp_path)
+    tensors[EXPERT_3] = tensors[EXPERT_3].to(dtype)
+    rewrite(tmp_path, tensors, shards=1)
+    for options in ({}, {"quantization_config": PackingConfig(4)}):
+        for auto in (AutoModel, AutoModelForCausalLM)[bool(options) :]:
+            with pytest.raises(ValueError, match=rf"{EXPERT_3} is stored as {stored}"):
+                auto.from_pretrained(tmp_path, **options)
+
+
+def test_floats_of_16_bits_and_more_load(tiny_model: MakeModel, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        rewrite(tmp_path, {n: x.to(dtype) for n, x in tensors_in(tmp_path).items()}, shards=1)
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("said_by_config", [True, False])
+def test_an_fp8_checkpoint_is_said_to_be_one(
+    said_by_config: bool, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tensors = tensors_in(tmp_path)
+    for name in list(tensors):
+        if "_proj" in name:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = torch.ones(1)
+    rewrite(tmp_path, tensors, shards=2)
+    if said_by_config:
+        fields = json.loads((tmp_path / "config.json").read_text())
+        fields["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"is an FP8 checkpoint .*; get the original in bfloat16"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("case", ["expert_matrix_missing", "expert_misshapen", "expert_renumbered"])
