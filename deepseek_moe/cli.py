@@ -12,6 +12,7 @@ import torch
 
 from .errors import UserError
 from .sampling import Sampler, make_sampler
+from .writing import write_aside
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLED_MODEL, BUNDLED_CHAT = MODELS / "tiny-base", MODELS / "tiny-chat"
@@ -102,12 +103,9 @@ def check_writable(name: str | Path) -> Path:
 def write_text(name: str | Path, text: str) -> Path:
     """Writes aside and renames, so that the file is never half there; a UserError if it fails."""
     file = check_writable(name)
-    aside = file.with_name(file.name + ".tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, file)
+        write_aside(file, text)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"{name} cannot be written: {error.strerror}; choose another") from error
     return file
 

@@ -4,7 +4,6 @@
 command goes on from the last checkpoint, if all of these are the same, or says that all is done.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from .export import write_checkpoint
 from .merge import base_tensors, merged_tensors
 from .training import INCOMPLETE, FineTuner, one_line_write_errors
 from .weights import fingerprint
+from .writing import lock
 
 FILE = "run.json"
 HASHED = ("model", "data", "eval_data")  # of the settings: known by what they contain
@@ -86,19 +86,18 @@ class Run:
             raise UserError(
                 f"{self.folder} cannot be made ({error.strerror}); give another --output_dir"
             ) from error
-        self._lock = (self.folder / ".lock").open("w")  # the system lets go of it when we end
+        self._lock = (self.folder / ".lock").open("a")
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+            lock(self._lock)
+        except BlockingIOError as error:
             raise UserError(
                 f"another process is running in {self.folder}; wait for it, end it, or give "
                 "another --output_dir"
             ) from error
-        except OSError:
-            pass  # a file system without locks
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
         with one_line_write_errors(self.folder, self.folder / INCOMPLETE, main=True):
             self._write(finished=False)
+            shutil.rmtree(self.folder / INCOMPLETE)
 
     def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
         """The whole model, or the adapter, or both (then the adapter in a folder of its own), at
@@ -148,7 +147,8 @@ class Run:
             "settings": self.settings,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        aside = self.folder / f"{FILE}.tmp"
+        aside = self.folder / INCOMPLETE / FILE
+        aside.parent.mkdir(exist_ok=True)
         aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(aside, self.folder / FILE)
 

@@ -5,11 +5,12 @@ files ask for it by `add_bos_token` in tokenizer_config.json, which transformers
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import BatchEncoding, TokenizersBackend
+
+from .writing import write_aside
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -75,9 +76,7 @@ class DeepseekTokenizer(TokenizersBackend):
             "add_eos_token": self.add_eos_token,
             "padding_side": self.padding_side,
         }
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
-        os.replace(aside, path)
+        write_aside(path, json.dumps(fields, indent=2, ensure_ascii=False))
         return files
 
 
