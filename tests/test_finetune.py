@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -390,6 +392,45 @@ def test_tensorboard_has_the_curves(finished: dict[str, Path]) -> None:
         assert [point.step for point in curve] == list(range(1, 13))
         assert all(point.value > 0 for point in curve)
         assert [point.value for point in curve] == pytest.approx(logged(finished["full"], name))
+
+
+def assert_trained_without_reports(done: Ended, output: Path, reference: Path) -> None:
+    assert done.code == 0, done.err
+    assert done.err.count("warning: ") == 1 and "Traceback" not in done.err, done.err
+    assert f"warning: tensorboard cannot report any more to {output / 'runs'}" in done.err
+    assert checkpoints(output) == [3, 6, 9, 12]
+    assert_same(output, reference)
+
+
+def test_without_a_place_for_tensorboard_the_run_goes_on(
+    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "runs").write_text("no folder")
+    done = run(argv(output), tmp_path / "log")
+    assert_trained_without_reports(done, output, finished["full"])
+
+
+def test_a_full_disk_under_tensorboard_does_not_end_the_run(
+    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    output, disk = tmp_path / "out", tmp_path / "disk"
+    for folder in (output, disk):
+        folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here, which takes root")
+    try:
+        (output / "runs").symlink_to(disk)
+        with suppress(OSError), (disk / "filling").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        done = run(argv(output), tmp_path / "log")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert "No space left on device" in done.err
+    assert_trained_without_reports(done, output, finished["full"])
 
 
 def test_lora_merged_is_a_whole_model_beside_its_adapter(
