@@ -21,11 +21,18 @@ from .arguments import DataArguments, FineTuningArguments, ModelArguments, names
 from .errors import UserError
 from .export import write_checkpoint
 from .merge import base_tensors, merged_tensors
+from .quantization import FILE as QUANTIZATION_FILE
 from .training import INCOMPLETE, FineTuner, one_line_write_errors
-from .weights import fingerprint
+from .weights import fingerprint, name_some
 from .writing import lock
 
 FILE = "run.json"
+# What a run writes into its folder, or removes from it, beside FILE: patterns of names.
+WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
+WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
+WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUANTIZATION_FILE)
+WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "weights.py")
 HASHED = ("model", "data", "eval_data")  # of the settings: known by what they contain
 
 
@@ -53,10 +60,15 @@ class Run:
                 ) from error
             if self.checkpoint or self.finished:  # else there is nothing to go on from
                 self._refuse_others(settings)
-        elif self.checkpoint or (self.folder / "config.json").is_file():
+        else:
+            self._refuse_files_of_others()
+
+    def _refuse_files_of_others(self) -> None:
+        there = [file for pattern in WRITTEN for file in self.folder.glob(pattern)]
+        if there:
             raise UserError(
-                f"{self.folder} holds a model or checkpoints, but no {FILE} that says what of; "
-                "give another --output_dir"
+                f"{self.folder} holds {name_some([file.name for file in there])}, which a run "
+                f"writes too, but no {FILE} that says of which run; give another --output_dir"
             )
 
     def _refuse_others(self, found: dict[str, Any]) -> None:
@@ -97,7 +109,6 @@ class Run:
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
         with one_line_write_errors(self.folder, self.folder / INCOMPLETE, main=True):
             self._write(finished=False)
-            shutil.rmtree(self.folder / INCOMPLETE)
 
     def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
         """The whole model, or the adapter, or both (then the adapter in a folder of its own), at
@@ -147,8 +158,7 @@ class Run:
             "settings": self.settings,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        aside = self.folder / INCOMPLETE / FILE
-        aside.parent.mkdir(exist_ok=True)
+        aside = self.folder / f".{FILE}.tmp"  # one name is enough: the folder is ours by its lock
         aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(aside, self.folder / FILE)
 

@@ -38,6 +38,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from deepseek_moe.runs import WRITTEN
+
 KILLED = -signal.SIGKILL
 FULL: dict[str, Any] = {}
 LORA = {"use_lora": True, "lora_dropout": 0.2, "lora_rank": 3}
@@ -267,8 +269,20 @@ def test_a_folder_with_another_model_in_it_is_refused(
 ) -> None:
     before = files_of(place / "base")
     done = run(argv(place / "base"), tmp_path / "log")
-    assert done.code == 2 and "holds a model" in done.error
+    assert done.code == 2 and "holds config.json" in done.error
     assert files_of(place / "base") == before
+
+
+def test_every_file_of_a_result_is_known_as_one_that_a_run_writes(
+    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """So that a new run refuses a folder where the user has a file of that name."""
+    quantised = tmp_path / "quantised"
+    done = run(argv(quantised, **(LORA | {"bits": 4})), tmp_path / "log")
+    assert done.code == 0, done.err
+    for folder in (*finished.values(), quantised):
+        names = {file.name for file in folder.iterdir()} - {"run.json", ".lock", "runs"}
+        assert names == {file.name for pattern in WRITTEN for file in folder.glob(pattern)}
 
 
 def test_only_the_newest_checkpoints_are_kept(

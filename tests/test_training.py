@@ -22,7 +22,7 @@ from deepseek_moe.adapters import add_lora, weights_passed
 from deepseek_moe.arguments import ModelArguments, names, parse_arguments, zero_stage
 from deepseek_moe.data import IGNORED, Collator, load_examples, pack
 from deepseek_moe.errors import RunError, UserError
-from deepseek_moe.runs import FILE, Run, fingerprint
+from deepseek_moe.runs import FILE, WRITTEN, Run, fingerprint
 from deepseek_moe.tokenization_deepseek import EOS
 from deepseek_moe.training import (
     EpochSampler,
@@ -432,6 +432,20 @@ def test_a_run_knows_whether_it_is_new_begun_or_finished(tmp_path: Path) -> None
     (run.folder / FILE).unlink()
     with pytest.raises(UserError, match=r"no run\.json"):
         Run(str(run.folder), settings)
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "README.md", "runs", "notes.txt", ".lock"])
+def test_files_of_the_user_are_in_the_way_of_a_new_run_if_it_would_write_them(
+    name: str, tmp_path: Path
+) -> None:
+    mine = tmp_path / name.replace("*", "-1")
+    mine.write_text("mine")
+    if name in WRITTEN:
+        with pytest.raises(UserError, match=f"holds {mine.name}.* no run.json"):
+            Run(str(tmp_path), {})
+    else:
+        Run(str(tmp_path), {}).start()
+    assert mine.read_text() == "mine"
 
 
 def test_of_a_failed_save_nothing_is_left(tmp_path: Path) -> None:
