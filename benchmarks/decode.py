@@ -153,7 +153,7 @@ def main() -> None:
         report.setdefault(kind, []).append(asdict(line))
         print(aligned(line.cells()), flush=True)
         if args.output_file:  # now, in case a later line fails
-            write_text(args.output_file, json.dumps(report, indent=1) + "\n")
+            write_text(args.output_file, json.dumps(report, indent=1) + "\n", overwrite=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -174,6 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--skip", default="", help=f"parts to leave out: {','.join(PARTS)}")
     parser.add_argument("--output_file", type=Path, help="JSON, for images/draw.py")
+    parser.add_argument("--overwrite", action="store_true", help="an output file that is there")
     args = parser.parse_args()
     args.skip = [part for part in args.skip.split(",") if part]
     unknown = sorted(set(args.skip) - set(PARTS))
@@ -187,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     except ValueError as error:
         raise UserError(f"--prefill is {' '.join(args.prefill)}; write it like 16x512") from error
     if args.output_file:
-        check_writable(args.output_file)
+        check_writable(args.output_file, args.overwrite)
     return args
 
 

@@ -11,9 +11,7 @@ The model has random weights of the official configuration.
 """
 
 import argparse
-import json
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from processes import EIGHT_BITS, QLORA, command_of, random_rows, run, steps_of
+from processes import EIGHT_BITS, QLORA, command_of, rows_file, run, steps_of
 from random_model import ROUTERS, write_random_model
 from tqdm import tqdm
 
@@ -86,14 +84,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not all((model / name).exists() for name in ("config.json", ROUTERS)):
         write_random_model(model, DeepseekConfig(num_hidden_layers=args.num_hidden_layers))
-    data = folder / "rows.json"
-    if not data.exists():
-        data.write_text(json.dumps(random_rows(64, 6000)))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'setting':28} {'card':>6} {'allocated':>10}  it was", flush=True)
     for setting in tqdm(chosen, file=sys.stderr):
         if isinstance(setting, Training):
-            peak, done = train(setting, model, data, folder / setting.name.replace(" ", "-"))
+            with rows_file(64, 6000) as data, tempfile.TemporaryDirectory(dir=folder) as output:
+                peak, done = train(setting, model, data, Path(output, "run"))
         else:
             peak, done = None, complete(model, setting.card, setting.options)
         shown = f"{peak:.1f} GB" if peak else ""
@@ -102,23 +98,19 @@ def main() -> None:
 
 def train(setting: Training, model: Path, data: Path, output: Path) -> tuple[float | None, str]:
     """The most GB that were allocated, and what the run came to."""
-    shutil.rmtree(output, ignore_errors=True)
     words = command_of(model, data, setting.rows, setting.length, setting.options, steps=4)
     words = words.replace("--save_strategy no", "--save_steps 2 --save_total_limit 1").split()
     command = capped(setting.card, ["finetune.py", *words, "--output_dir", str(output)])
-    try:
-        with tempfile.TemporaryDirectory() as logs:
-            first, _ = run(command, Path(logs, "1"), math.inf, lambda said: "step 3/4" in said)
-            second, code = run(command, Path(logs, "2"), math.inf)
-        peak = max((size for _, size in steps_of(first + second) if size), default=None)
-        if "step 3/4" not in first:
-            return peak, "not trained and saved"
-        if code or f"going on from {output / 'checkpoint-2'}" not in second:
-            return peak, f"trained and saved, not resumed: {second[-300:]}"
-        done = "trained, saved, resumed, finished"
-        return peak, f"{done}, {complete(output, setting.card)}" if setting.whole else done
-    finally:
-        shutil.rmtree(output, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as logs:
+        first, _ = run(command, Path(logs, "1"), math.inf, lambda said: "step 3/4" in said)
+        second, code = run(command, Path(logs, "2"), math.inf)
+    peak = max((size for _, size in steps_of(first + second) if size), default=None)
+    if "step 3/4" not in first:
+        return peak, "not trained and saved"
+    if code or f"going on from {output / 'checkpoint-2'}" not in second:
+        return peak, f"trained and saved, not resumed: {second[-300:]}"
+    done = "trained, saved, resumed, finished"
+    return peak, f"{done}, {complete(output, setting.card)}" if setting.whole else done
 
 
 def complete(model: Path, card: int, options: str = "") -> str:

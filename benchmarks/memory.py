@@ -9,7 +9,6 @@ Measured is the most that PyTorch had allocated.
 """
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -24,13 +23,14 @@ from processes import (
     ZERO,
     command_of,
     finetune,
-    random_rows,
+    rows_file,
     steps_of,
 )
 from random_model import write_random_model
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig
+from deepseek_moe.cli import one_line_errors
 
 FP32 = "--single_gpu_full False"
 SETTINGS = {  # name: layers, rows a batch, tokens a row, options
@@ -64,11 +64,14 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("no GPU was found; this measures one", file=sys.stderr)
         sys.exit(2)
-    data = args.models / "rows.json"
-    args.models.mkdir(parents=True, exist_ok=True)
-    data.write_text(json.dumps(random_rows(64, 6000)))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'setting':46} {'estimated':>10} {'measured':>10} {'ratio':>6} {'tokens/s':>9}")
+    with rows_file(64, 6000) as data:
+        measure(args, data)
+
+
+def measure(args: argparse.Namespace, data: Path) -> None:
+    """Prints a line for each setting that was asked for."""
     chosen = {name: how for name, how in SETTINGS.items() if args.only in name}
     for name, (layers, rows, length, options) in tqdm(chosen.items(), file=sys.stderr):
         model = args.models / f"{layers}-layers"
@@ -87,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

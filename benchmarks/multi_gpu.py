@@ -46,7 +46,7 @@ from processes import (
     command_of,
     deepspeed,
     finetune,
-    random_rows,
+    rows_file,
     run,
     steps_of,
     torchrun,
@@ -134,7 +134,8 @@ def main() -> None:
         report["bytes_s"] = link(args)
         print(f"link: {number(report['bytes_s'] and report['bytes_s'] / 1e9)} GB/s a GPU, each way")
         print(f"\n{'training':14} {'GPUs':>4} {aligned(TRAINED)}", flush=True)
-        show(train_lines(args), "train", report, args)
+        with rows_file(largest_batch(args) * (STEPS + 1), 1500) as data:
+            show(train_lines(args, data), "train", report, args)
     if "inference" in args.parts:
         print(f"\n{'inference':14} {'GPUs':>4} {aligned(GENERATED)}", flush=True)
         show(inference_lines(args), "inference", report, args)
@@ -157,6 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, help="seconds of a run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-moe")
     parser.add_argument("--output_file", type=Path, help="JSON")
+    parser.add_argument("--overwrite", action="store_true", help="an output file that is there")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     there = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
@@ -173,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     if not chosen(args):
         raise UserError(f"no setting begins with {args.only!r}; there are: {'; '.join(SETTINGS)}")
     if args.output_file:
-        check_writable(args.output_file)
+        check_writable(args.output_file, args.overwrite)
     args.folder.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -186,7 +188,7 @@ def show(lines: Iterator[Any], part: str, report: dict[str, Any], args: Any) -> 
         print(f"{name:14} {line.gpus:>4} {aligned(line.cells())}", flush=True)
         report[part].append(asdict(line))
         if args.output_file:
-            write_text(args.output_file, json.dumps(report, indent=1) + "\n")
+            write_text(args.output_file, json.dumps(report, indent=1) + "\n", overwrite=True)
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
@@ -205,10 +207,11 @@ def link(args: argparse.Namespace) -> float | None:
         return json.loads(file.read_text())["bytes_s"] if file.exists() else None
 
 
-def train_lines(args: argparse.Namespace) -> Iterator[Trained]:
-    largest = ROWS[0] if args.device == "cuda" else CPU_ROWS[0]
-    data = args.folder / "rows.json"
-    data.write_text(json.dumps(random_rows(largest * args.gpus[-1] * (STEPS + 1), 1500)))
+def largest_batch(args: argparse.Namespace) -> int:
+    return (ROWS if args.device == "cuda" else CPU_ROWS)[0] * args.gpus[-1]
+
+
+def train_lines(args: argparse.Namespace, data: Path) -> Iterator[Trained]:
     todo = [(name, gpus) for name in chosen(args) for gpus in args.gpus]
     todo = [(name, gpus) for name, gpus in todo if gpus > 1 or AUTOEP not in SETTINGS[name]]
     lines: list[Trained] = []
@@ -217,7 +220,7 @@ def train_lines(args: argparse.Namespace) -> Iterator[Trained]:
         line = Trained(name, gpus, rows)
         if rows:
             if AUTOEP in options:
-                options = options.replace(AUTOEP, str(write_autoep(args.folder, gpus)))
+                options = options.replace(AUTOEP, str(write_autoep(data.parent, gpus)))
             command = options_of(args, data, rows, options, STEPS + 1)
             line = trained(line, *profiled(args, command, gpus), length_of(args))
         line.scaling = scaling(line, lines)
@@ -273,7 +276,7 @@ def write_autoep(folder: Path, gpus: int) -> Path:
         "shared_experts_pattern": "shared_experts",
     }
     file = folder.resolve() / f"autoep-{gpus}.json"
-    write_text(file, json.dumps(settings, indent=1) + "\n")
+    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return file
 
 
@@ -313,9 +316,10 @@ def kill_lines(args: argparse.Namespace) -> None:
     for name in chosen(args):
         if "full" in name and not args.only:
             continue
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            data = Path(folder, "rows.json")
-            data.write_text(json.dumps(random_rows(rows * gpus * kill.STEPS, 1500)))
+        with (
+            tempfile.TemporaryDirectory(dir=args.folder) as folder,
+            rows_file(rows * gpus * kill.STEPS, 1500) as data,
+        ):
             command = options_of(args, data, rows, SETTINGS[name], kill.STEPS)
             became = kill.killed(command, gpus, Path(folder), args.timeout)
         print(f"{name:14} {gpus:>4} {became}", flush=True)

@@ -94,7 +94,7 @@ class ProfileLastStep(TrainerCallback):
             on_device = torch.autograd.DeviceType.CUDA
             events = [e for e in events if e.device_type == on_device and not e.is_user_annotation]
         spans = [(e.name, e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events]
-        write_text(self.file, json.dumps(shares(spans, seconds)))
+        write_text(self.file, json.dumps(shares(spans, seconds)), overwrite=True)  # of a rank
 
 
 def synchronize() -> None:
@@ -200,7 +200,7 @@ def generate(argv: list[str]) -> None:
 
 def finish(file: Path, found: dict[str, Any]) -> None:
     if RANK == 0:
-        write_text(file, json.dumps(found))
+        write_text(file, json.dumps(found), overwrite=True)
     if distributed.is_initialized():
         distributed.barrier()  # one that leaves early may abort the others
         distributed.destroy_process_group()

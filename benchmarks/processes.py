@@ -3,6 +3,7 @@
 The environment is passed on as it is, so that what it says of NCCL holds.
 """
 
+import json
 import math
 import os
 import random
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +41,15 @@ def random_rows(count: int, words: int) -> list[dict[str, str]]:
         for _ in range(count)
     )
     return [{"instruction": "Write.", "output": text} for text in texts]
+
+
+@contextmanager
+def rows_file(count: int, words: int) -> Iterator[Path]:
+    """`random_rows` as JSON in a folder of their own, which is there as long as they are used."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.json")
+        file.write_text(json.dumps(random_rows(count, words)))
+        yield file
 
 
 def command_of(model: Path, data: Path, rows: int, length: int, options: str, steps: int) -> str:

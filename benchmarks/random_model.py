@@ -8,28 +8,52 @@ The default is the configuration of the official 16B model. Weights are normal w
 deviation 0.006, embeddings 0.02, norms 1: so the routing is nearly uniform, as in the official
 model, where tinier weights would send all tokens the same way. The tokenizer is the bundled one.
 --skew takes a checkpoint that this wrote, and makes some rows of its routers larger: of 64 experts
-the first 8 then get about half of all picks.
+the first 8 then get about half of all picks. The folder appears under its name when it is complete.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
-from deepseek_moe.cli import BUNDLED_MODEL
+from deepseek_moe.cli import BUNDLED_MODEL, one_line_errors
+from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.weights import official_tensors
+from deepseek_moe.writing import complete_or_absent, refuse_occupied
 
 HOT, HOT_EXPERTS = 5, 8  # how much larger the rows are, and how many
 ROUTERS = "model-routers.safetensors"
 
 
-def write_random_model(folder: Path, config: DeepseekConfig, seed: int = 0) -> None:
-    """bf16, a file a layer, and one of all routers."""
+@contextmanager
+def new_model(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder`; with `overwrite` in the place of a model there.
+
+    Raises:
+        UserError: `folder` holds anything (with `overwrite`: anything but a model).
+        RunError: it cannot be written.
+    """
+    if not (overwrite and (folder / "config.json").is_file()):
+        refuse_occupied(folder)
+    try:
+        with complete_or_absent(folder, overwrite) as aside:
+            yield aside
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error
+
+
+def write_random_model(
+    folder: Path, config: DeepseekConfig, seed: int = 0, overwrite: bool = False
+) -> None:
+    """bf16, a file a layer, and one of all routers; errors as of `new_model`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
@@ -47,44 +71,57 @@ def write_random_model(folder: Path, config: DeepseekConfig, seed: int = 0) -> N
         std = 0.02 if "embed_tokens" in name else 0.006
         return weight.normal_(0, std, generator=generator).cpu()
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, names in tqdm(files.items(), unit="file"):
-        save_file({name: make(name) for name in names}, folder / file, metadata={"format": "pt"})
-    places = {name: file for file, names in files.items() for name in names}
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(BUNDLED_MODEL / name, folder)
-    config.architectures = ["DeepseekForCausalLM"]
-    config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
+    with new_model(folder, overwrite) as aside:
+        for file, names in tqdm(files.items(), unit="file"):
+            made = {name: make(name) for name in names}
+            save_file(made, aside / file, metadata={"format": "pt"})
+        places = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {}, "weight_map": places}
+        (aside / "model.safetensors.index.json").write_text(json.dumps(index))
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(BUNDLED_MODEL / name, aside)
+        config.architectures = ["DeepseekForCausalLM"]
+        config.dtype = torch.bfloat16
+        config.save_pretrained(aside)
 
 
-def write_skewed_model(folder: Path, source: Path) -> None:
-    """`source` with half of all picks on a few experts; all but the routers are links to it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    routers = load_file(source / ROUTERS)
-    for file in source.iterdir():
-        if file.name != ROUTERS and not (folder / file.name).exists():
-            (folder / file.name).symlink_to(file.resolve())
-    for weight_ED in routers.values():
-        weight_ED[:HOT_EXPERTS] *= HOT
-    save_file(routers, folder / ROUTERS, metadata={"format": "pt"})
+def write_skewed_model(folder: Path, source: Path, overwrite: bool = False) -> None:
+    """`source` with half of all picks on a few experts; all but the routers are links to it.
+
+    Raises:
+        UserError: `source` is no model of this script, or `folder` itself; or as of `new_model`.
+    """
+    if not (source / ROUTERS).is_file():
+        raise UserError(f"{source} has no {ROUTERS}; give --skew a model that this script wrote")
+    if folder.exists() and folder.samefile(source):
+        raise UserError(f"{source} would be written over itself; give another --output")
+    with new_model(folder, overwrite) as aside:
+        routers = load_file(source / ROUTERS)
+        for file in source.iterdir():
+            if file.name != ROUTERS:
+                (aside / file.name).symlink_to(file.resolve())
+        for weight_ED in routers.values():
+            weight_ED[:HOT_EXPERTS] *= HOT
+        save_file(routers, aside / ROUTERS, metadata={"format": "pt"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the model in --output, and all else there"
+    )
     parser.add_argument("--num_hidden_layers", type=int, default=28)
     parser.add_argument("--skew", type=Path, help="of what --output is to be the skewed form")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.skew:
-        write_skewed_model(args.output, args.skew)
+        write_skewed_model(args.output, args.skew, args.overwrite)
         return
     config = DeepseekConfig(num_hidden_layers=args.num_hidden_layers)
-    write_random_model(args.output, config, args.seed)
+    write_random_model(args.output, config, args.seed, args.overwrite)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

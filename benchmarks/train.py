@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from decode import aligned, machine, number, times
 from limits import layer_numbers, product_rate
-from processes import EIGHT_BITS, KEPT, LORA, QLORA, command_of, finetune, random_rows, steps_of
+from processes import EIGHT_BITS, KEPT, LORA, QLORA, command_of, finetune, rows_file, steps_of
 from random_model import ROUTERS, write_random_model, write_skewed_model
 from rates import release
 from tqdm import tqdm
@@ -98,32 +98,31 @@ def main() -> None:
     parser.add_argument("--num_hidden_layers", type=int, default=28)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "random-moe")
     parser.add_argument("--output_file", type=Path, help="JSON, for images/draw.py")
+    parser.add_argument("--overwrite", action="store_true", help="an output file that is there")
     args = parser.parse_args()
     if not any(args.only in setting.name for setting in SETTINGS):
         raise UserError(f"no setting has {args.only!r} in its name")
+    if args.output_file:
+        check_writable(args.output_file, args.overwrite)
     if not torch.cuda.is_available():
         print("no GPU was found; this measures one", file=sys.stderr)
         sys.exit(2)
-    if args.output_file:
-        check_writable(args.output_file)
     device = torch.device("cuda")
     report = {"machine": machine(device), "operations_s": product_rate(device), "lines": []}
     release(device)
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     print(f"measured: multiplies {report['operations_s'] / 1e12:.3g} TFLOP/s (square matrices)")
     print(f"{'':28} {'rows x length':>13} {aligned(COLUMNS)}", flush=True)
-    for line in lines(args, report["operations_s"]):
-        print(f"{line.name:28} {line.shape:>13} {aligned(line.cells())}", flush=True)
-        report["lines"].append(asdict(line))
-        if args.output_file:  # now, in case a later line fails
-            write_text(args.output_file, json.dumps(report, indent=1) + "\n")
+    with rows_file(16 * STEPS, 6000) as data:
+        for line in lines(args, data, report["operations_s"]):
+            print(f"{line.name:28} {line.shape:>13} {aligned(line.cells())}", flush=True)
+            report["lines"].append(asdict(line))
+            if args.output_file:  # now, in case a later line fails
+                write_text(args.output_file, json.dumps(report, indent=1) + "\n", overwrite=True)
 
 
-def lines(args: argparse.Namespace, operations_s: float) -> Iterator[Trained]:
+def lines(args: argparse.Namespace, data: Path, operations_s: float) -> Iterator[Trained]:
     """Each as soon as it is measured."""
-    args.models.mkdir(parents=True, exist_ok=True)
-    data = args.models / "rows.json"
-    data.write_text(json.dumps(random_rows(16 * STEPS, 6000)))
     config = DeepseekConfig(num_hidden_layers=args.num_hidden_layers)
     chosen = [setting for setting in SETTINGS if args.only in setting.name]
     for setting in tqdm(chosen, file=sys.stderr):

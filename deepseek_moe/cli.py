@@ -12,6 +12,7 @@ import torch
 
 from .errors import UserError
 from .sampling import Sampler, make_sampler
+from .writing import write_aside
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLED_MODEL, BUNDLED_CHAT = MODELS / "tiny-base", MODELS / "tiny-chat"
@@ -87,35 +88,43 @@ def check_prompt(prompt: str) -> str:
     return prompt
 
 
-def check_writable(name: str | Path) -> Path:
-    """The file, or a UserError if it could not be written."""
+def check_writable(name: str | Path, overwrite: bool = True) -> Path:
+    """The file, or a UserError if it could not be written, or is there and must not be."""
     try:
         file = Path(name).expanduser()
-        writable = os.access(file.absolute().parent, os.W_OK) and not file.is_dir()
+        writable = os.access(file.absolute().parent, os.W_OK)
+        writable &= file.is_file() or not file.exists()  # no folder, no device
     except (OSError, RuntimeError, ValueError):  # no such user, name too long, ...
         writable = False
     if not writable:
         raise UserError(f"{name} cannot be written; give a file in a folder that exists")
+    if not overwrite and file.exists():
+        raise UserError(_is_there(name))
     return file
 
 
-def write_text(name: str | Path, text: str) -> Path:
-    """Writes aside and renames, so that the file is never half there; a UserError if it fails."""
-    file = check_writable(name)
-    aside = file.with_name(file.name + ".tmp")
+def write_text(name: str | Path, text: str, overwrite: bool = False) -> Path:
+    """Writes a file that is never half there; a UserError if it fails, or if the file is there
+    already and `overwrite` is False."""
+    file = check_writable(name, overwrite)
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, file)
+        write_aside(file, text, overwrite)
+    except FileExistsError as error:
+        raise UserError(_is_there(name)) from error
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"{name} cannot be written: {error.strerror}; choose another") from error
     return file
 
 
+def _is_there(name: str | Path) -> str:
+    return f"{name} is there already; choose another name, or add --overwrite"
+
+
 @contextmanager
-def noted_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C becomes an entry of the list, to be looked at between tokens; a second one interrupts.
-    (As an exception it comes anywhere, and Python drops one that comes in a destructor.)"""
+def noted_interrupts(*numbers: int) -> Iterator[list[int]]:
+    """Signals (Ctrl-C, unless `numbers` are given) become entries of the list, to be looked at
+    between tokens; a second one interrupts. (As an exception a signal comes anywhere, and Python
+    drops one that comes in a destructor.)"""
     pressed: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -123,11 +132,12 @@ def noted_interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         pressed.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in numbers or (signal.SIGINT,)}
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,13 @@ from .fingerprint import fingerprint, is_outdated
 from .merge import ADAPTER_FILE, Checkpoint, base_tensors, merged_tensors, official_parts
 from .modeling_deepseek import DeepseekForCausalLM
 from .weights import name_some
+from .writing import complete_or_absent, refuse_occupied, write_aside
 
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek.DeepseekConfig",
     "AutoModel": "modeling_deepseek.DeepseekModel",
     "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
 }
-UNFINISHED = ".partial"
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
 
     output = args.output.expanduser()
-    _refuse_occupied(output)
+    refuse_occupied(output)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a package to do without
     with redirect_stdout(sys.stderr):  # DeepSpeed prints and logs there
         base = locate(args.model)
@@ -168,9 +168,10 @@ def write_checkpoint(
 
     Raises:
         UserError: tensors are missing, not of this model or not finite, or `folder` is in use.
-        RunError: `folder` cannot be written, for example because the disk is full.
+        RunError: `folder` cannot be written, for example because the disk is full, or was filled
+            by another process meanwhile.
     """
-    _refuse_occupied(folder)
+    refuse_occupied(folder)
     try:
         limit = convert_file_size_to_int(max_shard_size)
     except ValueError as error:
@@ -181,7 +182,7 @@ def write_checkpoint(
     config.dtype = dtype or config.dtype
     tokenizer = own_tokenizer(base)
     try:
-        with _complete_or_absent(folder) as aside:
+        with complete_or_absent(folder) as aside:
             config.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
             if (base / "generation_config.json").is_file():
@@ -194,11 +195,6 @@ def write_checkpoint(
         raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error
 
 
-def _refuse_occupied(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; give a new folder, or remove it first")
-
-
 def add_code(folder: Path) -> None:
     """Adds the model's code to a checkpoint folder, for machines without this package.
 
@@ -208,16 +204,10 @@ def add_code(folder: Path) -> None:
     """
     module = Path(__file__).with_name("modeling_deepseek.py")
     for file in {module, *map(Path, get_relative_import_files(module))}:
-        _write_aside(folder / file.name, file.read_text(encoding="utf-8"))
+        write_aside(folder / file.name, file.read_text(encoding="utf-8"))
     config = folder / "config.json"
     fields = json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
-    _write_aside(config, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_aside(file: Path, text: str) -> None:
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
+    write_aside(config, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
 def _checked(
@@ -275,23 +265,6 @@ def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limi
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-@contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to fill, which takes its name when it is complete.
-
-    What an earlier run left there unfinished is removed.
-    """
-    aside = folder.absolute().with_name(folder.absolute().name + UNFINISHED)
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 command goes on from the last checkpoint, if all of these are the same, or says that all is done.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,11 +23,20 @@ from .errors import UserError
 from .export import write_checkpoint
 from .fingerprint import fingerprint, is_outdated
 from .merge import merged_tensors
+from .quantization import FILE as QUANTIZATION_FILE
 from .saving import INCOMPLETE, ONE_TENSOR, report_failed_save, tensors_on_host
 from .training import FineTuner
+from .weights import name_some
+from .writing import lock
 
 FILE = "run.json"
 RESULT_SHARDS = "5GB"
+# What a run writes into its folder, or removes from it, beside FILE: patterns of names.
+WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
+WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
+WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUANTIZATION_FILE)
+WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "weights.py")
 HASHED = ("model", "data", "eval_data")  # of the settings: known by what they contain
 
 
@@ -56,10 +64,15 @@ class Run:
                 ) from error
             if self.checkpoint or self.finished:  # else there is nothing to go on from
                 self._refuse_others(settings)
-        elif self.checkpoint or (self.folder / "config.json").is_file():
+        else:
+            self._refuse_files_of_others()
+
+    def _refuse_files_of_others(self) -> None:
+        there = [file for pattern in WRITTEN for file in self.folder.glob(pattern)]
+        if there:
             raise UserError(
-                f"{self.folder} holds a model or checkpoints, but no {FILE} that says what of; "
-                "give another --output_dir"
+                f"{self.folder} holds {name_some([file.name for file in there])}, which a run "
+                f"writes too, but no {FILE} that says of which run; give another --output_dir"
             )
 
     def _refuse_others(self, found: dict[str, Any]) -> None:
@@ -94,16 +107,14 @@ class Run:
             raise UserError(
                 f"{self.folder} cannot be made ({error.strerror}); give another --output_dir"
             ) from error
-        self._lock = (self.folder / ".lock").open("w")  # the system lets go of it when we end
+        self._lock = (self.folder / ".lock").open("a")
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+            lock(self._lock)
+        except BlockingIOError as error:
             raise UserError(
                 f"another process is running in {self.folder}; wait for it, end it, or give "
                 "another --output_dir"
             ) from error
-        except OSError:
-            pass  # a file system without locks
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
         with report_failed_save(self.folder, main=True):
             self._write(finished=False)
@@ -159,7 +170,7 @@ class Run:
             "settings": self.settings,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        aside = self.folder / f"{FILE}.tmp"
+        aside = self.folder / f".{FILE}.tmp"  # one name is enough: the folder is ours by its lock
         aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(aside, self.folder / FILE)
 

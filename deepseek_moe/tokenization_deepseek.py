@@ -5,7 +5,6 @@ files ask for it by `add_bos_token` in tokenizer_config.json, which transformers
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import BatchEncoding, TokenizersBackend
 
 from .errors import UserError
+from .writing import write_aside
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -91,9 +91,7 @@ class DeepseekTokenizer(TokenizersBackend):
             "add_eos_token": self.add_eos_token,
             "padding_side": self.padding_side,
         }
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
-        os.replace(aside, path)
+        write_aside(path, json.dumps(fields, indent=2, ensure_ascii=False))
         return files
 
 

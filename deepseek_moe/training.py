@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .adapters import weights_passed
@@ -35,6 +36,7 @@ from .checkpoint import one_line
 from .errors import RunError, UserError
 from .merge import Checkpoint
 from .optimizer import StepInBackward
+from .reporting import Reports, silent_writer_threads
 from .saving import (
     INCOMPLETE,
     SHARD_BYTES,
@@ -57,8 +59,14 @@ class FineTuner(Trainer):
         self.stopper = StopAtSignal()
         self.add_callback(self.stopper)
         self.progress = Progress()
+        kinds = get_reporting_integration_callbacks(self.args.report_to)
+        reporters = {
+            name: self.pop_callback(kind)
+            for name, kind in zip(self.args.report_to, kinds, strict=True)
+        }
         if self.pop_callback(ProgressCallback):
-            self.add_callback(self.progress)
+            reporters["the progress bar"] = self.progress
+        self.add_callback(Reports(reporters))
         self.add_callback(RehearseSave())
         self._aside: str | None = None  # where a checkpoint is being written
         self.shard_bytes = SHARD_BYTES
@@ -74,9 +82,11 @@ class FineTuner(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            with silent_writer_threads():
+                return super().train(*args, **kwargs)
         finally:
-            self.progress.close()
+            with suppress(OSError):
+                self.progress.close()
 
     def leave_if_stopped(self) -> None:
         """Ends the process, if a signal ended the training, as that signal would have."""

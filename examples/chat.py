@@ -35,7 +35,7 @@ from deepseek_moe.generation import Generator
 HELP = """\
 /reset      forget the conversation
 /undo       forget the last question and its answer
-/save FILE  write the conversation as JSON
+/save FILE  write the conversation as JSON; /save --overwrite FILE if it is there already
 /system     about system prompts
 /help       this list
 Ctrl-C stops an answer, Ctrl-D leaves."""
@@ -130,10 +130,13 @@ class Chat:
             yield stream.add(token)
 
     def save(self, name: str) -> None:
+        first, _, rest = name.partition(" ")
+        overwrite = first == "--overwrite"
+        name = rest.strip() if overwrite else name
         if not name:
             raise UserError("/save needs a file name")
         text = json.dumps(self.messages, ensure_ascii=False, indent=2)
-        file = write_text(name, text + "\n")
+        file = write_text(name, text + "\n", overwrite)
         note(f"{len(self.messages)} messages are in {file}")
 
 

@@ -187,6 +187,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--season", type=Path, nargs="+", help="text that a small share comes from")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="a model in --output")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--tokens", type=float, default=200e6)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -198,7 +199,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    there = [name for name in ("config.json", "training.json") if (args.output / name).exists()]
+    if there and not args.overwrite:
+        raise UserError(f"{args.output} has a {there[0]} already; give another, or add --overwrite")
+    return args
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """benchmarks/train.py: what it makes of logs, and its sums; stock_train.py runs on the CPU."""
 
 import json
+import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.cli import BUNDLED_MODEL
-from deepseek_moe.errors import UserError
+from deepseek_moe.errors import RunError, UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(FOLDER))
@@ -60,8 +62,7 @@ def test_hot_experts_get_half_of_all_picks(tmp_path: Path) -> None:
         num_attention_heads=4, num_key_value_heads=4, vocab_size=102400,
     )  # fmt: skip
     random_model.write_random_model(tmp_path / "even", config)
-    for _ in range(2):  # one that was interrupted is completed
-        random_model.write_skewed_model(tmp_path / "skewed", tmp_path / "even")
+    random_model.write_skewed_model(tmp_path / "skewed", tmp_path / "even")
     assert sum(not file.is_symlink() for file in (tmp_path / "skewed").iterdir()) == 1
     model = DeepseekForCausalLM.from_pretrained(tmp_path / "skewed", dtype=torch.float32).eval()
     chosen: list[torch.Tensor] = []
@@ -69,6 +70,91 @@ def test_hot_experts_get_half_of_all_picks(tmp_path: Path) -> None:
         layer.mlp.gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[2]))
     model(torch.randint(102400, (4, 64), generator=torch.Generator().manual_seed(0)))
     assert 0.4 < (torch.cat(chosen) < random_model.HOT_EXPERTS).float().mean() < 0.6
+
+
+def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What random_model.py writes is small, whatever its options say."""
+    small = partial(
+        DeepseekConfig, hidden_size=32, intermediate_size=32, moe_intermediate_size=8,
+        n_routed_experts=8, num_attention_heads=4, num_key_value_heads=4, vocab_size=96,
+    )  # fmt: skip
+    monkeypatch.setattr(random_model, "DeepseekConfig", small)
+
+
+def write_model(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["random_model.py", *map(str, words)])
+    random_model.main()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("skew", [False, True], ids=["even", "skewed"])
+def test_a_random_model_replaces_nothing_unless_told_to(
+    skew: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_model(monkeypatch)
+    even, output = tmp_path / "even", tmp_path / "model"
+    write_model(monkeypatch, "--output", even, "--num_hidden_layers", 2)
+    options = ["--output", output, "--num_hidden_layers", 2, *(["--skew", even] if skew else [])]
+    shutil.copytree(BUNDLED_MODEL, output)
+    before = contents(output)
+    with pytest.raises(UserError, match="is there already"):
+        write_model(monkeypatch, *options)
+    assert contents(output) == before
+    write_model(monkeypatch, *options, "--overwrite")
+    assert contents(output).keys() == contents(even).keys()
+    assert (contents(output) == contents(even)) == (not skew)
+    (output / "config.json").unlink()  # whatever it is now, it is no model
+    with pytest.raises(UserError, match="is there already"):
+        write_model(monkeypatch, *options, "--overwrite")
+    assert sorted(tmp_path.iterdir()) == [even, output]
+
+
+def test_a_random_model_that_breaks_off_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_model(monkeypatch)
+    output = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, output)
+    before, save = contents(output), random_model.save_file
+
+    def full(tensors: object, file: Path, **options: object) -> None:
+        if file.name == random_model.ROUTERS:
+            raise OSError(28, "No space left on device")
+        save(tensors, file, **options)
+
+    monkeypatch.setattr(random_model, "save_file", full)
+    for name, options in (("new", []), ("model", ["--overwrite"])):
+        with pytest.raises(RunError, match="No space left"):
+            write_model(monkeypatch, "--output", tmp_path / name, *options)
+    assert list(tmp_path.iterdir()) == [output] and contents(output) == before
+
+
+def test_only_another_model_of_the_script_can_be_skewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_model(monkeypatch)
+    with pytest.raises(UserError, match="has no model-routers"):
+        write_model(monkeypatch, "--output", tmp_path / "new", "--skew", BUNDLED_MODEL)
+    even = tmp_path / "even"
+    write_model(monkeypatch, "--output", even, "--num_hidden_layers", 2)
+    before = contents(even)
+    with pytest.raises(UserError, match="over itself"):
+        write_model(monkeypatch, "--output", even, "--skew", even, "--overwrite")
+    assert contents(even) == before
+
+
+def test_an_output_file_that_is_there_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "train.json"
+    file.write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output_file", str(file)])
+    with pytest.raises(UserError, match="is there already"):
+        train.main()
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

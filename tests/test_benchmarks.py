@@ -197,6 +197,20 @@ def test_options_that_cannot_be_measured(
         decode.parse_arguments()
 
 
+def test_an_output_file_that_is_there_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "report.json"
+    file.write_text("mine")
+    words = ["decode.py", "--output_file", str(file)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="is there already"):
+        decode.parse_arguments()
+    monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
+    assert decode.parse_arguments().output_file == file
+    assert file.read_text() == "mine"
+
+
 def run_decode(options: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     options += " --device cpu --new_tokens 6 --prompt_tokens 8 --batch_sizes 1 2 --prefill 2x16"
     monkeypatch.setattr(sys, "argv", ["decode.py", *options.split(), "--output_file", str(file)])

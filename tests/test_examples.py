@@ -172,16 +172,247 @@ def test_prompts_of_a_file_and_the_command_line(run: Runner, tmp_path: Path) -> 
     assert [row["prompt"] + row["completion"] for row in rows] == [
         completed(prompt, 4) for prompt in prompts
     ]
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "prompts.txt", "out.jsonl", "out.jsonl.run.json",
+    }  # fmt: skip
 
 
 def test_one_prompt_with_an_output_file(run: Runner, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    output.write_text("old", encoding="utf-8")
     run("completion.py", "--prompt", "Once", "--max_new_tokens", 4, "--output_file", output)
     (row,) = output.read_text(encoding="utf-8").splitlines()
     expected = completed("Once", 4).removeprefix("Once")
     assert json.loads(row) == {"prompt": "Once", "completion": expected}
+
+
+# A batch that is interrupted
+
+PROMPTS = ["The old man", "Once", "It was late", "A bird", "The king"]
+SAMPLED = ["--temperature", "1", "--seed", "7"]
+
+
+def batch(output: Path, *options: object) -> list[object]:
+    """A command of five prompts, two at a time."""
+    given = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    plain = ["--batch_size", 2, "--max_new_tokens", 4, "--output_file", output]
+    return ["completion.py", *given, *plain, *options]
+
+
+def call_in_batch(
+    monkeypatch: pytest.MonkeyPatch, number: int, function: Callable[[], None]
+) -> None:
+    """Calls `function` in the `number`-th batch, after its second token."""
+    stream, batches = Generator.stream, 0
+
+    def counted(self: Generator, prompts: list[list[int]], *args: object) -> Iterator[list[int]]:
+        steps = stream(self, prompts, *args)
+
+        def counting() -> Iterator[list[int]]:
+            nonlocal batches
+            batches += 1
+            for place, step in enumerate(steps):
+                if (batches, place) == (number, 2):
+                    function()
+                yield step
+
+        return counting()
+
+    monkeypatch.setattr(Generator, "stream", counted)
+
+
+@pytest.mark.parametrize("options", [[], SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_batch_is_gone_on_with(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], number: int
+) -> None:
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert run(*batch(whole, *options)).code == 0
+    with monkeypatch.context() as patch:
+        call_in_batch(patch, 2, lambda: os.kill(os.getpid(), number))
+        stopped = run(*batch(output, *options))
+    assert stopped.code == 128 + number
+    last = stopped.err.splitlines()[-1]
+    assert last == f"stopped: 2 of 5 completions are in {output}; repeat the command to go on"
+    assert output.read_bytes().splitlines() == whole.read_bytes().splitlines()[:2]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    done = run(*batch(output, *options))
+    assert done.code == 0
+    assert re.search(r" 5/5 ", done.err) and not re.search(r" [01]/5 ", done.err)  # the bar
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_to_go_on_overwrite_is_left_out(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_in_batch(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = run(*batch(tmp_path / "out.jsonl", "--overwrite"))
+    assert stopped.err.endswith("; repeat the command without --overwrite to go on\n")
+
+
+@pytest.mark.parametrize("options", [[], SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("cut", [0, 1, 60, -1])
+def test_half_a_line_of_a_killed_write_is_made_again(
+    run: Runner, tmp_path: Path, options: list[str], cut: int
+) -> None:
+    """Of a file cut off at any byte; the third completion is of a batch that is not complete."""
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    for file in (whole, output):
+        assert run(*batch(file, *options)).code == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + lines[3][:cut])
+    assert run(*batch(output, *options)).code == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_batch_says_so_and_loads_nothing(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    run(*batch(output))
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek_moe.checkpoint.load", None)
+        done = run(*batch(output))
+    assert (done.code, done.out) == (0, "")
+    assert done.err == f"5 of 5 completions are in {output} already\n"
+    after = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--prompt", "one more"], "other prompts"),
+        (["--max_new_tokens", 5], "max_new_tokens: 4 there, 5 now"),
+        (["--temperature", 0.5], "temperature: 0.0 there, 0.5 now"),
+        (["--seed", 1], "seed: None there, 1 now"),
+        (["--model", BUNDLED.with_name("tiny-chat")], "other model"),
+        (["--quantization", "int8"], "quantization: None there, int8 now"),
+    ],
+)
+def test_another_command_does_not_go_on_in_the_file(
+    run: Runner, tmp_path: Path, options: list[object], said: str
+) -> None:
+    output = tmp_path / "out.jsonl"
+    run(*batch(output))
+    before = output.read_bytes()
+    assert_error(run(*batch(output, *options)), said, "--overwrite", str(output))
+    assert output.read_bytes() == before
+
+
+def test_a_batch_of_another_size_goes_on_where_nothing_is_drawn(
+    run: Runner, tmp_path: Path
+) -> None:
+    """As one wants to after memory ran out."""
+    for options, code in (([], 0), (SAMPLED, 2)):
+        output = tmp_path / f"out-{code}.jsonl"
+        run(*batch(output, *options))
+        whole = output.read_bytes()
+        output.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+        done = run(*batch(output, *options, "--batch_size", 1))
+        assert done.code == code
+        assert (output.read_bytes() == whole) == (code == 0)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.run.json"])
+def test_a_file_of_the_user_is_kept_unless_it_may_be_overwritten(
+    run: Runner, tmp_path: Path, name: str
+) -> None:
+    output, mine = tmp_path / "out.jsonl", tmp_path / name
+    mine.write_text("mine")
+    assert_error(run(*batch(output)), f"{mine} is there already", "--overwrite")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+    assert run(*batch(output, "--overwrite")).code == 0
+    assert len(output.read_text().splitlines()) == 5
+    assert run(*batch(output)).err.endswith("already\n")
+
+
+def test_a_file_that_was_changed_is_kept(run: Runner, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(*batch(output))
+    lines = output.read_text().splitlines(keepends=True)
+    changed = ["{}\n", '{"prompt": "Once", "completion": 3}\n', "no JSON\n", lines[0]]
+    for line in changed:
+        text = "".join([lines[0], line, *lines[2:]])
+        output.write_text(text)
+        assert_error(run(*batch(output)), "line 2 is not what this command wrote", "--overwrite")
+        assert output.read_text() == text
+    output.write_text("".join([*lines, lines[0]]))
+    assert_error(run(*batch(output)), "line 6 is not what this command wrote")
+
+
+def test_one_process_at_a_time_writes_an_output_file(run: Runner, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    hold += "print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold, output], **pipes) as other:
+        other.stdout.readline()
+        for options in ([], ["--overwrite"]):
+            done = run(*batch(output, *options))
+            assert_error(done, f"another process is writing to {output}")
+        other.communicate(b"\n")
+    assert run(*batch(output)).code == 0
+
+
+def test_a_full_disk_keeps_what_is_there(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second batch is written half before the disk is full."""
+    output, fsync, calls = tmp_path / "out.jsonl", os.fsync, []
+
+    def full(number: int) -> None:
+        calls.append(number)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        done = run(*batch(output))
+    assert done.code == 1
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: ") and "No space left" in last
+    assert f"2 of 5 completions are in {output}: make room and repeat the command to go on" in last
+    assert len(output.read_text().splitlines()) == 2
+    assert run(*batch(output)).code == 0
+    assert len(output.read_text().splitlines()) == 5
+
+
+def test_a_prompt_that_is_too_long_is_found_before_the_work(run: Runner, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    assert_error(run(*batch(output, "--prompt", LONG)), "context is 1024")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_prompts_are_not_overwritten(run: Runner, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\n")
+    done = run(*batch(file, "--prompts_file", file, "--overwrite"))
+    assert_error(done, "the output file is the prompts file")
+    assert file.read_text() == "Once\n"
+
+
+@pytest.mark.slow
+def test_what_a_killed_batch_has_made_is_kept(tmp_path: Path) -> None:
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+
+    def command(file: Path) -> list[str]:
+        script, *words = batch(file, *SAMPLED, "--max_new_tokens", 40, "--batch_size", 1)
+        return [sys.executable, f"examples/{script}", *map(str, words)]
+
+    subprocess.run(command(whole), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    with subprocess.Popen(
+        command(output), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    ) as process:
+        while not (output.exists() and output.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    made = output.read_bytes()
+    assert made and len(made) < whole.stat().st_size and whole.read_bytes().startswith(made)
+    subprocess.run(command(output), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    assert output.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -356,7 +587,7 @@ def test_help_names_every_option(run: Runner) -> None:
     done = run("completion.py", "--help")
     options = """
         model prompt prompts_file output_file batch_size max_new_tokens dtype device
-        temperature top_k top_p min_p repetition_penalty seed
+        temperature top_k top_p min_p repetition_penalty seed overwrite
     """
     assert done.code == 0
     assert not [option for option in options.split() if f"--{option}" not in done.out]
@@ -372,7 +603,7 @@ def conversation(run: Runner, text: str, *options: object, new: int = 6) -> Run:
 
 
 def saved(run: Runner, file: Path, text: str, *options: object) -> list[dict[str, str]]:
-    conversation(run, f"{text}/save {file}\n", *options)
+    conversation(run, f"{text}/save --overwrite {file}\n", *options)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -456,6 +687,25 @@ def test_an_error_ends_a_piped_conversation(run: Runner, text: str, said: str) -
 
 def test_piped_bytes_that_are_no_text(run: Runner) -> None:
     assert_error(run("chat.py", stdin=b"Caf\xe9\n"), "UTF-8")
+
+
+def test_save_keeps_a_file_that_is_there(run: Runner, tmp_path: Path) -> None:
+    file = tmp_path / "notes.json"
+    file.write_text("mine")
+    done = run("chat.py", stdin=f"/save {file}\n".encode())
+    assert_error(done, f"{file} is there already", "--overwrite")
+    assert file.read_text() == "mine"
+    assert saved(run, file, "") == []  # by /save --overwrite
+    assert_error(run("chat.py", stdin=b"/save --overwrite\n"), "file name")
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="there is no /dev/null")
+def test_a_device_is_not_replaced_by_a_file(run: Runner) -> None:
+    done = run("chat.py", stdin=b"/save --overwrite /dev/null\n")
+    assert_error(done, "/dev/null cannot be written")
+    done = run("completion.py", "--output_file", "/dev/null", "--overwrite")
+    assert_error(done, "/dev/null cannot be written")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_save_does_not_leave_half_a_file(run: Runner, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from deepseek_moe.fingerprint import fingerprint
 from deepseek_moe.merge import ADAPTER_FILE, base_tensors, merged_tensors
 from deepseek_moe.tokenization_deepseek import BOS
 from deepseek_moe.weights import official_tensors
+from deepseek_moe.writing import write_aside
 
 
 @pytest.fixture
@@ -382,33 +384,155 @@ def test_wrong_tensors_leave_no_folder(
 # --- complete or absent --------------------------------------------------------------------------
 
 
+# A writer in a process of its own. It waits in the middle of the tensors for a line of input.
+SLOW_WRITER = """
+import sys
+from pathlib import Path
+from deepseek_moe.cli import one_line_errors
+from deepseek_moe.export import base_tensors, write_checkpoint
+base, output = map(Path, sys.argv[1:])
+def slowly():
+    for number, one in enumerate(base_tensors(base)):
+        if number == 20:
+            print("now", flush=True)
+            input()
+        yield one
+with one_line_errors():
+    write_checkpoint(slowly(), base, output, None, "5KB")
+"""
+
+
+def start_slow_writer(base: Path, output: Path) -> subprocess.Popen:
+    """Returns when it waits."""
+    command = [sys.executable, "-c", SLOW_WRITER, base, output]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(command, text=True, **pipes)
+    assert child.stdout.readline() == "now\n"
+    return child
+
+
 def test_killed_in_the_middle_leaves_no_folder_and_the_next_run_cleans_up(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, aside = tmp_path / "new", tmp_path / "new.partial"
-    script = f"""
-import time
-from pathlib import Path
-from deepseek_moe.export import base_tensors, write_checkpoint
-def slowly():
-    for number, one in enumerate(base_tensors(Path({str(base)!r}))):
-        if number == 20:
-            print("now", flush=True)
-            time.sleep(60)
-        yield one
-write_checkpoint(slowly(), Path({str(base)!r}), Path({str(output)!r}), None, "5KB")
-"""
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "now\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+    output = tmp_path / "new"
+    with start_slow_writer(base, output) as child:
+        child.send_signal(signal.SIGKILL)
     assert not output.exists()
+    [aside] = tmp_path.glob("new*")
     assert list(aside.glob("*.safetensors"))
     run(monkeypatch, "--model", base, "--output", output)
     assert not aside.exists()
+    assert list(tmp_path.glob("new*")) == [output]
     assert [p.name for p in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(output.glob(".*"))
     load(output)
+
+
+def test_what_another_process_writes_is_left_to_it_and_never_mixed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "new"
+    with start_slow_writer(base, output) as child:
+        run(monkeypatch, "--model", base, "--output", output, "--dtype", "bfloat16")
+        before = {file.name: file.read_bytes() for file in output.iterdir()}
+        _, said = child.communicate("go on\n")
+    assert child.returncode == 1
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert f"{output} was written by another process meanwhile" in said
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+    assert {x.dtype for x in tensors_in(output).values()} == {torch.bfloat16}
+    assert list(tmp_path.glob("new*")) == [output]
+
+
+def test_two_exports_in_one_process_do_not_mix(base: Path, tmp_path: Path) -> None:
+    """The second begins and ends within the first."""
+    output = tmp_path / "new"
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, one in enumerate(base_tensors(base)):
+            if number == 20:
+                export.write_checkpoint(base_tensors(base), base, output, torch.bfloat16)
+            yield one
+
+    with pytest.raises(RunError, match="was written by another process meanwhile"):
+        export.write_checkpoint(tensors(), base, output, None)
+    assert {x.dtype for x in tensors_in(output).values()} == {torch.bfloat16}
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    assert list(tmp_path.glob("new*")) == [output]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [0, 0.1, 0.3])
+def test_of_two_exports_at_a_time_one_is_there(
+    offset: float, bundled_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "new"
+    command = [sys.executable, "-m", "deepseek_moe.export", "--model", bundled_model]
+    processes = {}
+    for dtype in ("bfloat16", "float32"):
+        options = ["--output", output, "--dtype", dtype]
+        processes[dtype] = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+        time.sleep(offset)
+    said = {dtype: process.communicate()[1] for dtype, process in processes.items()}
+    [winner] = [dtype for dtype, process in processes.items() if process.returncode == 0]
+    [loser] = processes.keys() - {winner}
+    assert f"error: {output} " in said[loser] and "Traceback" not in said[loser]
+    assert json.loads((output / "config.json").read_text())["dtype"] == winner
+    assert {str(x.dtype) for x in tensors_in(output).values()} == {f"torch.{winner}"}
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_files_of_the_user_beside_what_is_written_stay(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under names that were once used to write aside, and under those that look like them."""
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.mine.partial").mkdir()
+    mine = [tmp_path / "new.partial" / "x", tmp_path / "new.mine.partial" / "x"]
+    mine += [base / "config.json.tmp", base / "tokenizer_config.tmp"]
+    for file in mine:
+        file.write_text("mine")
+    run(monkeypatch, "--model", base, "--output", tmp_path / "new")
+    export.add_code(base)
+    AutoTokenizer.from_pretrained(base).save_pretrained(base)
+    assert [file.read_text() for file in mine] == ["mine"] * len(mine)
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "note.txt"
+    write_aside(file, "old")
+    with pytest.raises(FileExistsError):
+        write_aside(file, "new", overwrite=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", None)
+        with pytest.raises(TypeError):
+            write_aside(file, "new")
+    assert file.read_text() == "old"
+    write_aside(file, "new")
+    assert file.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_to_an_empty_folder_is_filled(base: Path, tmp_path: Path) -> None:
+    place, output = tmp_path / "place", tmp_path / "new"
+    place.mkdir()
+    output.symlink_to(place)
+    export.write_checkpoint(base_tensors(base), base, output, None)
+    assert output.is_symlink()
+    load(place)
+
+
+def test_a_mounted_folder_is_refused_before_the_work(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rename can put a folder there."""
+    output = tmp_path / "new"
+    output.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == output)
+    with pytest.raises(UserError, match="a file system is mounted"):
+        export.write_checkpoint(iter([]), base, output, None)
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from text_fixtures import BUNDLED, tokenizer_of
 from transformers import AutoModelForCausalLM
+
+from deepseek_moe.runs import WRITTEN
 
 KILLED = -signal.SIGKILL
 FULL: dict[str, Any] = {}
@@ -277,8 +281,20 @@ def test_a_folder_with_another_model_in_it_is_refused(
 ) -> None:
     before = files_of(place / "base")
     done = run(argv(place / "base"), tmp_path / "log")
-    assert done.code == 2 and "holds a model" in done.error
+    assert done.code == 2 and "holds config.json" in done.error
     assert files_of(place / "base") == before
+
+
+def test_every_file_of_a_result_is_known_as_one_that_a_run_writes(
+    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """So that a new run refuses a folder where the user has a file of that name."""
+    quantised = tmp_path / "quantised"
+    done = run(argv(quantised, **(LORA | {"bits": 4})), tmp_path / "log")
+    assert done.code == 0, done.err
+    for folder in (*finished.values(), quantised):
+        names = {file.name for file in folder.iterdir()} - {"run.json", ".lock", "runs"}
+        assert names == {file.name for pattern in WRITTEN for file in folder.glob(pattern)}
 
 
 def test_only_the_newest_checkpoints_are_kept(
@@ -431,6 +447,45 @@ def test_tensorboard_has_the_curves(finished: dict[str, Path]) -> None:
         assert [point.step for point in curve] == list(range(1, 13))
         assert all(point.value > 0 for point in curve)
         assert [point.value for point in curve] == pytest.approx(logged(finished["full"], name))
+
+
+def assert_trained_without_reports(done: Ended, output: Path, reference: Path) -> None:
+    assert done.code == 0, done.err
+    assert done.err.count("warning: ") == 1 and "Traceback" not in done.err, done.err
+    assert f"warning: tensorboard cannot report any more to {output / 'runs'}" in done.err
+    assert checkpoints(output) == [3, 6, 9, 12]
+    assert_same(output, reference)
+
+
+def test_without_a_place_for_tensorboard_the_run_goes_on(
+    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "runs").write_text("no folder")
+    done = run(argv(output), tmp_path / "log")
+    assert_trained_without_reports(done, output, finished["full"])
+
+
+def test_a_full_disk_under_tensorboard_does_not_end_the_run(
+    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    output, disk = tmp_path / "out", tmp_path / "disk"
+    for folder in (output, disk):
+        folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here, which takes root")
+    try:
+        (output / "runs").symlink_to(disk)
+        with suppress(OSError), (disk / "filling").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        done = run(argv(output), tmp_path / "log")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert "No space left on device" in done.err
+    assert_trained_without_reports(done, output, finished["full"])
 
 
 def test_lora_merged_is_a_whole_model_beside_its_adapter(

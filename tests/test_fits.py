@@ -9,7 +9,7 @@ import pytest
 from finetune_fixtures import ROOT, write_base
 
 sys.path.append(str(ROOT / "benchmarks"))
-fits = import_module("fits")
+fits, random_rows = import_module("fits"), import_module("processes").random_rows
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_a_setting_is_trained_saved_resumed_and_used(
     whole: bool, tmp_path: Path, uncapped: None
 ) -> None:
     data = tmp_path / "rows.json"
-    data.write_text(json.dumps(fits.random_rows(8, 60)))
+    data.write_text(json.dumps(random_rows(8, 60)))
     base = write_base(tmp_path / "base", max_position_embeddings=512)
     options = "" if whole else "--use_lora True --lora_r 2"
     setting = fits.Training("small", 80, 2, 32, options, whole)
@@ -32,13 +32,12 @@ def test_a_setting_is_trained_saved_resumed_and_used(
     assert peak is None  # of a GPU
     assert done.startswith("trained, saved, resumed, finished")
     assert ("continued a text: 50 tokens" in done) == whole
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_setting_that_does_not_fit_is_not_said_to_fit(tmp_path: Path, uncapped: None) -> None:
     data = tmp_path / "rows.json"
-    data.write_text(json.dumps(fits.random_rows(8, 60)))
+    data.write_text(json.dumps(random_rows(8, 60)))
     setting = fits.Training("small", 80, 2, 32, "--lora_r 0 --use_lora True")
     assert fits.train(setting, write_base(tmp_path / "base"), data, tmp_path / "run") == (
         None,

@@ -125,12 +125,11 @@ def test_the_training_script_runs_on_other_text(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps(row) for row in rows))
     options = "--tokens 512 --batch_size 2 --length 64 --evaluations 1 --no-compile --output"
-    subprocess.run(
-        [sys.executable, ROOT / "models/train_tiny.py", "--text", text, *options.split(), tmp_path],
-        check=True,
-        capture_output=True,
-        cwd=ROOT,
-    )
+    command = [sys.executable, ROOT / "models/train_tiny.py", "--text", text, *options.split()]
+    for code in (0, 2):  # the second one would write over the first one's model
+        done = subprocess.run([*command, tmp_path], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == code, done.stderr
+    assert "has a config.json already" in done.stderr
     report = json.loads((tmp_path / "training.json").read_text())
     assert report["test"]["bits_per_byte"] > 0
     assert (tmp_path / "model.safetensors").exists()

@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from deepseek_moe.adapters import add_lora, weights_passed
 from deepseek_moe.arguments import ModelArguments, names, parse_arguments, zero_stage
 from deepseek_moe.data import IGNORED, Collator, load_examples, pack
 from deepseek_moe.errors import RunError, UserError
-from deepseek_moe.runs import FILE, Run
+from deepseek_moe.runs import FILE, WRITTEN, Run
 from deepseek_moe.tokenization_deepseek import EOS
 from deepseek_moe.training import (
     EpochSampler,
@@ -86,6 +88,7 @@ def tuner(base: Path, tmp_path: Path) -> Callable[..., FineTuner]:
             processing_class=TOKENIZER,
         )
 
+    tuner.output = tmp_path / "out"
     return tuner
 
 
@@ -270,6 +273,95 @@ def test_the_sampler_is_told_the_epoch_of_a_resumed_run(
         assert sampler.epoch == wanted
 
 
+# --- Reports
+
+
+class FullDisk:
+    """In the place of TensorBoard's writer; its file system is full from the event `full` on."""
+
+    full = ""
+    called: list[str] = []
+
+    def __init__(self, **_: Any) -> None:
+        self("begin")
+
+    def __call__(self, event: str) -> None:
+        self.called.append(event)
+        if event == self.full:
+            raise OSError(28, "No space left on device")
+
+    def add_text(self, *_: Any) -> None: ...
+
+    def add_scalar(self, *_: Any) -> None:
+        self("log")
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self("end")
+
+
+@pytest.mark.parametrize("event", ["begin", "log", "end"])
+def test_a_report_that_fails_is_warned_of_once_and_the_run_goes_on(
+    event: str,
+    tuner: Callable[..., FineTuner],
+    examples: datasets.Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullDisk)
+    monkeypatch.setattr(FullDisk, "full", event)
+    monkeypatch.setattr(FullDisk, "called", [])
+    trainer = tuner(examples, report_to="tensorboard", max_steps=3, save_strategy="steps")
+    capsys.readouterr()
+    trainer.train()
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert len(said) == 1
+    for words in ("tensorboard", str(tuner.output / "runs"), "No space left", "goes on without it"):
+        assert words in said[0]
+    assert FullDisk.called.count(event) == 1
+    assert len(curve(trainer, "loss")) == 3
+    assert (tuner.output / "checkpoint-3" / "trainer_state.json").is_file()
+
+
+def test_an_error_in_tensorboards_thread_is_a_warning_too(
+    tuner: Callable[..., FineTuner],
+    examples: datasets.Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def write(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    trainer = tuner(examples, report_to="tensorboard", max_steps=3)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's
+    trainer.train()
+    assert threading.excepthook is threading.__excepthook__  # as before
+    said = capfd.readouterr().err
+    assert said.count("warning: tensorboard cannot report any more") == 1
+    assert "Traceback" not in said and "Exception" not in said
+    assert len(curve(trainer, "loss")) == 3
+
+
+def test_a_full_disk_under_stderr_does_not_end_the_run(
+    tuner: Callable[..., FineTuner], examples: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The progress bar and its lines go there, often into a file."""
+    trainer = tuner(examples, max_steps=3, disable_tqdm=False)
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        trainer.train()
+        monkeypatch.undo()
+        with pytest.raises(OSError):
+            full.flush()
+        with suppress(OSError):
+            full.close()
+    assert len(curve(trainer, "loss")) == 3
+
+
 # --- Small parts
 
 
@@ -327,6 +419,20 @@ def test_a_run_knows_whether_it_is_new_begun_or_finished(tmp_path: Path) -> None
     (run.folder / FILE).unlink()
     with pytest.raises(UserError, match=r"no run\.json"):
         Run(str(run.folder), settings)
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "README.md", "runs", "notes.txt", ".lock"])
+def test_files_of_the_user_are_in_the_way_of_a_new_run_if_it_would_write_them(
+    name: str, tmp_path: Path
+) -> None:
+    mine = tmp_path / name.replace("*", "-1")
+    mine.write_text("mine")
+    if name in WRITTEN:
+        with pytest.raises(UserError, match=f"holds {mine.name}.* no run.json"):
+            Run(str(tmp_path), {})
+    else:
+        Run(str(tmp_path), {}).start()
+    assert mine.read_text() == "mine"
 
 
 def test_a_folder_where_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
