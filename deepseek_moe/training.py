@@ -30,18 +30,14 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .adapters import weights_passed
 from .checkpoint import one_line
-from .errors import RunError, UserError
-from .merge import Checkpoint
+from .errors import EveryProcess, RunError, UserError
 from .optimizer import StepInBackward
+from .resume import ResumingTrainer
 
 INCOMPLETE = "incomplete"
 
 
-class EveryProcess(RunError):
-    """One that all processes of a run come to."""
-
-
-class FineTuner(Trainer):
+class FineTuner(ResumingTrainer):
     """transformers' Trainer for batches of `data.Collator`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -258,18 +254,6 @@ class FineTuner(Trainer):
         quantization = getattr(self.model, "base_quantization", None)
         if quantization and self.args.should_save:
             quantization.save(Path(output_dir or self.args.output_dir))
-
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer would match the per-expert names on disk with the stacked ones in memory, find
-        none of the experts, warn, and go on with those of the base model."""
-        model = model or self.model
-        if not isinstance(model, PreTrainedModel):  # adapters are stored as they are
-            super()._load_from_checkpoint(checkpoint, model)
-            return
-        saved = Checkpoint(Path(checkpoint))
-        with torch.no_grad():  # one at a time, each in its own dtype: what trains may be fp32
-            for name, parameter in model.named_parameters():
-                parameter.copy_(saved.read(name))
 
 
 @contextmanager
