@@ -25,6 +25,7 @@ from finetune_fixtures import (
     checkpoints,
     command,
     end,
+    kill_at,
     kill_group,
     launch,
     launcher,
@@ -39,6 +40,8 @@ from finetune_fixtures import (
 )
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from deepseek_moe.resume import Layout, damage
 
 slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("deepspeed_extensions")
@@ -369,6 +372,48 @@ def test_two_processes_take_the_steps_of_one(
     argv = steps(place, tmp_path / "out", config, 4, **ADAM)
     succeed(argv, tmp_path / "log")
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
+
+
+def zero_content(file: Path) -> None:
+    """A file of the same structure, in which a library finds something else."""
+    torch.save({"nothing": 0}, file)
+
+
+@pytest.mark.parametrize(("config", "stage"), [("zero2_no_offload", 2), ("zero3", 3)])
+def test_a_damaged_checkpoint_is_one_line(
+    config: str, stage: int, place: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    argv = steps(place, output, config, 4, **ADAM, save_total_limit=2)
+    argv[argv.index("--save_steps") + 1] = "1"
+    accident = kill_at("deepseek_moe.training.FineTuner", "compute_loss", 3)
+    assert [done.code for done in forked(argv, tmp_path / "log", 2, accident)] == [-9, -9]
+    checkpoint, layout = output / "checkpoint-2", Layout(2, stage, adapter=False)
+    assert damage(checkpoint, layout) is None
+    files = [file for file, _ in layout.checks(checkpoint)]
+    assert {file.name for file in checkpoint.glob("global_step2/*")} <= {f.name for f in files}
+    for file in files:
+        content = file.read_bytes()
+        for other in (None, b"", content[: len(content) // 2], b"?" * len(content)):
+            file.unlink(missing_ok=True)
+            if other is not None:
+                file.write_bytes(other)
+            assert damage(checkpoint, layout).startswith(f"{file} is ")
+        file.write_bytes(content)
+
+    last = files[-1]
+    last.rename(tmp_path / "aside")
+    first, second = forked(argv, tmp_path / "log", 2)
+    assert first.error.startswith(f"{last} is missing; remove {checkpoint} to go on from ")
+    assert (first.code, second.code) == (1, 1) and "error" not in second.err
+    zero_content(last)  # which only a library finds
+    found = forked(argv, tmp_path / "log", 2)
+    assert all(done.code != 0 for done in found)
+    said = f"the states of DeepSpeed of {checkpoint} cannot be read back ("
+    assert any(said in done.err for done in found), found[0].err
+    (tmp_path / "aside").rename(last)
+    succeed(argv, tmp_path / "log")
+    assert checkpoints(output) == [2, 3]
 
 
 def be_alone_on_a_machine() -> None:
