@@ -142,6 +142,7 @@ NOT_SUPPORTED = {  # option: when it is off, and why it is not taken
     "load_best_model_at_end": (False, "choose among the checkpoints"),
     "save_only_model": (False, "nothing could go on from such a checkpoint; leave it out"),
     "resume_from_checkpoint": (None, "repeating a command goes on by itself; leave it out"),
+    "ignore_data_skip": (False, "a repeated run would see rows again that it has trained on"),
     "do_predict": (False, "there is nothing to predict; leave it out"),
 }
 OF_LORA = ("lora_rank", "lora_r", "lora_alpha", "lora_dropout", "modules_to_save")

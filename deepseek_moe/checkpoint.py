@@ -62,9 +62,13 @@ def load(
     folder = locate(model, trust_remote_code)
     place = _device(device)
     numbers = _count_numbers(folder)
+    ours = _read_object(folder / "config.json").get("model_type") == DeepseekConfig.model_type
     with one_line(f"{folder / 'config.json'} cannot be used", _remedy(folder, trust_remote_code)):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if quantization and not isinstance(config, DeepseekConfig):
+        if ours:  # AutoConfig would warn of a tokenizer that is not taken here
+            config = DeepseekConfig.from_pretrained(folder)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if quantization and not ours:
         raise UserError(
             f"{folder} holds a {config.model_type} model, of which {quantization} knows nothing; "
             "load it without quantization"
@@ -75,7 +79,6 @@ def load(
             return numbers * number_type.itemsize
         return packed_bytes(numbers, config, BITS[quantization], number_type)
 
-    ours = isinstance(config, DeepseekConfig)
     if ours:  # before the weights, which take longer; whatever class the files name
         tokenizer: PreTrainedTokenizerBase = own_tokenizer(folder)
     number_type = DTYPES.get(dtype) or _auto_dtype(place, size(torch.float32), config.dtype)

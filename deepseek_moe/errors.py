@@ -11,3 +11,7 @@ class RunError(UserError):
     """A run that was asked for rightly and could not go on: a full disk, a loss that is NaN."""
 
     exit_code = 1
+
+
+class EveryProcess(RunError):
+    """One that all processes of a run come to."""

@@ -6,6 +6,7 @@ its device as soon as it is read, so no more than one is ever there in full. The
 the embedding and the head are left alone.
 """
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def dequantize(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _unpack(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Tensor:
     """`bnb.functional.dequantize_4bit`, which takes three kernels and long to start them."""
     if not (packed.is_cuda and torch.version.hip is None and has_triton()):
-        return bnb.functional.dequantize_4bit(packed, state)
+        return _dequantize_by_blocks(packed, state)
     from .kernels.unpack import unpack_4bit
 
     scales, blocksize2 = (None, None, None), 256
@@ -108,6 +109,49 @@ def _unpack(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Ten
     return unpack_4bit(
         packed, state.code, state.absmax, *scales, shape, dtype, blocksize, blocksize2
     )
+
+
+def _dequantize_by_blocks(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Tensor:
+    """`bnb.functional.dequantize_4bit` with one row for each scale.
+
+    A scale belongs to a block of 64 numbers, and a block may begin in one row of a weight and end
+    in the next. On CPUs with AVX-512, bitsandbytes 0.50.2 starts every row with a new scale, so
+    that weights whose rows are a multiple of 16 long, but not of 64, come out wrong by a quarter.
+    """
+    numbers, size = state.shape.numel(), state.blocksize
+    blocks = copy.copy(state)
+    blocks.shape = torch.Size((numbers,) if numbers % size else (numbers // size, size))
+    return bnb.functional.dequantize_4bit(packed, blocks).reshape(state.shape)
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """bitsandbytes' layer, which on a CPU computes with `dequantize`, in evaluation too.
+
+    On CPUs with AVX512-BF16 the original's `forward` (bitsandbytes 0.50.2, nn/modules.py, line 613)
+    packs its weight anew in the first evaluation and rounds the scales to bf16 for good: training
+    would go on over another base. It also fails if the widths are no multiples of 32 and 64.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        dtype = self.compute_dtype or x.dtype
+        out = _FrozenLinear.apply(x.to(dtype), self.weight)
+        return (out if self.bias is None else out + self.bias.to(dtype)).to(x.dtype)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x [..., I] times W^T [I, O]. The quantised W is unpacked here and, for the gradient of x, in
+    the backward pass once more, so that it is never kept in full."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_OI: nn.Parameter) -> torch.Tensor:
+        ctx.weight_OI = weight_OI  # the module's own parameter, not a copy
+        return nn.functional.linear(x, dequantize(weight_OI, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad @ dequantize(ctx.weight_OI, grad.dtype), None
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
@@ -181,7 +225,11 @@ class ExpertsToo8bit(BitsAndBytesConfig):
 
 @register_quantizer("experts_too_4bit")
 class ExpertsToo4bitQuantizer(_ExpertsToo, Bnb4BitHfQuantizer):
-    pass
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        for module in model.modules():
+            if type(module) is bnb.nn.Linear4bit:  # made by transformers, without its weight yet
+                module.__class__ = Linear4bit
 
 
 @register_quantizer("experts_too_8bit")

@@ -33,10 +33,10 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from .adapters import weights_passed
 from .arguments import zero_stage
 from .checkpoint import one_line
-from .errors import RunError, UserError
-from .merge import Checkpoint
+from .errors import EveryProcess, RunError, UserError
 from .optimizer import StepInBackward
 from .reporting import Reports, silent_writer_threads
+from .resume import ResumingTrainer
 from .saving import (
     INCOMPLETE,
     SHARD_BYTES,
@@ -47,11 +47,7 @@ from .saving import (
 )
 
 
-class EveryProcess(RunError):
-    """One that all processes of a run come to."""
-
-
-class FineTuner(Trainer):
+class FineTuner(ResumingTrainer):
     """transformers' Trainer for batches of `data.Collator`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -317,18 +313,6 @@ class FineTuner(Trainer):
         else:
             save_weights(self.model, folder, state_dict, self.shard_bytes)
         self.processing_class.save_pretrained(str(folder))
-
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer would match the per-expert names on disk with the stacked ones in memory, find
-        none of the experts, warn, and go on with those of the base model."""
-        model = model or self.model
-        if not isinstance(model, PreTrainedModel):  # adapters are stored as they are
-            super()._load_from_checkpoint(checkpoint, model)
-            return
-        saved = Checkpoint(Path(checkpoint))
-        with torch.no_grad():  # one at a time, each in its own dtype: what trains may be fp32
-            for name, parameter in model.named_parameters():
-                parameter.copy_(saved.read(name))
 
 
 @contextmanager

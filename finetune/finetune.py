@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 # Before anything imports them: libraries warn one another of renamed functions, and bitsandbytes of
 # every product that it casts and of a package that it can do without.
@@ -41,6 +42,7 @@ from deepseek_moe.data import (
 )
 from deepseek_moe.disk import disk_need
 from deepseek_moe.memory import count_steps, meta_model, plan, trainable_table
+from deepseek_moe.resume import Layout, refuse_damaged
 from deepseek_moe.runs import Run, settings_of
 from deepseek_moe.training import FineTuner, said_once
 
@@ -88,6 +90,7 @@ def main() -> None:
         if main_process:
             run.start()
     if run.checkpoint:
+        refuse_damaged(Path(run.checkpoint), Layout.of(args, adapter=options.use_lora))
         say(f"going on from {run.checkpoint}")
 
     model = build_model(folder, options, args)

@@ -1,15 +1,15 @@
 """What several test files share: small models in a blink, and the folders some tests need."""
 
+import fcntl
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test has business on the network
-# DeepSpeed compiles for CPUs at its first use, once for each environment that has its own folder;
-# in a shared one they compile for each other, and wait for ever for one that was killed meanwhile.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 import pytest
 import torch
@@ -22,6 +22,14 @@ from transformers.utils import logging
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
+# What DeepSpeed compiles for CPUs, once for each environment. Only `compile_extensions` writes it.
+EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
+EXTENSIONS /= "deepseek_moe_tests"
+COMPILE = """
+from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
+ShareMemCommBuilder().load()  # for several processes
+CPUAdamBuilder().load()  # for optimizers that are offloaded
+"""
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -49,6 +57,56 @@ def no_deepspeed_of_another_test() -> Iterator[None]:
     yield
     if module := sys.modules.get("transformers.integrations.deepspeed"):
         module.unset_hf_deepspeed_config()
+
+
+def compile_extensions(folder: Path, code: str = COMPILE, timeout: float | None = None) -> None:
+    """Runs Python `code` that compiles extensions of torch in `folder`; waits for another process
+    that does so.
+
+    torch marks a compilation by a file `lock`. If it is killed, the file stays, and all that follow
+    wait for ever until somebody deletes it. The system's own lock, which ends with its process,
+    tells that nobody compiles, so that each such file is of a dead process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "compiling").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_locks(folder)
+        environment = {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | environment,
+            pass_fds=[lock.fileno()],  # if this process is killed, it compiles on
+            check=True,
+            timeout=timeout,
+        )
+
+
+def remove_locks(folder: Path) -> None:
+    """Of torch's extensions in `folder`, which no process may be loading."""
+    for left in folder.glob("*/lock"):
+        left.unlink()
+
+
+@pytest.fixture(scope="session")
+def session_extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepSpeed's extensions for CPUs: compiled, which takes minutes, before any test is timed."""
+    if torch.cuda.is_available():  # of others, which DeepSpeed compiles at their first use
+        return EXTENSIONS
+    compile_extensions(EXTENSIONS)
+    copy = tmp_path_factory.mktemp("torch") / "extensions"
+    return shutil.copytree(EXTENSIONS, copy, ignore=shutil.ignore_patterns("lock"))
+
+
+@pytest.fixture
+def deepspeed_extensions(session_extensions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each test that starts DeepSpeed: its processes load what was compiled before.
+
+    Loading takes torch's lock too. Here it is one of this session's own copy, in which tests run
+    one after another, so that it never outlives the test that was killed while it held it.
+    """
+    if session_extensions != EXTENSIONS:
+        remove_locks(session_extensions)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(session_extensions))
 
 
 @pytest.fixture(scope="session")

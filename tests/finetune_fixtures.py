@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -88,9 +89,17 @@ def start(argv: Sequence[str], log: Path, before: Callable[[], None] | None = No
 def end(process: BaseProcess, log: Path, timeout: float = 120) -> Ended:
     process.join(timeout)
     if process.exitcode is None:
-        process.kill()
+        kill_group(process)
         raise AssertionError(f"still running after {timeout} s: {read(log, 'err')}")
     return Ended(process.exitcode, read(log, "out"), read(log, "err"))
+
+
+def kill_group(process: BaseProcess) -> None:
+    """With all that it started, unless it has ended."""
+    if process.exitcode is None:
+        with suppress(ProcessLookupError):  # it has no group of its own yet, or has just ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
 
 
 def run(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> Ended:
@@ -104,6 +113,7 @@ def read(log: Path, kind: str) -> str:
 def _script(argv: list[str], log: Path, before: Callable[[], None] | None) -> None:
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.setsid()  # so that it can be ended with all that it starts
     torch.set_num_threads(os.cpu_count() or 1)  # with one, no sum could be in another order
     if before:
         before()

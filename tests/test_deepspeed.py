@@ -6,7 +6,9 @@ import json
 import math
 import os
 import shlex
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import finetune_fixtures
 import pytest
 import torch
+from conftest import compile_extensions
 from finetune_fixtures import (
     SCRIPT,
     Ended,
@@ -22,6 +25,8 @@ from finetune_fixtures import (
     checkpoints,
     command,
     end,
+    kill_at,
+    kill_group,
     launch,
     launcher,
     logged,
@@ -36,7 +41,10 @@ from finetune_fixtures import (
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from deepseek_moe.resume import Layout, damage
+
 slow = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("deepspeed_extensions")
 
 FULL = """
 deepspeed finetune.py --model_name_or_path $MODEL_PATH --data_path $DATA_PATH --output_dir $OUTPUT_PATH \
@@ -154,6 +162,38 @@ def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(
     assert all(norm > 0 for norm in logged(tmp_path / "out", "grad_norm"))
 
 
+# --- What is compiled once
+
+AS_TORCH_DOES = """
+import os, sys, time
+from pathlib import Path
+from torch.utils.file_baton import FileBaton
+folder = Path(os.environ["TORCH_EXTENSIONS_DIR"], "shm")
+folder.mkdir(exist_ok=True)
+baton = FileBaton(str(folder / "lock"))
+if not baton.try_acquire():
+    baton.wait()
+    raise SystemExit("somebody else compiled at the same time")
+{then}
+(folder / "shm.so").write_text("compiled")
+baton.release()
+"""
+
+
+def test_a_compilation_that_was_killed_does_not_block_the_next(tmp_path: Path) -> None:
+    killed = AS_TORCH_DOES.format(then="os.kill(os.getpid(), 9)")
+    with pytest.raises(subprocess.CalledProcessError):
+        compile_extensions(tmp_path, killed)
+    assert (tmp_path / "shm" / "lock").is_file()
+    whole = AS_TORCH_DOES.format(then="time.sleep(0.5)")
+    with ThreadPoolExecutor() as pool:  # two at once, which wait for each other
+        both = [pool.submit(compile_extensions, tmp_path, whole, 60) for _ in range(2)]
+        for one in both:
+            one.result()
+    assert (tmp_path / "shm" / "shm.so").read_text() == "compiled"
+    assert not (tmp_path / "shm" / "lock").exists()
+
+
 # --- Equal to one process
 
 
@@ -266,17 +306,14 @@ def steps(place: Path, output: Path, config: str | None, rows: int, **changes: A
 
 def forked(argv: list[str], log: Path, processes: int, before: Any = None) -> list[Ended]:
     """The script in processes that find each other as the launcher's do."""
-    port = finetune_fixtures.free_port()
+    shared = (processes, finetune_fixtures.free_port(), os.environ["TORCH_EXTENSIONS_DIR"], before)
     ranks = range(processes)
-    started = [
-        start(argv, Path(f"{log}{r}"), partial(be_one_of, r, processes, port, before))
-        for r in ranks
-    ]
+    started = [start(argv, Path(f"{log}{r}"), partial(be_one_of, r, *shared)) for r in ranks]
     try:
         return [end(started[r], Path(f"{log}{r}"), timeout=60) for r in ranks]
     finally:
         for process in started:
-            process.kill()
+            kill_group(process)
 
 
 def succeed(argv: list[str], log: Path, before: Any = None) -> None:
@@ -285,10 +322,11 @@ def succeed(argv: list[str], log: Path, before: Any = None) -> None:
         assert done.code == 0, done.err
 
 
-def be_one_of(rank: int, processes: int, port: int, before: Any) -> None:
+def be_one_of(rank: int, processes: int, port: int, extensions: str, before: Any) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     numbers |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in numbers.items()}
+    os.environ["TORCH_EXTENSIONS_DIR"] = extensions
     if before:
         before()
 
@@ -334,6 +372,48 @@ def test_two_processes_take_the_steps_of_one(
     argv = steps(place, tmp_path / "out", config, 4, **ADAM)
     succeed(argv, tmp_path / "log")
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
+
+
+def zero_content(file: Path) -> None:
+    """A file of the same structure, in which a library finds something else."""
+    torch.save({"nothing": 0}, file)
+
+
+@pytest.mark.parametrize(("config", "stage"), [("zero2_no_offload", 2), ("zero3", 3)])
+def test_a_damaged_checkpoint_is_one_line(
+    config: str, stage: int, place: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    argv = steps(place, output, config, 4, **ADAM, save_total_limit=2)
+    argv[argv.index("--save_steps") + 1] = "1"
+    accident = kill_at("deepseek_moe.training.FineTuner", "compute_loss", 3)
+    assert [done.code for done in forked(argv, tmp_path / "log", 2, accident)] == [-9, -9]
+    checkpoint, layout = output / "checkpoint-2", Layout(2, stage, adapter=False)
+    assert damage(checkpoint, layout) is None
+    files = [file for file, _ in layout.checks(checkpoint)]
+    assert {file.name for file in checkpoint.glob("global_step2/*")} <= {f.name for f in files}
+    for file in files:
+        content = file.read_bytes()
+        for other in (None, b"", content[: len(content) // 2], b"?" * len(content)):
+            file.unlink(missing_ok=True)
+            if other is not None:
+                file.write_bytes(other)
+            assert damage(checkpoint, layout).startswith(f"{file} is ")
+        file.write_bytes(content)
+
+    last = files[-1]
+    last.rename(tmp_path / "aside")
+    first, second = forked(argv, tmp_path / "log", 2)
+    assert first.error.startswith(f"{last} is missing; remove {checkpoint} to go on from ")
+    assert (first.code, second.code) == (1, 1) and "error" not in second.err
+    zero_content(last)  # which only a library finds
+    found = forked(argv, tmp_path / "log", 2)
+    assert all(done.code != 0 for done in found)
+    said = f"the states of DeepSpeed of {checkpoint} cannot be read back ("
+    assert any(said in done.err for done in found), found[0].err
+    (tmp_path / "aside").rename(last)
+    succeed(argv, tmp_path / "log")
+    assert checkpoints(output) == [2, 3]
 
 
 def be_alone_on_a_machine() -> None:

@@ -202,6 +202,7 @@ with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("deepspeed_extensions")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_checkpoint_becomes_what_was_trained(
     stage: int,

@@ -151,6 +151,7 @@ def run(options: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("deepspeed_extensions")
 def test_training_on_two_cpus(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     printed = run(f"--only full --parts train --output_file {file}", tmp_path)
@@ -169,6 +170,7 @@ def test_training_on_two_cpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("deepspeed_extensions")
 def test_inference_on_two_cpus_finds_the_tokens_of_one(tmp_path: Path) -> None:
     sizes = "--batch_sizes 1 3 --prompt_tokens 8 --new_tokens 8"
     printed = run(f"--parts inference {sizes}", tmp_path)
@@ -179,6 +181,7 @@ def test_inference_on_two_cpus_finds_the_tokens_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("deepspeed_extensions")
 def test_a_rank_that_dies_in_a_save_on_two_cpus(tmp_path: Path) -> None:
     printed = run("--only QLoRA --kill", tmp_path)
     within = re.search(

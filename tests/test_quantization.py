@@ -16,7 +16,13 @@ from deepseek_moe.adapters import add_lora, parameter_table
 from deepseek_moe.errors import UserError
 from deepseek_moe.merge import merged_tensors
 from deepseek_moe.modeling_deepseek import DeepseekExperts
-from deepseek_moe.quantization import Quantization, dequantize, full_shape, stored_bytes
+from deepseek_moe.quantization import (
+    Linear4bit,
+    Quantization,
+    dequantize,
+    full_shape,
+    stored_bytes,
+)
 
 bnb = pytest.importorskip("bitsandbytes", reason="it quantises: pip install bitsandbytes")
 
@@ -85,20 +91,37 @@ def adapted(model: DeepseekForCausalLM) -> Any:
 
 
 def by_hand(weight: torch.Tensor, way: Quantization) -> torch.Tensor:
-    """Without the second quantisation of the scales."""
+    """Without the second quantisation of the scales. The last block may be short."""
     if way.bits == 8:
         weight = weight.half().float()  # as bitsandbytes wants it
         scale = weight.abs().amax(dim=-1, keepdim=True)
         return (weight / scale * 127).round() / 127 * scale
-    blocks = weight.flatten().view(-1, 64)
+    blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
     scale = blocks.abs().amax(dim=1, keepdim=True)
     levels = bnb.functional.get_4bit_type(way.quant_type, device="cpu")
     nearest = (blocks / scale).unsqueeze(-1).sub(levels).abs().argmin(dim=-1)
-    return (levels[nearest] * scale).view_as(weight)
+    return (levels[nearest] * scale).flatten()[: weight.numel()].view_as(weight)
+
+
+def as_stored(weight: nn.Parameter) -> torch.Tensor:
+    """The numbers that the stored codes and scales of a 4-bit weight mean, in fp32."""
+    state = weight.quant_state
+    packed = weight.detach().as_subclass(torch.Tensor).flatten()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten().long()
+    scales = state.absmax
+    if state.nested:
+        blocks = state.state2.absmax.repeat_interleave(state.state2.blocksize)
+        scales = state.state2.code[scales.long()] * blocks[: len(scales)] + state.offset
+    numbers = state.code[codes] * scales.repeat_interleave(64)[: len(codes)]
+    return numbers.view(state.shape)
+
+
+# Rows that are no multiple of 64 share scales with the next ones.
+SHAPES = [(8, 128, 64), (64, 64), (5, 24, 8), (48, 48), (4, 96, 80), (33, 112), (81, 144), (46, 33)]
 
 
 @every_way
-@pytest.mark.parametrize("shape", [(8, 128, 64), (64, 64), (5, 24, 8)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_numbers_are_the_nearest_levels(shape: tuple[int, ...], way: Quantization) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
@@ -109,6 +132,8 @@ def test_numbers_are_the_nearest_levels(shape: tuple[int, ...], way: Quantizatio
     assert have.shape == weight.shape
     assert have.dtype == torch.float32
     assert torch.equal(have, way.roundtrip(weight))
+    if way.bits == 4:
+        assert torch.equal(have, as_stored(stored))
     scales_again = way.bits == 4 and way.double_quant  # off by some per cent
     error = (have - wanted).norm() / wanted.norm()
     assert error <= (0.03 if scales_again else 1e-3)  # a tie may be rounded up or down
@@ -222,9 +247,104 @@ def test_parameter_table_counts_full_shapes(base: Path, way: Quantization) -> No
 # ---- what it computes ----
 
 
+WIDTHS = {  # none a multiple of 64, which a scale is for, and 80 none of 32 either
+    "48-80-96": {"hidden_size": 48, "moe_intermediate_size": 80, "intermediate_size": 96},
+    "80-96-48": {"hidden_size": 80, "moe_intermediate_size": 96, "intermediate_size": 48},
+    "96-48-80": {"hidden_size": 96, "moe_intermediate_size": 48, "intermediate_size": 80},
+}
+
+
+@pytest.fixture(scope="module", params=WIDTHS.values(), ids=WIDTHS)
+def odd_base(
+    request: pytest.FixtureRequest,
+    tiny_model: MakeModel,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    tiny_model(**(WIDE | request.param)).save_pretrained(folder)
+    return folder
+
+
+@every_four
+def test_every_width_computes_what_is_stored(odd_base: Path, way: Quantization) -> None:
+    """In training and in evaluation, forwards and backwards."""
+    model, plain = load(odd_base, way), load(odd_base)
+    of_plain = dict(plain.named_parameters())
+    quantized = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, bnb.nn.Params4bit):
+                of_plain[name].copy_(as_stored(parameter))
+                quantized += 1
+    assert quantized == 2 * 4 + 3 + 3 + 2
+    models = [adapted(one) for one in (model, plain)]
+    for mode in (False, True, False):
+        logits = [one.train(mode)(IDS, labels=IDS, use_cache=False) for one in models]
+        torch.testing.assert_close(logits[0].logits, logits[1].logits, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        have, want = (one(IDS, use_cache=False).logits for one in models)
+    torch.testing.assert_close(have, want, atol=1e-4, rtol=1e-4)
+    for out in logits:
+        out.loss.backward()
+    for (name, have), want in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
+        if "lora_" in name:
+            scale = max(1e-3, want.grad.abs().max().item())
+            assert (have.grad - want.grad).abs().max() <= 1e-3 * scale, name
+
+
+def stored_parts(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the weights, and of the scales of those that are quantised."""
+    parts = {}
+    for name, parameter in model.named_parameters():
+        parts[name] = parameter.detach().as_subclass(torch.Tensor).clone()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            parts[f"{name}.scales"] = state.absmax.clone()
+            if state.nested:
+                parts[f"{name}.scales of scales"] = state.state2.absmax.clone()
+    return parts
+
+
+@every_four
+def test_an_evaluation_leaves_every_bit_of_the_base(base: Path, way: Quantization) -> None:
+    """bitsandbytes' own layer packs its weights anew on some CPUs, and rounds the scales."""
+    model = load(base, way).train()
+    linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert {type(one) for one in linears} == {Linear4bit} and len(linears) == 2 * 4 + 3 + 3
+    before = stored_parts(model)
+    with torch.no_grad():
+        logits = [model.train(mode)(IDS, use_cache=False).logits for mode in (True, False, True)]
+    after = stored_parts(model)
+    assert after.keys() == before.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert all(torch.equal(one, logits[0]) for one in logits)
+
+
+@every_way
+def test_an_evaluation_in_between_does_not_change_what_is_trained(
+    base: Path, way: Quantization
+) -> None:
+    found = []
+    for evaluated in (False, True):
+        model = adapted(load(base, way)).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(IDS, labels=IDS, use_cache=False).loss.backward()
+            optimizer.step()
+            if evaluated:
+                with torch.no_grad():
+                    model.eval()(IDS, use_cache=False)
+                model.train()
+        found.append([p.detach() for p in trained])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @every_way
 def test_forward_and_gradients_are_those_of_the_round_trip(base: Path, way: Quantization) -> None:
-    """In training mode: bitsandbytes' CPU kernels for evaluation round more."""
     found = []
     for model in (load(base, way), roundtripped(base, way)):
         model = adapted(model).train()
@@ -300,6 +420,17 @@ def test_frozen_weights_are_not_copied_either(base: Path) -> None:
 def test_merged_equals_unmerged_after_training(
     base: Path, way: Quantization, saved: list[str], tmp_path: Path
 ) -> None:
+    assert_merged_equals_unmerged(base, way, saved, tmp_path)
+
+
+def test_every_width_can_be_merged(odd_base: Path, tmp_path: Path) -> None:
+    assert_merged_equals_unmerged(odd_base, WAYS["nf4-double"], [], tmp_path)
+
+
+def assert_merged_equals_unmerged(
+    base: Path, way: Quantization, saved: list[str], tmp_path: Path
+) -> None:
+    """What was trained over a quantised base computes the same when it is merged into it."""
     config = way.config([f"model.layers.1.mlp.{x}.{y}" for x in saved for y in LINEARS])
     model = load(base, quantization_config=config)
     model = add_lora(model, LINEARS, rank=3, alpha=6, dropout=0.0, modules_to_save=saved).train()
@@ -311,7 +442,7 @@ def test_merged_equals_unmerged_after_training(
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         optimizer.step()
     with torch.no_grad():
-        wanted = model(IDS, use_cache=False).logits
+        wanted = model.eval()(IDS, use_cache=False).logits
     assert (wanted - before).abs().max() > 0.05
     model.save_pretrained(tmp_path / "adapter")
     way.save(tmp_path / "adapter")

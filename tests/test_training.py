@@ -535,6 +535,7 @@ def test_a_flag_without_a_value_is_true() -> None:
         ("--label_smoothing_factor 0.1", "--label_smoothing_factor"),
         ("--save_only_model True", "--save_only_model"),
         ("--resume_from_checkpoint x", "--resume_from_checkpoint"),
+        ("--ignore_data_skip True", "--ignore_data_skip"),
         ("--save_strategy best", "--save_strategy best"),
         ("--attn_implementation none", "--attn_implementation none"),
         ("--eval_fraction 0.1", "--eval_strategy epoch"),

@@ -1,0 +1,318 @@
+"""Whether a checkpoint is whole, asked before a run goes on from it.
+
+Where a file is missing, Trainer goes on without it: with a fresh optimizer, or at another learning
+rate. Where a file is damaged, it ends in the depths of a library. So each file that is going to be
+read back is looked at first: whether it is there, whether its structure is whole, and whether it is
+of the checkpoint's step. Large files are not read in full, so changed numbers in them go unseen.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerState
+
+from .arguments import FineTuningArguments, zero_stage
+from .errors import EveryProcess, RunError, UserError
+from .merge import ADAPTER_FILE, Checkpoint
+from .optimizer import StepInBackward
+from .weights import weight_files
+
+Check = Callable[[Path], None]
+"""Raises any exception if the file is damaged."""
+SMALL = 2**26
+"""Bytes; up to here the checksums of a file's content are compared too."""
+OF_A_WEIGHT = ("exp_avg", "exp_avg_sq", "m", "v")
+"""What AdamW, torch's or ours, keeps for each number of a weight."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides the files of a run's checkpoints: the number of `processes`, the stage of ZeRO
+    (None without DeepSpeed), and whether an `adapter` is trained or the weights are."""
+
+    processes: int
+    stage: int | None
+    adapter: bool
+
+    @classmethod
+    def of(cls, training: FineTuningArguments, adapter: bool) -> "Layout":
+        stage = zero_stage(training) if training.deepspeed else None
+        return cls(training.world_size, stage, adapter)
+
+    def checks(self, folder: Path) -> Iterator[tuple[Path, Check]]:
+        """Each file of the checkpoint `folder` that is read back, and how it is checked."""
+        step = int(folder.name.rpartition("-")[2])
+        yield folder / "trainer_state.json", partial(_check_trainer_state, step=step)
+        ranks = range(self.processes)
+        for name in [f"rng_state_{rank}.pth" for rank in ranks] if ranks[1:] else ["rng_state.pth"]:
+            yield folder / name, _check_archive
+        yield folder / "scheduler.pt", partial(_check_schedule, step=step)
+        if self.stage is None:
+            yield folder / "optimizer.pt", _check_optimizer
+            yield from self._weights(folder)
+        else:
+            yield folder / "latest", _check_latest
+            yield from self._of_deepspeed(folder)
+
+    def _weights(self, folder: Path) -> Iterator[tuple[Path, Check]]:
+        if self.adapter:
+            yield folder / "adapter_config.json", _check_object
+            yield folder / ADAPTER_FILE, _check_safetensors
+            return
+        yield folder / "config.json", _check_object
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            yield index, _check_index
+        for file in weight_files(folder):
+            yield file, _check_safetensors
+        yield index if index.is_file() else folder / "model.safetensors", _check_model
+
+    def _of_deepspeed(self, folder: Path) -> Iterator[tuple[Path, Check]]:
+        states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        for rank in range(self.processes):
+            name = f"zero_pp_rank_{rank}_mp_rank_00"
+            if self.stage:
+                low = states / f"bf16_{name}_optim_states.pt"
+                plain = states / f"{name}_optim_states.pt"
+                yield low if low.is_file() else plain, _check_archive
+            if self.stage == 3:
+                yield states / f"{name}_model_states.pt", _check_archive
+        if self.stage != 3:
+            yield states / "mp_rank_00_model_states.pt", _check_archive
+
+
+def refuse_damaged(checkpoint: Path, layout: Layout) -> None:
+    """Looks at a checkpoint before anything of it is loaded. Called by all processes.
+
+    Raises:
+        EveryProcess: in one line: the first file that is missing or damaged, what is wrong with it,
+            and what to remove to go on from the last checkpoint before it that is whole.
+    """
+    if found := damage(checkpoint, layout):
+        raise EveryProcess(f"{found}; {_remedy(checkpoint, layout)}")
+
+
+def damage(checkpoint: Path, layout: Layout) -> str | None:
+    """The first file of the checkpoint that is not whole and what is wrong with it, or None."""
+    for file, check in layout.checks(checkpoint):
+        if not file.is_file():
+            return f"{file} is missing" + _other_processes(file, layout)
+        if not file.stat().st_size:
+            return f"{file} is empty"
+        try:
+            check(file)
+        except Exception as error:  # of many libraries, and of any class
+            return f"{file} is damaged ({_short(error)})"
+    return None
+
+
+class ResumingTrainer(Trainer):
+    """transformers' Trainer, which reads a checkpoint back in full or says what it cannot read."""
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer would match the per-expert names on disk with the stacked ones in memory, find
+        none of the experts, warn, and go on with those of the base model."""
+        model = model or self.model
+        with self._reading_back(checkpoint, "the weights"):
+            if not isinstance(model, PreTrainedModel):  # adapters are stored as they are
+                refuse_other_adapter(model, Path(checkpoint))
+                super()._load_from_checkpoint(checkpoint, model)
+                return
+            saved = Checkpoint(Path(checkpoint))
+            with torch.no_grad():  # one at a time, each in its own dtype: what trains may be fp32
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(saved.read(name))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._reading_back(checkpoint, "optimizer.pt or scheduler.pt"):
+            if checkpoint and not self.is_deepspeed_enabled:
+                refuse_other_states(self.optimizer.optimizer, Path(checkpoint, "optimizer.pt"))
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._reading_back(checkpoint, "the random state"):
+            super()._load_rng_state(checkpoint)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed reads everything back in here."""
+        checkpoint = kwargs.get("resume_from_checkpoint", args[-1] if args else None)
+        with self._reading_back(
+            checkpoint if self.is_deepspeed_enabled else None, "the states of DeepSpeed"
+        ):
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _reading_back(self, checkpoint: str | None, what: str) -> AbstractContextManager[None]:
+        if checkpoint is None:
+            return nullcontext()
+        adapter = not isinstance(self.model, PreTrainedModel)
+        return reading_back(checkpoint, what, Layout.of(self.args, adapter))
+
+
+@contextmanager
+def reading_back(checkpoint: str | Path, what: str, layout: Layout) -> Iterator[None]:
+    """Turns whatever a library makes of `what` of a checkpoint, while it loads it, into one line.
+
+    Raises:
+        RunError: as `refuse_damaged`, but of this process alone.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of many libraries, and of any class
+        remedy = _remedy(Path(checkpoint), layout)
+        raise RunError(
+            f"{what} of {checkpoint} cannot be read back ({_short(error)}); {remedy}"
+        ) from error
+
+
+def refuse_other_states(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Refuses states of other weights in optimizer.pt, which `Optimizer` would find out in the
+    middle of a step. None of the numbers is read.
+
+    Raises:
+        ValueError: there are no states, or some have the shape of another weight.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW | StepInBackward):
+        return
+    saved = _load(file)
+    if not saved["state"]:
+        raise ValueError("it has no states")
+    for group, of_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, index in zip(group["params"], of_group["params"], strict=True):
+            for name in saved["state"].get(index, {}).keys() & set(OF_A_WEIGHT):
+                shape = saved["state"][index][name].shape
+                if shape != parameter.shape:
+                    raise ValueError(
+                        f"a state is {list(shape)} for a weight of {list(parameter.shape)}"
+                    )
+
+
+def refuse_other_adapter(model: nn.Module, folder: Path) -> None:
+    """Refuses a saved adapter that lacks weights of `model`. PEFT would warn, and leave those that
+    it does not find as they are.
+
+    Raises:
+        ValueError: it names one that is missing.
+    """
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as saved:
+        missing = sorted(wanted - set(saved.keys()))
+    if missing:
+        raise ValueError(f"it lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors)")
+
+
+def _remedy(checkpoint: Path, layout: Layout) -> str:
+    """What to remove, so that the run goes on from the last checkpoint that is whole."""
+    found = [one for one in checkpoint.parent.glob("checkpoint-*") if one.name[11:].isdecimal()]
+    earlier = [one for one in found if _step(one) < _step(checkpoint)]
+    remove = [str(checkpoint)]
+    for before in sorted(earlier, key=_step, reverse=True):
+        if damage(before, layout) is None:
+            return f"remove {' and '.join(remove)} to go on from {before}"
+        remove.append(str(before))
+    return f"remove {' and '.join(remove)} to begin anew, since no checkpoint before it is whole"
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+
+
+def _other_processes(file: Path, layout: Layout) -> str:
+    """Where a random state is missing: that another number of processes saved theirs, if so."""
+    if not file.name.startswith("rng_state"):
+        return ""
+    ranks = [int(one.stem[10:]) for one in file.parent.glob("rng_state_*.pth")]
+    saved_by = max(2, 1 + max(ranks)) if ranks else 1
+    if saved_by == layout.processes:
+        return ""
+    return f" (there are those of {saved_by} processes, and this run has {layout.processes})"
+
+
+# ---- what a file must be ----
+
+
+def _check_trainer_state(file: Path, step: int) -> None:
+    found = TrainerState.load_from_json(str(file)).global_step
+    if found != step:
+        raise ValueError(f"it is of step {found}")
+
+
+def _check_archive(file: Path) -> None:
+    """Of `torch.save`: a zip file, whose list of parts stands at its end."""
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.namelist()
+        if not any(part.endswith("/data.pkl") for part in parts):
+            raise ValueError("torch did not save it")
+        for part in parts:
+            archive.open(part).close()  # reads the header of each
+        if file.stat().st_size <= SMALL and (broken := archive.testzip()):
+            raise ValueError(f"the checksum of {broken} in it is wrong")
+
+
+def _load(file: Path) -> Any:
+    """What `torch.save` wrote. Nothing is executed, and a number is read when it is asked for."""
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _check_schedule(file: Path, step: int) -> None:
+    _check_archive(file)
+    state = _load(file)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no state of a schedule")
+    if "lr_lambdas" in state and state["last_epoch"] != step:  # others count evaluations
+        raise ValueError(f"it is of step {state['last_epoch']}")
+
+
+def _check_optimizer(file: Path) -> None:
+    _check_archive(file)
+    found = _load(file)
+    for name, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(found[name], kind):
+            raise ValueError(f"its {name} is no {kind.__name__}")
+
+
+def _check_latest(file: Path) -> None:
+    name = file.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"global_step\d+", name) or not file.with_name(name).is_dir():
+        raise ValueError(f"it names {name[:40]!r}, which is no folder beside it")
+
+
+def _check_object(file: Path) -> None:
+    if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+        raise ValueError("it holds no JSON object")
+
+
+def _check_index(file: Path) -> None:
+    if not json.loads(file.read_text(encoding="utf-8"))["weight_map"].values():
+        raise ValueError("it names no weights")
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header says where each tensor is, and how long the file must be."""
+    with safe_open(file, framework="pt") as tensors:
+        if not tensors.keys():
+            raise ValueError("it holds no tensors")
+
+
+def _check_model(file: Path) -> None:
+    """That the files together hold each weight, in its shape."""
+    try:
+        Checkpoint(file.parent)
+    except UserError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
