@@ -11,7 +11,6 @@
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,16 +22,18 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .adapters import weights_passed
 from .arguments import zero_stage
+from .callbacks import Progress, StopAtSignal
 from .checkpoint import one_line
+from .epoch_sampler import EpochSampler
 from .errors import EveryProcess, RunError, UserError
 from .optimizer import StepInBackward
 from .reporting import Reports, silent_writer_threads
@@ -326,108 +327,3 @@ def said_once() -> Iterator[None]:
             raise
         time.sleep(3)  # when one process leaves, the launcher ends the others
         raise SystemExit(error.exit_code) from error
-
-
-class EpochSampler(Sampler[int]):
-    """Examples in an order that only seed and epoch decide, so that a resumed run sees the same.
-
-    Batches of similar length waste little on padding: the shuffled examples are cut into pieces of
-    fifty steps and each is sorted by length, longest first; then the steps are shuffled, except the
-    longest, which comes first: if memory is too small, that shows at once. `step` 1 only shuffles.
-    """
-
-    def __init__(self, lengths: list[int], seed: int, step: int) -> None:
-        self.lengths, self.seed, self.step, self.epoch = list(lengths), seed, step, 0
-        self.callback = _SetEpoch(self)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if self.step == 1:
-            return iter(order)
-        piece = self.step * 50
-        pieces = [order[at : at + piece] for at in range(0, len(order), piece)]
-        order = [i for p in pieces for i in sorted(p, key=lambda i: -self.lengths[i])]
-        steps = [order[at : at + self.step] for at in range(0, len(order), self.step)]
-        last = steps.pop() if len(steps[-1]) < self.step else []  # only the last may be short
-        if steps:
-            shuffled = torch.randperm(len(steps), generator=generator).tolist()
-            longest = max(shuffled, key=lambda n: max(self.lengths[i] for i in steps[n]))
-            shuffled.remove(longest)
-            steps = [steps[n] for n in [longest, *shuffled]]
-        return iter([i for step in steps for i in step] + last)
-
-
-class _SetEpoch(TrainerCallback):
-    """accelerate tells samplers the epoch in some arrangements of loaders and not in others."""
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.epoch = math.floor((state.epoch or 0) + 1e-6)
-
-
-class Progress(ProgressCallback):
-    """transformers' bars, with the figures of a step in one line on stderr."""
-
-    SHOWN = {  # name in the logs: how it is shown
-        "loss": "loss {:.4f}",
-        "balance_loss": "bal {:.4f}",
-        "grad_norm": "norm {:.2f}",
-        "learning_rate": "lr {:.1e}",
-        "tokens_per_second": "{:,.0f} tok/s",
-        "gpu_memory_gb": "{:.1f} GB",
-        "eval_loss": "evaluation: loss {:.4f}",
-        "eval_perplexity": "perplexity {:.2f}",
-    }
-
-    def close(self) -> None:
-        """Ends the line of a bar, so that an error stands on one of its own."""
-        for bar in (self.prediction_bar, self.training_bar):
-            if bar is not None:
-                bar.close()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = [form.format(logs[key]) for key, form in self.SHOWN.items() if key in logs]
-        if shown and self.training_bar is not None:
-            step = f"step {state.global_step}/{state.max_steps}"
-            self.training_bar.write("  ".join([step, *shown]), file=sys.stderr)
-
-
-class StopAtSignal(TrainerCallback):
-    """SIGTERM, or Ctrl-C: saves at the end of the step, on all processes, and stops; nothing is
-    evaluated any more, since who stops a run may not wait for long."""
-
-    def __init__(self) -> None:
-        self.signal = 0  # that came to this process
-        self.stopped = 0  # that all processes stopped for; none in the last step: that ends anyway
-        self.noted = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if not self.signal:
-            self.signal, self.noted = number, time.monotonic()
-        elif time.monotonic() - self.noted > 5:  # sooner, a launcher passes on the first one
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop = torch.tensor(self.signal, device=args.device)
-        if args.world_size > 1:  # it may have reached the others a step later
-            distributed.all_reduce(stop, distributed.ReduceOp.MAX)
-        if int(stop) and state.global_step < state.max_steps:
-            self.stopped = int(stop)
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer comes here from a stop too, which is saved."""
-        if self.stopped:
-            control.should_save = control.should_evaluate = False

@@ -20,17 +20,13 @@ from torch.nn import functional as F
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.adapters import add_lora, weights_passed
 from deepseek_moe.arguments import ModelArguments, names, parse_arguments, zero_stage
+from deepseek_moe.callbacks import StopAtSignal
 from deepseek_moe.data import IGNORED, Collator, load_examples, pack
-from deepseek_moe.errors import RunError, UserError
+from deepseek_moe.epoch_sampler import EpochSampler
+from deepseek_moe.errors import EveryProcess, RunError, UserError
 from deepseek_moe.runs import FILE, WRITTEN, Run
 from deepseek_moe.tokenization_deepseek import EOS
-from deepseek_moe.training import (
-    EpochSampler,
-    EveryProcess,
-    FineTuner,
-    StopAtSignal,
-    said_once,
-)
+from deepseek_moe.training import FineTuner, said_once
 
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
