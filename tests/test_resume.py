@@ -34,6 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {},
     "single_gpu_full": {"single_gpu_full": True, "bf16": True},
     "lora": LORA,
+    "lora and whole modules": LORA | {"modules_to_save": "embed_tokens,lm_head,gate"},
     "qlora": LORA | {"bits": 4},
     "8-bit": {"optim": "adamw_bnb_8bit"},
 }
@@ -292,7 +293,7 @@ def test_states_of_other_weights_are_refused(tmp_path: Path) -> None:
 # --- The script
 
 
-@pytest.mark.parametrize("mode", ["full", "single_gpu_full", "lora", "qlora"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_run_goes_on_as_if_it_had_not_been_interrupted_or_not_at_all(
     mode: str, copied: Callable[[str], Path], argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
