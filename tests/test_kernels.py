@@ -24,6 +24,21 @@ def test_equals_its_plain_twin(name: str, bits: int, tokens: int) -> None:
     agree(name, case, tolerance=5e-4 if bits < 16 and tokens == 1 else 2e-5)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_choice_among_scores_that_are_no_numbers_shows(value: float) -> None:
+    """The weights of that token are NaN, so that its logits will be; its picks are experts."""
+    logits_TE, position_T = torch.randn(3, 6), torch.arange(3, dtype=torch.int32)
+    logits_TE[1, 4] = value
+    for norm_topk in (False, True):
+        want = plain.choose(logits_TE, position_T, 2, norm_topk)
+        index_TK, weights_TK = fused.choose(logits_TE, position_T, 2, norm_topk)
+        assert weights_TK[1].isnan().all()
+        assert ((index_TK >= 0) & (index_TK < 6)).all()
+        for token in (0, 2):
+            assert set(index_TK[token].tolist()) == set(want[0][token].tolist())
+            torch.testing.assert_close(weights_TK[token].sort()[0], want[1][token].sort()[0])
+
+
 def test_dropout_of_an_adapter() -> None:
     """What is dropped is zero, the rest larger; the backward pass drops the same."""
     gate_up, weights, p = torch.randn(60, 256), torch.rand(60), 0.25

@@ -40,7 +40,8 @@ def choose_tile(
     )
     logits_TE = tl.where(ok_T[:, None], logits_TE, 0.0)
     score_TE = tl.exp(logits_TE - tl.max(logits_TE, 1)[:, None])
-    score_TE = score_TE / tl.sum(score_TE, 1)[:, None]
+    sum_T = tl.sum(score_TE, 1)
+    score_TE = score_TE / sum_T[:, None]
     score_TE = tl.where((e_E < E)[None, :], score_TE, -1.0)
     index_TK = tl.zeros([TP, KP], tl.int32)
     weights_TK = tl.zeros([TP, KP], tl.float32)
@@ -52,6 +53,10 @@ def choose_tile(
         score_TE = tl.where(e_E[None, :] == which_T[:, None], -1.0, score_TE)
     if NORM_TOPK:
         weights_TK = weights_TK / (tl.sum(weights_TK, 1)[:, None] + 1e-20)
+    # Among scores that are NaN any expert, or none, may seem the best: the weights must show it.
+    sound_T = sum_T == sum_T
+    index_TK = tl.where(sound_T[:, None], index_TK, 0)
+    weights_TK = tl.where(sound_T[:, None], weights_TK, float("nan"))
     real_T = tl.load(position_ptr + t_T, mask=ok_T, other=-1) >= 0
     index_TK = tl.where(real_T[:, None], index_TK, E)
     weights_TK = tl.where(real_T[:, None], weights_TK, 0.0)
