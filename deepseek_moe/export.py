@@ -13,6 +13,7 @@ folder appears under its name when it is complete.
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -181,6 +182,7 @@ def write_checkpoint(
     config.architectures = [DeepseekForCausalLM.__name__]
     config.dtype = dtype or config.dtype
     tokenizer = own_tokenizer(base)
+    _refuse_full_disk(checkpoint, folder, dtype)
     try:
         with complete_or_absent(folder) as aside:
             config.save_pretrained(aside)
@@ -193,6 +195,20 @@ def write_checkpoint(
             write_shards(_checked(tensors, checkpoint, dtype), aside, limit)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error
+
+
+def _refuse_full_disk(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    need = sum(
+        math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize
+        for name, shape in checkpoint.official.items()
+    )
+    there = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise RunError(
+            f"{folder} cannot be written: its weights take {need / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; free space, or give another folder"
+        )
 
 
 def add_code(folder: Path) -> None:

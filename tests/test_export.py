@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -545,6 +546,17 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(export, "save_file", full)
     with pytest.raises(RunError, match="No space left"):
         run(monkeypatch, "--model", base, "--output", tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_work(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = sum(tensor.numel() for tensor in tensors_in(base).values())
+    for dtype, free in (("float16", 2 * numbers - 1), ("float32", 4 * numbers - 1)):
+        monkeypatch.setattr(export.shutil, "disk_usage", lambda _, n=free: SimpleNamespace(free=n))
+        with pytest.raises(RunError, match=r"GB, and .* are free"):
+            run(monkeypatch, "--model", base, "--output", tmp_path / "a" / "b", "--dtype", dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
