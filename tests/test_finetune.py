@@ -140,6 +140,32 @@ def test_the_same_command_in_another_folder_gives_the_same_weights(
     assert logged(tmp_path / "seed", "loss") != logged(finished["full"], "loss")
 
 
+def note_attention(file: str) -> None:
+    """Writes into `file`, at each batch, whether torch is deterministic and may use cuDNN's
+    attention."""
+    from deepseek_moe.training import FineTuner
+
+    original = FineTuner.compute_loss
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        Path(file).write_text(f"{deterministic} {torch.backends.cuda.cudnn_sdp_enabled()}")
+        return original(*args, **kwargs)
+
+    FineTuner.compute_loss = compute_loss
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_full_determinism_leaves_out_what_adds_in_no_fixed_order(
+    asked: bool, argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """On a GPU: cuDNN's attention does so even when torch is asked for deterministic ways."""
+    command = argv(tmp_path / "out", max_steps=2, full_determinism=asked)
+    done = run(command, tmp_path / "log", partial(note_attention, str(tmp_path / "note")))
+    assert done.code == 0, done.err
+    assert (tmp_path / "note").read_text() == f"{asked} {not asked}"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_repeat_goes_on(
     number: signal.Signals,
