@@ -28,7 +28,12 @@ from transformers import set_seed
 
 from deepseek_moe import DeepseekConfig, DeepseekTokenizer
 from deepseek_moe.adapters import build_model
-from deepseek_moe.arguments import DataArguments, FineTuningArguments, parse_arguments
+from deepseek_moe.arguments import (
+    DataArguments,
+    FineTuningArguments,
+    ModelArguments,
+    parse_arguments,
+)
 from deepseek_moe.checkpoint import locate, one_line, own_tokenizer
 from deepseek_moe.cli import one_line_errors
 from deepseek_moe.data import (
@@ -61,10 +66,7 @@ def main() -> None:
         folder = locate(options.model_name_or_path, cache_dir=options.cache_dir)
         tokenizer = own_tokenizer(folder)
         train, evaluation = load_data(data, tokenizer, args, options.cache_dir, say)
-        refuse_longer(train, evaluation, DeepseekConfig.from_pretrained(folder))
-        packed = pack(train, data.model_max_length) if data.packing else train
-        if args.dataloader_drop_last:
-            refuse_fewer(packed, args.per_device_train_batch_size * args.world_size)
+        packed = prepare_rows(train, evaluation, data, args, folder)
     run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
     network = meta_model(folder, options)  # refuses what cannot train, in a second
     disk = disk_need(network, options, args, count_steps(args, len(packed)))
@@ -75,11 +77,8 @@ def main() -> None:
         return
 
     if run.finished:
-        say("this run is finished already")
-        if options.merge_on_save and not (run.folder / "config.json").is_file():
-            say(f"merge it: python -m deepseek_moe.export --model {folder} --adapter {run.folder}")
         if main_process:
-            print(run.folder)
+            report_finished(run, options, folder)
         leave_together()
         return
     if main_process:
@@ -109,6 +108,15 @@ def main() -> None:
     if main_process:
         print(run.folder)
     leave_together()
+
+
+def report_finished(run: Run, options: ModelArguments, folder: Path) -> None:
+    """Prints the run's folder, and how to merge it if that was asked for later."""
+    print("this run is finished already", file=sys.stderr)
+    if options.merge_on_save and not (run.folder / "config.json").is_file():
+        merge = f"python -m deepseek_moe.export --model {folder} --adapter {run.folder}"
+        print(f"merge it: {merge}", file=sys.stderr)
+    print(run.folder)
 
 
 def leave_together() -> None:
@@ -145,6 +153,21 @@ def load_data(
     for row in train.select(range(min(data.show_examples, len(train)))):
         say(show(tokenizer, row["input_ids"], row["trained"], sys.stderr.isatty()))
     return train, evaluation
+
+
+def prepare_rows(
+    train: Dataset,
+    evaluation: Dataset | None,
+    data: DataArguments,
+    args: FineTuningArguments,
+    folder: Path,
+) -> Dataset:
+    """The rows that batches are made of: examples, or several packed into each."""
+    refuse_longer(train, evaluation, DeepseekConfig.from_pretrained(folder))
+    rows = pack(train, data.model_max_length) if data.packing else train
+    if args.dataloader_drop_last:
+        refuse_fewer(rows, args.per_device_train_batch_size * args.world_size)
+    return rows
 
 
 if __name__ == "__main__":
