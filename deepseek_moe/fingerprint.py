@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -37,14 +38,14 @@ def fingerprint(folder: Path) -> str:
         UserError: the config or a weight file is broken.
     """
     with one_line(f"{folder / 'config.json'} cannot be used", "mend the field"):
-        config = DeepseekConfig.from_pretrained(folder)
-    digest = hashlib.sha256(_computed_fields(config).encode())
+        fields = _computed_fields(folder)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     found: dict[str, bytes] = {}
     for file in weight_files(folder):
         with one_line(f"{file} is truncated or corrupt", "get it anew"):
             found |= dict(_describe_tensors(file))
     for name in sorted(found):
-        tied_head = config.tie_word_embeddings and name == "lm_head.weight"
+        tied_head = fields.get("tie_word_embeddings") and name == "lm_head.weight"
         if not tied_head and "rotary_emb.inv_freq" not in name:  # may be stored or left out
             digest.update(found[name])
     return FORMAT + digest.hexdigest()[:32]
@@ -55,10 +56,14 @@ def is_outdated(recorded: object) -> bool:
     return isinstance(recorded, str) and not recorded.startswith(FORMAT)
 
 
-def _computed_fields(config: DeepseekConfig) -> str:
-    names = sorted(DeepseekConfig.__annotations__.keys() - NOT_COMPUTED)
-    fields = json.dumps({name: getattr(config, name) for name in names})
-    return json.dumps(json.loads(fields, parse_int=float), sort_keys=True)  # 10000 is 10000.0
+def _computed_fields(folder: Path) -> dict[str, Any]:
+    """The fields that decide numbers, with this architecture's defaults; all of another one's."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if fields.get("model_type") == DeepseekConfig.model_type:
+        config = DeepseekConfig.from_pretrained(folder)
+        names = DeepseekConfig.__annotations__.keys() - NOT_COMPUTED
+        fields = {name: getattr(config, name) for name in names}
+    return json.loads(json.dumps(fields), parse_int=float)  # 10000 is 10000.0
 
 
 def _describe_tensors(file: Path) -> Iterator[tuple[str, bytes]]:

@@ -111,3 +111,14 @@ def test_the_fingerprint_of_a_broken_file_is_one_line(
         (tmp_path / "model.safetensors").write_bytes(broken)
         with pytest.raises(UserError, match=r"truncated or corrupt.*; get it anew"):
             fingerprint(tmp_path)
+
+
+def test_a_model_of_another_architecture_has_one_too(tmp_path: Path) -> None:
+    """completion.py takes them; all fields of their configs count."""
+    save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
+    seen = set()
+    for depth in (1, 2):
+        fields = {"model_type": "gpt2", "n_layer": depth, "head_dim": 7}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 2
