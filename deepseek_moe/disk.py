@@ -2,12 +2,13 @@
 
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from .arguments import FineTuningArguments, ModelArguments
+from .arguments import FineTuningArguments, ModelArguments, zero_stage
 from .errors import UserError
 from .memory import optimizer_bytes
 from .quantization import full_shape
@@ -16,53 +17,66 @@ from .saving import INCOMPLETE
 
 @dataclass
 class DiskNeed:
-    """Bytes that a run writes: each of the checkpoints that it keeps, and its result."""
+    """Bytes that a run writes: each checkpoint, how many it saves and keeps, and its result."""
 
     checkpoint: float
-    checkpoints: int
+    saved: int
+    kept: int
     result: float
 
     @property
     def least(self) -> float:
-        """A checkpoint, if there is any, and the result: what no run can end without."""
-        return self.checkpoint * min(1, self.checkpoints) + self.result
+        """The most that is there at once if old checkpoints are moved elsewhere in good time.
+
+        Where only the newest is kept, the one before it stays until the newest is complete.
+        """
+        at_once = min(self.saved, 2 if self.kept == 1 else 1)
+        return max(self.checkpoint * at_once, self.checkpoint * min(1, self.saved) + self.result)
 
     @property
     def total(self) -> float:
-        return self.checkpoint * self.checkpoints + self.result
+        """The most that is there at once if nothing is moved."""
+        while_saving = self.checkpoint * min(self.saved, self.kept + 1)
+        return max(while_saving, self.checkpoint * self.kept + self.result)
 
     def compared_with(self, output: Path) -> str:
         """One line: what the run needs, and what the disk of `output` has."""
         kept = "no checkpoint"
-        if self.checkpoints:
-            kept = f"{self.checkpoints} x {_size(self.checkpoint)} of checkpoints"
+        if self.kept:
+            kept = f"{self.kept} x {_size(self.checkpoint)} of checkpoints"
         return (
-            f"{kept} and {_size(self.result)} of result, {_size(self.total)} in all; "
+            f"{kept} and {_size(self.result)} of result, at most {_size(self.total)} at once; "
             f"{_size(free_bytes(output))} are free"
         )
 
     def refuse_too_small(self, output: Path) -> None:
         """
         Raises:
-            UserError: the disk of `output` cannot hold one checkpoint and the result.
+            UserError: the disk of `output` cannot hold a checkpoint and the result, or two
+                checkpoints where only the newest is kept.
         """
         free = free_bytes(output)
         if self.least > free:
             raise UserError(
                 f"the disk of {output} is too small: a checkpoint takes {_size(self.checkpoint)}, "
-                f"the result {_size(self.result)}, and {_size(free)} are free; make room, or give "
-                "another --output_dir"
+                f"the result {_size(self.result)}, the run at least {_size(self.least)}, and "
+                f"{_size(free)} are free; make room, or give another --output_dir"
             )
 
 
 def disk_need(
-    model: nn.Module, options: ModelArguments, training: FineTuningArguments, steps: int
+    model: nn.Module,
+    options: ModelArguments,
+    training: FineTuningArguments,
+    steps: int,
+    steps_in_epoch: int,
 ) -> DiskNeed:
     """What a run of `steps` steps over `model` (on meta, with its adapters) writes.
 
     A checkpoint holds the weights (of LoRA those of the adapters) as training keeps them, and the
-    optimizer's states; under DeepSpeed also fp32 copies of what trains. The result is the adapter,
-    or the whole model in the base's dtype, which is taken to be bf16.
+    optimizer's states. Under DeepSpeed it also holds fp32 copies of what trains and, below stage 3,
+    what computes a second time. The result is the adapter, or the whole model in the base's dtype,
+    which is taken to be bf16.
     """
     low = 2 if training.bf16 else 4
     number = sum(full_shape(p).numel() for p in model.parameters())
@@ -70,13 +84,17 @@ def disk_need(
     keeps_fp32 = not (training.deepspeed or training.single_gpu_full)
     weights = float(trained * (4 if keeps_fp32 else low))
     states = trained * (12.0 if training.deepspeed else optimizer_bytes(training))
+    if training.deepspeed and zero_stage(training) < 3:
+        states += low * (trained if options.use_lora else number)
     whole = 2.0 * _numbers_of_base(model)
     if options.use_lora:
         result = weights + (whole if options.merge_on_save else 0)
     else:
         weights += low * (number - trained)
         result = whole
-    return DiskNeed(weights + states, _checkpoints(training, steps), result)
+    saved = _checkpoints(training, steps, steps_in_epoch)
+    kept = min(saved, training.save_total_limit or saved)
+    return DiskNeed(weights + states, saved, kept, result)
 
 
 def _numbers_of_base(model: nn.Module) -> int:
@@ -88,16 +106,14 @@ def _numbers_of_base(model: nn.Module) -> int:
     )
 
 
-def _checkpoints(training: FineTuningArguments, steps: int) -> int:
-    """How many checkpoints a run keeps at its end."""
+def _checkpoints(training: FineTuningArguments, steps: int, steps_in_epoch: int) -> int:
+    """How many checkpoints a run saves; the last step has one too."""
     if training.save_strategy == "no":
         return 0
+    every = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
     if training.save_strategy == "epoch":
-        count = math.ceil(training.num_train_epochs)
-    else:
-        every = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
-        count = math.ceil(steps / max(1, math.ceil(every)))  # the last step has one too
-    return min(count, training.save_total_limit or count)
+        every = steps_in_epoch
+    return math.ceil(steps / max(1, math.ceil(every)))
 
 
 def free_bytes(output: Path) -> int:
@@ -105,7 +121,10 @@ def free_bytes(output: Path) -> int:
     output = output.absolute()
     there = next(folder for folder in (output, *output.parents) if folder.is_dir())
     # What an interrupted save has left is removed before anything is written.
-    left_over = sum(file.stat().st_size for file in (output / INCOMPLETE).rglob("*"))
+    left_over = 0
+    for file in (output / INCOMPLETE).rglob("*"):
+        with suppress(FileNotFoundError):  # the first process removes it meanwhile
+            left_over += file.stat().st_size
     return shutil.disk_usage(there).free + left_over
 
 

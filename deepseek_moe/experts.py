@@ -74,23 +74,35 @@ def grouped_experts_forward(
             out_NO = out_NO + adapter(x_NI, offsets_E)
         return out_NO
 
-    x_ND = _a_row_for_each_pick(hidden_TD.to(dtype), K)[order_N]
+    # Where each pick went.
+    back_N = torch.empty_like(order_N)
+    back_N[order_N] = torch.arange(T * K, device=order_N.device)
+    x_ND = _TakePicks.apply(hidden_TD.to(dtype), order_N // K, back_N.view(T, K))
     gate_NF, up_NF = linear(x_ND, "gate_up_proj").chunk(2, dim=-1)
     out_ND = linear(experts.act_fn(gate_NF) * up_NF, "down_proj")
     # Gathered back and summed, not added in place: that would be another sum in each run on a GPU.
-    back_N = torch.empty_like(order_N)
-    back_N[order_N] = torch.arange(T * K, device=order_N.device)
     out_TKD = out_ND[back_N].view(T, K, -1)
     return (out_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(hidden_TD.dtype)
 
 
-def _a_row_for_each_pick(hidden_TD: torch.Tensor, K: int) -> torch.Tensor:
-    """[N, D]: each token K times, so that taking picks in any order takes each row once.
+class _TakePicks(torch.autograd.Function):
+    """x[token_N], [N, D], whose backward pass sums the K gradients of each token in one order.
 
-    Taking a token K times makes the backward pass add K gradients to one row, on a CPU with
-    several threads in no fixed order. Here they are summed over K, always in the same order.
+    The backward pass of indexing would add them to one row: on a CPU with several threads, in
+    another order in each run. `back_TK` is where the picks of each token are among the N.
     """
-    return hidden_TD.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: torch.Tensor, token_N: torch.Tensor, back_TK: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(back_TK)
+        return x_TD[token_N]
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back_TK,) = ctx.saved_tensors
+        return grad_ND[back_TK].sum(dim=1), None, None
 
 
 def _can_fuse(

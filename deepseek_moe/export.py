@@ -202,7 +202,7 @@ def _refuse_full_disk(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype |
         math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize
         for name, shape in checkpoint.official.items()
     )
-    there = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    there = next(parent for parent in folder.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(there).free
     if need > free:
         raise RunError(
@@ -249,8 +249,8 @@ def _checked(
 def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int) -> None:
     """Fills files of up to `limit` bytes in the order of the tensors; 0 gives each its own file.
 
-    At most `limit` bytes, or one tensor, are in memory. `folder` holds config.json already, whose
-    permissions the files get.
+    A full file and the tensor after it are in memory at most. `folder` holds config.json already,
+    whose permissions the files get.
     """
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}

@@ -260,13 +260,17 @@ def rows_in_step(training: FineTuningArguments) -> int:
     return batch * training.gradient_accumulation_steps
 
 
+def steps_in_epoch(training: FineTuningArguments, rows: int) -> int:
+    batch = training.per_device_train_batch_size * max(1, training.world_size)
+    used = rows // batch * batch if training.dataloader_drop_last else rows
+    return math.ceil(used / rows_in_step(training))
+
+
 def count_steps(training: FineTuningArguments, rows: int) -> int:
     """The steps of a run over so many rows."""
     if training.max_steps > 0:
         return training.max_steps
-    batch = training.per_device_train_batch_size * max(1, training.world_size)
-    used = rows // batch * batch if training.dataloader_drop_last else rows
-    return math.ceil(math.ceil(used / rows_in_step(training)) * training.num_train_epochs)
+    return math.ceil(steps_in_epoch(training, rows) * training.num_train_epochs)
 
 
 def trainable_table(model: nn.Module) -> Table:

@@ -1,9 +1,10 @@
 """Whether a checkpoint is whole, asked before a run goes on from it.
 
-Where a file is missing, Trainer goes on without it: with a fresh optimizer, or at another learning
-rate. Where a file is damaged, it ends in the depths of a library. So each file that is going to be
-read back is looked at first: whether it is there, whether its structure is whole, and whether it is
-of the checkpoint's step. Large files are not read in full, so changed numbers in them go unseen.
+If a file is missing, Trainer goes on without it: with a fresh optimizer, or at another learning
+rate. If a file is damaged, a library raises an error that does not name the file. So each file that
+is going to be read back is looked at first: whether it is there, whether its structure is whole,
+and whether it is of the checkpoint's step. Large files are not read in full, so changed numbers in
+them go unseen.
 """
 
 import json
@@ -26,6 +27,7 @@ from .arguments import FineTuningArguments, zero_stage
 from .errors import EveryProcess, RunError, UserError
 from .merge import ADAPTER_FILE, Checkpoint
 from .optimizer import StepInBackward
+from .saving import is_out_of_memory
 from .weights import weight_files
 
 Check = Callable[[Path], None]
@@ -100,6 +102,13 @@ def refuse_damaged(checkpoint: Path, layout: Layout) -> None:
             and what to remove to go on from the last checkpoint before it that is whole.
     """
     if found := damage(checkpoint, layout):
+        saved_by = processes_of(checkpoint)
+        if saved_by not in (None, layout.processes):
+            raise EveryProcess(
+                f"{checkpoint} was saved by {saved_by} processes, and this run has "
+                f"{layout.processes}; repeat the command with {saved_by}, or give another "
+                "--output_dir"
+            )
         raise EveryProcess(f"{found}; {_remedy(checkpoint, layout)}")
 
 
@@ -107,7 +116,7 @@ def damage(checkpoint: Path, layout: Layout) -> str | None:
     """The first file of the checkpoint that is not whole and what is wrong with it, or None."""
     for file, check in layout.checks(checkpoint):
         if not file.is_file():
-            return f"{file} is missing" + _other_processes(file, layout)
+            return f"{file} is missing"
         if not file.stat().st_size:
             return f"{file} is empty"
         try:
@@ -115,6 +124,14 @@ def damage(checkpoint: Path, layout: Layout) -> str | None:
         except Exception as error:  # of many libraries, and of any class
             return f"{file} is damaged ({_short(error)})"
     return None
+
+
+def processes_of(checkpoint: Path) -> int | None:
+    """How many processes saved a checkpoint, by their random states; None if there is none."""
+    ranks = [int(file.stem[10:]) for file in checkpoint.glob("rng_state_*.pth")]
+    if ranks:
+        return 1 + max(ranks)
+    return 1 if (checkpoint / "rng_state.pth").is_file() else None
 
 
 class ResumingTrainer(Trainer):
@@ -161,19 +178,21 @@ class ResumingTrainer(Trainer):
 
 @contextmanager
 def reading_back(checkpoint: str | Path, what: str, layout: Layout) -> Iterator[None]:
-    """Turns whatever a library makes of `what` of a checkpoint, while it loads it, into one line.
+    """Turns an error of a library that loads `what` of a checkpoint into one line.
+
+    The checkpoint may still be whole: a library may fail for a reason of its own.
 
     Raises:
-        RunError: as `refuse_damaged`, but of this process alone.
+        RunError: names the error, and what to try. It is of this process alone.
     """
     try:
         yield
-    except (UserError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # of many libraries, and of any class
-        remedy = _remedy(Path(checkpoint), layout)
+    except Exception as error:  # libraries raise errors of any class
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise RunError(
-            f"{what} of {checkpoint} cannot be read back ({_short(error)}); {remedy}"
+            f"{what} of {checkpoint} cannot be read back ({_short(error)}); if repeating the "
+            f"command does not help, {_remedy(Path(checkpoint), layout, 'move', ' away')}"
         ) from error
 
 
@@ -182,21 +201,26 @@ def refuse_other_states(optimizer: torch.optim.Optimizer, file: Path) -> None:
     middle of a step. None of the numbers is read.
 
     Raises:
-        ValueError: there are no states, or some have the shape of another weight.
+        ValueError: there are no states, or those of other weights.
     """
     if not isinstance(optimizer, torch.optim.AdamW | StepInBackward):
         return
     saved = _load(file)
     if not saved["state"]:
         raise ValueError("it has no states")
-    for group, of_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        for parameter, index in zip(group["params"], of_group["params"], strict=True):
-            for name in saved["state"].get(index, {}).keys() & set(OF_A_WEIGHT):
-                shape = saved["state"][index][name].shape
-                if shape != parameter.shape:
-                    raise ValueError(
-                        f"a state is {list(shape)} for a weight of {list(parameter.shape)}"
-                    )
+    mine, theirs = (
+        [one for group in groups for one in group["params"]]
+        for groups in (optimizer.param_groups, saved["param_groups"])
+    )
+    if len(mine) != len(theirs):
+        raise ValueError(f"it is of {len(theirs)} weights, and this run trains {len(mine)}")
+    for parameter, index in zip(mine, theirs, strict=True):
+        for name in saved["state"].get(index, {}).keys() & set(OF_A_WEIGHT):
+            shape = saved["state"][index][name].shape
+            if shape != parameter.shape:
+                raise ValueError(
+                    f"a state is {list(shape)} for a weight of {list(parameter.shape)}"
+                )
 
 
 def refuse_other_adapter(model: nn.Module, folder: Path) -> None:
@@ -213,16 +237,17 @@ def refuse_other_adapter(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"it lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors)")
 
 
-def _remedy(checkpoint: Path, layout: Layout) -> str:
-    """What to remove, so that the run goes on from the last checkpoint that is whole."""
+def _remedy(checkpoint: Path, layout: Layout, verb: str = "remove", after: str = "") -> str:
+    """What to remove (or move away), to go on from the last checkpoint that is whole."""
     found = [one for one in checkpoint.parent.glob("checkpoint-*") if one.name[11:].isdecimal()]
     earlier = [one for one in found if _step(one) < _step(checkpoint)]
     remove = [str(checkpoint)]
     for before in sorted(earlier, key=_step, reverse=True):
         if damage(before, layout) is None:
-            return f"remove {' and '.join(remove)} to go on from {before}"
+            return f"{verb} {' and '.join(remove)}{after} to go on from {before}"
         remove.append(str(before))
-    return f"remove {' and '.join(remove)} to begin anew, since no checkpoint before it is whole"
+    folders = " and ".join(remove)
+    return f"{verb} {folders}{after} to begin anew, since no checkpoint before it is whole"
 
 
 def _step(checkpoint: Path) -> int:
@@ -231,17 +256,6 @@ def _step(checkpoint: Path) -> int:
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-
-
-def _other_processes(file: Path, layout: Layout) -> str:
-    """Where a random state is missing: that another number of processes saved theirs, if so."""
-    if not file.name.startswith("rng_state"):
-        return ""
-    ranks = [int(one.stem[10:]) for one in file.parent.glob("rng_state_*.pth")]
-    saved_by = max(2, 1 + max(ranks)) if ranks else 1
-    if saved_by == layout.processes:
-        return ""
-    return f" (there are those of {saved_by} processes, and this run has {layout.processes})"
 
 
 # ---- what a file must be ----

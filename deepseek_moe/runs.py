@@ -24,13 +24,12 @@ from .export import write_checkpoint
 from .fingerprint import fingerprint, is_outdated
 from .merge import merged_tensors
 from .quantization import FILE as QUANTIZATION_FILE
-from .saving import INCOMPLETE, ONE_TENSOR, report_failed_save, tensors_on_host
+from .saving import INCOMPLETE, report_failed_save, tensors_on_host
 from .training import FineTuner
 from .weights import name_some
 from .writing import lock
 
 FILE = "run.json"
-RESULT_SHARDS = "5GB"
 # What a run writes into its folder, or removes from it, beside FILE: patterns of names.
 WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
 WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
@@ -134,12 +133,11 @@ class Run:
     def _save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
         aside = self.folder / INCOMPLETE
         result, adapter = aside / "result", aside / "adapter"
-        limit = RESULT_SHARDS if trainer.shard_bytes != ONE_TENSOR else ONE_TENSOR
         if not isinstance(trainer.model, PeftModel):
             state = trainer.whole_parameters()
             if trainer.is_world_process_zero():
                 tensors = tensors_on_host(trainer.model, state)
-                write_checkpoint(tensors, base, result, None, limit)
+                write_checkpoint(tensors, base, result, None, trainer.shard_bytes)
                 self._publish(result)
             return
         trainer.save_model(str(adapter))
@@ -154,7 +152,7 @@ class Run:
         kept = self.folder / "adapter"  # before the merge, in case that it is refused
         shutil.rmtree(kept, ignore_errors=True)
         os.replace(adapter, kept)
-        write_checkpoint(merged_tensors(base, kept), base, result, None, limit)
+        write_checkpoint(merged_tensors(base, kept), base, result, None, trainer.shard_bytes)
         self._publish(result)
 
     def _publish(self, result: Path) -> None:

@@ -1,10 +1,11 @@
 """Saves what is trained: from the GPU to the host tensor by tensor, and from there to the disk.
 
-A save takes no GPU memory beyond what training holds. What it needs of the host and of the disk is
-tried and reckoned before the first step.
+A save takes no GPU memory beyond what training holds. Before the first step, the largest tensor is
+saved once as a trial.
 """
 
 import copy
+import errno
 import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from .merge import official_parts
 
 INCOMPLETE = "incomplete"
 """The folder, inside of a run's, in which it writes what is not complete yet."""
-SHARD_BYTES = 10**9  # of a checkpoint's weight files; so much of it is on the host at once
+SHARD_BYTES = 2 * 10**9  # of a weight file; so much of the weights is on the host at once
 ONE_TENSOR = 0  # instead: a file for each tensor
 
 
@@ -78,7 +79,8 @@ def save_sparingly(save: Callable[[int], None], aside: Path, alone: bool) -> Non
     except Exception as error:
         if not (alone and is_out_of_memory(error)):
             raise
-    shutil.rmtree(aside, ignore_errors=True)  # outside of `except`, which keeps tensors alive
+    # This stands outside of `except`: inside, the error's traceback would keep tensors alive.
+    shutil.rmtree(aside, ignore_errors=True)
     release_gpu_memory()
     save(ONE_TENSOR)
 
@@ -93,8 +95,12 @@ def release_gpu_memory() -> None:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether `error`, or what it was raised from, says that GPU or host ran out of memory."""
     while error is not None:
-        text = str(error).lower()
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        text = str(error).lower()  # of the host's allocator, and of libraries, as RuntimeError
+        if "out of memory" in text or "allocate memory" in text:
             return True
         error = error.__cause__
     return False
@@ -126,6 +132,8 @@ def report_failed_save(output: str | Path, main: bool) -> Iterator[None]:
                 f"saving to {output} ran out of memory ({found}); {last}: end other programs, or "
                 "lower --per_device_train_batch_size, and repeat the command to go on from it"
             ) from error
+        if isinstance(error, RunError):
+            found = found.partition("; ")[0]  # Its own remedy is one for exports.
         free = shutil.disk_usage(output).free / 1e9
         raise RunError(
             f"{output} could not be written to ({found}; {free:.1f} GB free there); {last}: make "
@@ -134,10 +142,10 @@ def report_failed_save(output: str | Path, main: bool) -> Iterator[None]:
 
 
 class RehearseSave(TrainerCallback):
-    """Saves the largest trained tensor and its optimizer states before the first step.
+    """Saves the largest trained tensor before the first step, with its optimizer states if there
+    are any yet.
 
-    A folder that cannot be written to, or a host with too little memory, is found then and not
-    after the steps that a first save would lose.
+    A folder that cannot be written to is then found before any step can be lost.
     """
 
     def on_train_begin(

@@ -57,11 +57,26 @@ def write_aside(file: Path, text: str, overwrite: bool = True) -> None:
     try:
         with aside.open("x", encoding="utf-8") as stream:
             stream.write(text)
-        if not overwrite:
-            file.open("x").close()  # a rename would replace what another process made by now
-        os.replace(aside, file)
+        if overwrite:
+            os.replace(aside, file)
+        else:  # a rename would replace what another process made by now
+            _rename_to_new(aside, file)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _rename_to_new(aside: Path, file: Path) -> None:
+    try:
+        os.link(aside, file)  # refuses a name that is there
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        file.open("x").close()
+        try:
+            os.replace(aside, file)
+        except OSError:
+            file.unlink()
+            raise
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -122,6 +137,8 @@ def _publish(aside: Path, folder: Path, overwrite: bool) -> None:
     try:
         os.replace(aside, folder)  # succeeds over an empty folder only
     except OSError as error:
+        if before.exists() and not folder.exists():
+            os.replace(before, folder)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise RunError(

@@ -46,7 +46,7 @@ from deepseek_moe.data import (
     split,
 )
 from deepseek_moe.disk import disk_need
-from deepseek_moe.memory import count_steps, meta_model, plan, trainable_table
+from deepseek_moe.memory import count_steps, meta_model, plan, steps_in_epoch, trainable_table
 from deepseek_moe.resume import Layout, refuse_damaged
 from deepseek_moe.runs import Run, settings_of
 from deepseek_moe.training import FineTuner, said_once
@@ -69,7 +69,8 @@ def main() -> None:
         packed = prepare_rows(train, evaluation, data, args, folder)
     run = Run(args.output_dir, settings_of(options, data, args, folder, train, evaluation))
     network = meta_model(folder, options)  # refuses what cannot train, in a second
-    disk = disk_need(network, options, args, count_steps(args, len(packed)))
+    steps, in_epoch = count_steps(args, len(packed)), steps_in_epoch(args, len(packed))
+    disk = disk_need(network, options, args, steps, in_epoch)
     if data.dry_run:
         if main_process:
             plan(folder, options, args, packed["length"], disk.compared_with(run.folder))
@@ -81,12 +82,11 @@ def main() -> None:
             report_finished(run, options, folder)
         leave_together()
         return
-    if main_process:
-        Console(stderr=True, width=100).print(trainable_table(network))
-    disk.refuse_too_small(run.folder)
-    say(f"disk: {disk.compared_with(run.folder)}")
     with args.main_process_first():
         if main_process:
+            Console(stderr=True, width=100).print(trainable_table(network))
+            say(f"disk: {disk.compared_with(run.folder)}")
+            disk.refuse_too_small(run.folder)
             run.start()
     if run.checkpoint:
         refuse_damaged(Path(run.checkpoint), Layout.of(args, adapter=options.use_lora))

@@ -35,6 +35,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 IMPORTS = ("adapters", "arguments", "data", "memory", "runs", "training")
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "bird", "of", "gold", "which"]
 
+THREADS = os.cpu_count() or 1
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([f"deepseek_moe.{name}" for name in IMPORTS])
 
@@ -114,16 +115,18 @@ def _script(argv: list[str], log: Path, before: Callable[[], None] | None) -> No
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.setsid()  # so that it can be ended with all that it starts
-    torch.set_num_threads(os.cpu_count() or 1)  # with one, no sum could be in another order
+    torch.set_num_threads(THREADS)  # with one, no sum could be in another order
     if before:
         before()
     sys.argv = [str(SCRIPT), *argv]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def command(argv: Sequence[str], folder: Path = ROOT, timeout: float = 240) -> Ended:
+def command(
+    argv: Sequence[str], folder: Path = ROOT, timeout: float = 240, threads: int = 1
+) -> Ended:
     """A command as a person types it in `folder`. A hang is an error, and leaves nothing behind."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(
         list(argv), cwd=folder, env=environment, start_new_session=True, **pipes

@@ -17,6 +17,7 @@ import torch
 from finetune_fixtures import (
     ROOT,
     SCRIPT,
+    THREADS,
     Ended,
     assert_same,
     be_process,
@@ -632,7 +633,7 @@ def test_the_script_runs_from_any_folder(
     script = os.path.relpath(SCRIPT, ROOT)
     relative = {"model_name_or_path": "base", "data_path": "rows.jsonl"}
     words = argv(Path("out"), **relative)
-    done = command([sys.executable, str(SCRIPT), *words], place)
+    done = command([sys.executable, str(SCRIPT), *words], place, threads=THREADS)
     assert done.code == 0, done.err
     assert done.out == "out\n"
     assert_same(place / "out", finished["full"])

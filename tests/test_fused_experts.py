@@ -234,4 +234,8 @@ def test_200_steps_follow_the_plain_losses(monkeypatch: pytest.MonkeyPatch) -> N
     assert want[-10:].mean() < 0.5 * want[:4].mean()
     monkeypatch.setattr(way, "_can_fuse", lambda *_: True)
     monkeypatch.setattr(way, "_fused_forward", partial(_fused_forward, ops=plain))
-    torch.testing.assert_close(losses(), want, rtol=0.02, atol=0.01)
+    found = losses()
+    # Rounding grows in 200 steps: "eager" and "grouped_mm" come to differ by 0.013, and by 0.002 on
+    # average.
+    torch.testing.assert_close(found, want, rtol=0.0, atol=0.03)
+    assert (found - want).abs().mean() < 0.004

@@ -167,13 +167,16 @@ def test_a_gpu_that_stays_full_is_not_called_a_full_disk(
 def test_of_a_failed_save_nothing_is_left_and_its_cause_is_named(tmp_path: Path) -> None:
     """What is refused keeps its own words."""
     (tmp_path / "checkpoint-7").mkdir()
+    host = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
     for error, said in (
+        (host, "ran out of memory"),
+        (OSError(12, "Cannot allocate memory"), "ran out of memory"),
         (
             RuntimeError("PytorchStreamWriter\nfailed"),
             r"not be written to \(Py.*point-7: make room",
         ),
         (OSError("no space"), "could not be written to"),
-        (RunError("it is full"), "could not be written to .it is full"),
+        (RunError("it is full; free space"), r"could not be written to \(it is full; [\d.]+ GB"),
         (GPU_FULL, "ran out of memory .CUDA.*checkpoint-7"),
         (MemoryError(), "ran out of memory .MemoryError"),
         (UserError("it is zero"), "^it is zero$"),
@@ -242,7 +245,8 @@ def test_a_disk_too_small_for_a_checkpoint_and_the_result_is_refused(
     assert checkpoints(tmp_path / "out") == []
     planned = run(argv(tmp_path / "out", dry_run=True), tmp_path / "log", small_disk)
     assert planned.code == 0
-    assert "2 x " in planned.out and "0.4 MB are free" in planned.out.replace("\n", " ")
+    said = " ".join(planned.out.split())
+    assert "disk 2 x " in said and "0.4 MB are free" in said
 
 
 MODES = {
@@ -264,8 +268,8 @@ def test_the_disk_that_a_run_needs_is_what_it_writes(
     words = argv(tmp_path / "out", save_total_limit=1, **MODES[mode])
     model, _, training = parse_arguments(words)
     base = Path(model.model_name_or_path)
-    need = disk_need(meta_model(base, model), model, training, steps=4)
-    assert need.checkpoints == 1
+    need = disk_need(meta_model(base, model), model, training, steps=4, steps_in_epoch=4)
+    assert (need.saved, need.kept) == (2, 1)
     done = run(words, tmp_path / "log")
     assert done.code == 0, done.err
     kinds = ("*.safetensors", "optimizer.pt")
@@ -288,11 +292,19 @@ def test_the_disk_of_the_16b_model() -> None:
         save_steps=100, save_total_limit=None, num_train_epochs=3,
     )  # fmt: skip
     options = SimpleNamespace(use_lora=False, merge_on_save=False)
-    need = disk_need(model, options, training, steps=250)
+    need = disk_need(model, options, training, steps=250, steps_in_epoch=100)
     assert need.checkpoint == pytest.approx(66.0e9, rel=1e-3)
     assert need.result == pytest.approx(32.75e9, rel=1e-3)
-    assert need.checkpoints == 3
+    assert need.kept == 3
+    assert need.least == pytest.approx(66.0e9 + 32.75e9, rel=1e-3)
     assert need.total == pytest.approx(3 * 66.0e9 + 32.75e9, rel=1e-3)
+    # The one checkpoint that is kept stays until the next is complete.
+    training.save_total_limit = 1
+    need = disk_need(model, options, training, steps=250, steps_in_epoch=100)
+    assert need.least == need.total == pytest.approx(2 * 66.0e9, rel=1e-3)
+    training.save_strategy, training.save_total_limit = "epoch", 5
+    assert disk_need(model, options, training, steps=250, steps_in_epoch=100).kept == 3
+    assert disk_need(model, options, training, steps=5, steps_in_epoch=100).kept == 1
 
 
 def test_what_an_interrupted_save_left_counts_as_free(tmp_path: Path) -> None:
@@ -301,4 +313,4 @@ def test_what_an_interrupted_save_left_counts_as_free(tmp_path: Path) -> None:
     (tmp_path / "out" / "incomplete" / "half").write_bytes(bytes(50_000_000))
     assert free_bytes(tmp_path / "out") == pytest.approx(before, abs=30_000_000)
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(before, abs=80_000_000)
-    DiskNeed(0, 0, 1000).refuse_too_small(tmp_path / "not" / "yet")
+    DiskNeed(0, 0, 0, 1000).refuse_too_small(tmp_path / "not" / "yet")
