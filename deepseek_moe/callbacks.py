@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 
@@ -33,9 +34,18 @@ class Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = [form.format(logs[key]) for key, form in self.SHOWN.items() if key in logs]
-        if shown and self.training_bar is not None:
+        if shown and state.is_world_process_zero:
             step = f"step {state.global_step}/{state.max_steps}"
-            self.training_bar.write("  ".join([step, *shown]), file=sys.stderr)
+            tqdm.write("  ".join([step, *shown]), file=sys.stderr)
+
+
+class ProgressWithoutBars(Progress):
+    """The same lines, for --disable_tqdm True. transformers would print to stdout."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes no bar, and so do those below."""
+
+    on_step_end = on_prediction_step = on_evaluate = on_predict = on_train_end = on_train_begin
 
 
 class StopAtSignal(TrainerCallback):

@@ -142,7 +142,8 @@ def own_tokenizer(folder: Path) -> DeepseekTokenizer:
     """The tokenizer of a checkpoint that must be of this architecture.
 
     Raises:
-        UserError: it is of another one, its files are broken, or it has ids that the model has not.
+        UserError: it is of another one, its files are broken, or some of its ids are beyond the
+            model's vocabulary.
     """
     fields = _read_object(folder / "config.json")
     kind = fields.get("model_type")

@@ -15,7 +15,12 @@ from .cli import check_writable
 from .errors import RunError, UserError
 from .writing import lock, write_aside
 
-HASHED = ("model", "prompts")  # of the settings: known by what they contain
+HASHED = (
+    "model",
+    "tokenizer",
+    "prompts",
+)
+"""Settings that are stored as hashes: messages only name them."""
 
 
 class CompletionFile:
@@ -23,7 +28,7 @@ class CompletionFile:
 
     Args:
         settings: all that decides the completions, as JSON values.
-        batch_size: an interrupted run is gone on with at a multiple of it.
+        batch_size: a repeated command goes on after the last whole batch of this size.
         overwrite: begin anew, whatever is there.
 
     Raises:
@@ -44,6 +49,7 @@ class CompletionFile:
         self.overwrite = overwrite
         self.done = 0  # prompts whose completions are in the file
         self._size = 0  # bytes of these
+        self._stream: IO[bytes] | None = None
         if not overwrite:
             self._find()
 
@@ -63,7 +69,7 @@ class CompletionFile:
             UserError: another process is writing to it, or it cannot be written.
         """
         try:
-            self._stream: IO[bytes] = self.file.open("ab", buffering=0)
+            self._stream = self.file.open("a+b", buffering=0)
             lock(self._stream)
             if not self.overwrite:  # it may have grown since it was looked at
                 self._find()
@@ -113,7 +119,7 @@ class CompletionFile:
     def _find(self) -> None:
         """Counts the completions that are there. Those after the last whole batch are made again,
         so that batches, and what is drawn for them, are those of an uninterrupted run."""
-        data = self.file.read_bytes() if self.file.exists() else b""
+        data = self._read()
         if not data and not self.note.exists():
             return
         found = self._read_note()
@@ -130,6 +136,13 @@ class CompletionFile:
         if not self.finished:
             self.done -= self.done % self.batch_size
         self._size = sum(len(line) + 1 for line in lines[: self.done])
+
+    def _read(self) -> bytes:
+        if self._stream is None:
+            return self.file.read_bytes() if self.file.exists() else b""
+        # To open the file once more and close it would give up the lock of this process.
+        self._stream.seek(0)
+        return self._stream.readall()
 
     def _read_note(self) -> dict[str, Any]:
         try:

@@ -111,9 +111,13 @@ class DeepseekConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers' own. If AutoConfig asks, it may be for AutoTokenizer, so it warns of a
-        tokenizer that AutoTokenizer would read as another class."""
-        if "name_or_path" in kwargs and not kwargs.get("return_unused_kwargs"):  # not of AutoModel
+        """As transformers' own, with a warning of a tokenizer that AutoTokenizer would read as
+        another class.
+
+        AutoTokenizer calls this through AutoConfig, which passes `name_or_path`. AutoModel sets
+        `return_unused_kwargs`, and needs no warning.
+        """
+        if "name_or_path" in kwargs and not kwargs.get("return_unused_kwargs"):
             _warn_of_other_tokenizer(str(kwargs["name_or_path"]))
         return super().from_dict(config_dict, **kwargs)
 

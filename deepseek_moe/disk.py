@@ -1,7 +1,6 @@
 """The room on a disk that a fine-tuning run needs, reckoned before any weight is loaded."""
 
 import math
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from .errors import UserError
 from .memory import optimizer_bytes
 from .quantization import full_shape
 from .saving import INCOMPLETE
+from .writing import free_bytes_at, readable_size
 
 
 @dataclass
@@ -24,14 +24,18 @@ class DiskNeed:
     kept: int
     result: float
 
-    @property
-    def least(self) -> float:
-        """The most that is there at once if old checkpoints are moved elsewhere in good time.
+    def least(self, resumes: bool = False) -> float:
+        """What must be free at the start, if old checkpoints are moved elsewhere in good time.
 
-        Where only the newest is kept, the one before it stays until the newest is complete.
+        Where only the newest is kept, the one before it stays until the newest is complete. A run
+        that `resumes` has one already.
         """
-        at_once = min(self.saved, 2 if self.kept == 1 else 1)
-        return max(self.checkpoint * at_once, self.checkpoint * min(1, self.saved) + self.result)
+        one = self.checkpoint * min(1, self.saved)
+        if self.kept > 1:
+            return one + self.result
+        if resumes:
+            return max(one, self.result)
+        return max(self.checkpoint * min(2, self.saved), one + self.result)
 
     @property
     def total(self) -> float:
@@ -43,24 +47,26 @@ class DiskNeed:
         """One line: what the run needs, and what the disk of `output` has."""
         kept = "no checkpoint"
         if self.kept:
-            kept = f"{self.kept} x {_size(self.checkpoint)} of checkpoints"
-        return (
-            f"{kept} and {_size(self.result)} of result, at most {_size(self.total)} at once; "
-            f"{_size(free_bytes(output))} are free"
-        )
+            kept = f"{self.kept} x {readable_size(self.checkpoint)} of checkpoints"
+        result, total, free = map(readable_size, (self.result, self.total, free_bytes(output)))
+        return f"{kept} and {result} of result, at most {total} at once; {free} are free"
 
-    def refuse_too_small(self, output: Path) -> None:
+    def refuse_too_small(self, output: Path, resumes: bool = False) -> None:
         """
         Raises:
             UserError: the disk of `output` cannot hold a checkpoint and the result, or two
                 checkpoints where only the newest is kept.
         """
         free = free_bytes(output)
-        if self.least > free:
+        least = self.least(resumes)
+        if least > free:
+            one, result, run, there = map(
+                readable_size, (self.checkpoint, self.result, least, free)
+            )
             raise UserError(
-                f"the disk of {output} is too small: a checkpoint takes {_size(self.checkpoint)}, "
-                f"the result {_size(self.result)}, the run at least {_size(self.least)}, and "
-                f"{_size(free)} are free; make room, or give another --output_dir"
+                f"the disk of {output} is too small: a checkpoint takes {one}, the result "
+                f"{result}, the run at least {run}, and {there} are free; make room, or give "
+                "another --output_dir"
             )
 
 
@@ -118,15 +124,9 @@ def _checkpoints(training: FineTuningArguments, steps: int, steps_in_epoch: int)
 
 def free_bytes(output: Path) -> int:
     """Bytes that a run in `output`, which need not be there yet, can write."""
-    output = output.absolute()
-    there = next(folder for folder in (output, *output.parents) if folder.is_dir())
     # What an interrupted save has left is removed before anything is written.
     left_over = 0
     for file in (output / INCOMPLETE).rglob("*"):
         with suppress(FileNotFoundError):  # the first process removes it meanwhile
             left_over += file.stat().st_size
-    return shutil.disk_usage(there).free + left_over
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return free_bytes_at(output) + left_over

@@ -50,11 +50,12 @@ class Engine:
     An engine may also be made where `supports` says no, to try it step by step on a CPU.
 
     Raises:
-        UnknownModel: something in the model is nothing that the decoder computes.
+        UnknownModel: the model holds something that the decoder does not compute.
     """
 
     def __init__(self, model: DeepseekForCausalLM, chunk: int = CHUNK) -> None:
         self.model, self.chunk = model, chunk
+        # Made where `supports` says no, to be tried on a CPU: then no later build asks it either.
         self.by_hand = not self.supports(model)
         self._build()
 
@@ -73,8 +74,11 @@ class Engine:
         )
 
     def _build(self) -> None:
-        """Reads the model as it is now. What was there for another is let go first: its weights,
-        its cache, and the graphs, which hold the addresses of both."""
+        """Reads the model as it is now.
+
+        First it releases what was built for the model as it was: the references to its weights, the
+        cache, and the graphs, which hold the addresses of both.
+        """
         self.signature = self.decoder = None
         self.cache: StaticCache | None = None
         self.rows: Rows | None = None

@@ -14,4 +14,4 @@ class RunError(UserError):
 
 
 class EveryProcess(RunError):
-    """One that all processes of a run come to."""
+    """An error that every process of a run raises at the same place. Only the first prints it."""

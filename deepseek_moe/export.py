@@ -37,7 +37,13 @@ from .fingerprint import fingerprint, is_outdated
 from .merge import ADAPTER_FILE, Checkpoint, base_tensors, merged_tensors, official_parts
 from .modeling_deepseek import DeepseekForCausalLM
 from .weights import name_some
-from .writing import complete_or_absent, refuse_occupied, write_aside
+from .writing import (
+    complete_or_absent,
+    free_bytes_at,
+    readable_size,
+    refuse_occupied,
+    write_aside,
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek.DeepseekConfig",
@@ -93,9 +99,13 @@ def main() -> None:
 
 def _refuse_other_base(folder: Path, base: Path) -> None:
     """By the run.json that fine-tuning leaves in `folder` or above it, if it is there."""
-    for file in (folder / "run.json", folder.parent / "run.json"):
+    whole = folder.resolve()  # the parent of "." or of a link is another folder
+    for file in (whole / "run.json", whole.parent / "run.json"):
         if file.is_file():
-            trained_over = json.loads(file.read_text(encoding="utf-8"))["settings"]["model"]
+            try:
+                trained_over = json.loads(file.read_text(encoding="utf-8"))["settings"]["model"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a run.json of another program
             if is_outdated(trained_over):
                 print(
                     f"{file} is of an older version of this code, so it was not checked that "
@@ -202,12 +212,11 @@ def _refuse_full_disk(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype |
         math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize
         for name, shape in checkpoint.official.items()
     )
-    there = next(parent for parent in folder.resolve().parents if parent.is_dir())
-    free = shutil.disk_usage(there).free
+    free = free_bytes_at(folder)
     if need > free:
         raise RunError(
-            f"{folder} cannot be written: its weights take {need / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free; free space, or give another folder"
+            f"{folder} cannot be written: its weights take {readable_size(need)}, and "
+            f"{readable_size(free)} are free; free space, or give another folder"
         )
 
 

@@ -27,6 +27,7 @@ from .arguments import FineTuningArguments, zero_stage
 from .errors import EveryProcess, RunError, UserError
 from .merge import ADAPTER_FILE, Checkpoint
 from .optimizer import StepInBackward
+from .quantization import FILE as QUANTIZATION_FILE
 from .saving import is_out_of_memory
 from .weights import weight_files
 
@@ -41,16 +42,18 @@ OF_A_WEIGHT = ("exp_avg", "exp_avg_sq", "m", "v")
 @dataclass(frozen=True)
 class Layout:
     """What decides the files of a run's checkpoints: the number of `processes`, the stage of ZeRO
-    (None without DeepSpeed), and whether an `adapter` is trained or the weights are."""
+    (None without DeepSpeed), whether an `adapter` is trained or the weights are, and whether that
+    is over a `quantized` base."""
 
     processes: int
     stage: int | None
     adapter: bool
+    quantized: bool = False
 
     @classmethod
-    def of(cls, training: FineTuningArguments, adapter: bool) -> "Layout":
+    def of(cls, training: FineTuningArguments, adapter: bool, quantized: bool = False) -> "Layout":
         stage = zero_stage(training) if training.deepspeed else None
-        return cls(training.world_size, stage, adapter)
+        return cls(training.world_size, stage, adapter, quantized)
 
     def checks(self, folder: Path) -> Iterator[tuple[Path, Check]]:
         """Each file of the checkpoint `folder` that is read back, and how it is checked."""
@@ -59,6 +62,8 @@ class Layout:
         ranks = range(self.processes)
         for name in [f"rng_state_{rank}.pth" for rank in ranks] if ranks[1:] else ["rng_state.pth"]:
             yield folder / name, _check_archive
+        if self.quantized:
+            yield folder / QUANTIZATION_FILE, _check_object
         yield folder / "scheduler.pt", partial(_check_schedule, step=step)
         if self.stage is None:
             yield folder / "optimizer.pt", _check_optimizer
@@ -173,7 +178,8 @@ class ResumingTrainer(Trainer):
         if checkpoint is None:
             return nullcontext()
         adapter = not isinstance(self.model, PreTrainedModel)
-        return reading_back(checkpoint, what, Layout.of(self.args, adapter))
+        quantized = getattr(self.model, "base_quantization", None) is not None
+        return reading_back(checkpoint, what, Layout.of(self.args, adapter, quantized))
 
 
 @contextmanager

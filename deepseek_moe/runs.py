@@ -36,7 +36,12 @@ WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
 WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUANTIZATION_FILE)
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "weights.py")
-HASHED = ("model", "data", "eval_data")  # of the settings: known by what they contain
+HASHED = (
+    "model",
+    "data",
+    "eval_data",
+)
+"""Settings that are stored as hashes: messages only name them."""
 
 
 class Run:
@@ -65,6 +70,11 @@ class Run:
                 self._refuse_others(settings)
         else:
             self._refuse_files_of_others()
+
+    @property
+    def steps(self) -> int:
+        """Steps that its last checkpoint has taken; 0 without one."""
+        return int(self.checkpoint.rpartition("-")[2]) if self.checkpoint else 0
 
     def _refuse_files_of_others(self) -> None:
         there = [file for pattern in WRITTEN for file in self.folder.glob(pattern)]
@@ -106,13 +116,17 @@ class Run:
             raise UserError(
                 f"{self.folder} cannot be made ({error.strerror}); give another --output_dir"
             ) from error
-        self._lock = (self.folder / ".lock").open("a")
         try:
+            self._lock = (self.folder / ".lock").open("a")
             lock(self._lock)
         except BlockingIOError as error:
             raise UserError(
                 f"another process is running in {self.folder}; wait for it, end it, or give "
                 "another --output_dir"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written to ({error.strerror}); give another --output_dir"
             ) from error
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
         with report_failed_save(self.folder, main=True):

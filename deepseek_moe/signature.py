@@ -53,7 +53,8 @@ KNOWN: dict[type[nn.Module], tuple[str, ...]] = {
 """The modules that the decoder knows, and what their forwards compute with besides tensors."""
 FORWARDS = {kind: kind.forward for kind in KNOWN}
 HARMLESS = "transformers.utils.output_capturing"
-"""Whose hooks do not count: transformers collects hidden states by them, once it was asked to."""
+"""Hooks of this module are allowed. transformers adds them when it is asked for hidden states, and
+they change no result."""
 CONFIG = ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads",
           "num_key_value_heads")  # fmt: skip
 """The fields of the config that the engine and the decoder read."""
@@ -62,16 +63,18 @@ CONFIG = ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention
 def signature_of(model: nn.Module) -> list[tuple[Any, ...]]:
     """All that the engine was built from, to be compared with what is there at a later call.
 
-    It tells apart: modules (also their order), replaced forwards, hooks, numbers in modules and in
-    the config, and which memory each tensor has. A change of the numbers in that memory, as an
-    optimizer makes it, leaves the signature as it is, and the engine reads the new ones.
+    It tells apart: modules (also their names and order), replaced forwards, hooks, numbers in
+    modules and in the config, and which memory each tensor has. A change of the numbers in that
+    memory, as an optimizer makes it, leaves the signature as it is, and the engine reads the new
+    ones.
 
     It names memory by its address. So whoever keeps a signature must keep the tensors too (see
     `tensors_of`), or their addresses may be given to others. The modules are kept by it.
     """
     config = getattr(model, "config", None)
     numbers = tuple(getattr(config, field, None) for field in CONFIG)
-    return [(numbers, _global_hooks()), *map(_signature_of_one, model.modules())]
+    modules = [(name, *_signature_of_one(module)) for name, module in model.named_modules()]
+    return [(numbers, _global_hooks()), *modules]
 
 
 def tensors_of(model: nn.Module) -> list[torch.Tensor]:
@@ -114,9 +117,11 @@ def _global_hooks() -> bool:
 
 
 def unknown_in(model: PreTrainedModel) -> str | None:
-    """What the first thing in `model` is that the decoder does not compute; None if it computes
-    all: no adapter, hook, replaced forward, sharded or otherwise quantised weight, and sizes that
-    fit each other."""
+    """Describes the first thing in `model` that the decoder does not compute.
+
+    Returns None if there is nothing: no adapter, hook, replaced forward, sharded or otherwise
+    quantised weight, and all sizes fit each other.
+    """
     return next(_all_unknown(model), None)
 
 

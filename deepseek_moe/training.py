@@ -25,13 +25,13 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .adapters import weights_passed
 from .arguments import zero_stage
-from .callbacks import Progress, StopAtSignal
+from .callbacks import Progress, ProgressWithoutBars, StopAtSignal
 from .checkpoint import one_line
 from .epoch_sampler import EpochSampler
 from .errors import EveryProcess, RunError, UserError
@@ -55,13 +55,13 @@ class FineTuner(ResumingTrainer):
         super().__init__(*args, **kwargs)
         self.stopper = StopAtSignal()
         self.add_callback(self.stopper)
-        self.progress = Progress()
+        self.progress = ProgressWithoutBars() if self.args.disable_tqdm else Progress()
         kinds = get_reporting_integration_callbacks(self.args.report_to)
         reporters = {
             name: self.pop_callback(kind)
             for name, kind in zip(self.args.report_to, kinds, strict=True)
         }
-        if self.pop_callback(ProgressCallback):
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
             reporters["the progress bar"] = self.progress
         self.add_callback(Reports(reporters))
         self.add_callback(RehearseSave())

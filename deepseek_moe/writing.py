@@ -51,8 +51,9 @@ def write_aside(file: Path, text: str, overwrite: bool = True) -> None:
 
     Raises:
         FileExistsError: it is there already, and `overwrite` is False.
-        OSError: it cannot be written. Nothing of it is left.
+        OSError: it cannot be written. Nothing new is left.
     """
+    file = file.resolve()  # a link stays, and what it points to is written
     aside = _private_name(file, ".tmp")
     try:
         with aside.open("x", encoding="utf-8") as stream:
@@ -77,6 +78,17 @@ def _rename_to_new(aside: Path, file: Path) -> None:
         except OSError:
             file.unlink()
             raise
+
+
+def free_bytes_at(path: Path) -> int:
+    """Bytes that are free on the disk of `path`, which need not be there yet."""
+    path = path.resolve()  # a link's target may be on another disk
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def readable_size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -106,6 +118,8 @@ def complete_or_absent(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     _being_written.add(aside)
     try:
         aside.mkdir()
+        if folder.exists():  # an empty one, that its owner may have made private
+            shutil.copymode(folder, aside)
         with (aside / f"{LOCK}.new").open("x") as owner:
             lock(owner)
             os.rename(owner.name, aside / LOCK)  # so that one with this name has been locked

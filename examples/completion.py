@@ -113,8 +113,12 @@ def same(file: Path, other: Path) -> bool:
 
 def settings_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     """All that decides the completions: where nothing is drawn, batches of any size may follow."""
+    folder = locate(args.model, args.trust_remote_code)
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    tokenizer = b"".join(file.read_bytes() for file in files if file.is_file())
     return {
-        "model": fingerprint(locate(args.model, args.trust_remote_code)),
+        "model": fingerprint(folder),
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest()[:16],
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
         **{name: getattr(args, name) for name in DECISIVE},
         "batch_size": args.batch_size if args.temperature else None,

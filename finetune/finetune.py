@@ -86,10 +86,12 @@ def main() -> None:
         if main_process:
             Console(stderr=True, width=100).print(trainable_table(network))
             say(f"disk: {disk.compared_with(run.folder)}")
-            disk.refuse_too_small(run.folder)
+            left = disk_need(network, options, args, steps - run.steps, in_epoch)
+            left.refuse_too_small(run.folder, resumes=run.steps > 0)
             run.start()
     if run.checkpoint:
-        refuse_damaged(Path(run.checkpoint), Layout.of(args, adapter=options.use_lora))
+        layout = Layout.of(args, adapter=options.use_lora, quantized=options.bits != 16)
+        refuse_damaged(Path(run.checkpoint), layout)
         say(f"going on from {run.checkpoint}")
 
     model = build_model(folder, options, args)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import finetune_fixtures
@@ -41,6 +42,9 @@ from finetune_fixtures import (
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from deepseek_moe.arguments import ModelArguments
+from deepseek_moe.disk import disk_need
+from deepseek_moe.memory import meta_model
 from deepseek_moe.resume import Layout, damage
 
 slow = pytest.mark.slow
@@ -372,6 +376,28 @@ def test_two_processes_take_the_steps_of_one(
     argv = steps(place, tmp_path / "out", config, 4, **ADAM)
     succeed(argv, tmp_path / "log")
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [("zero2_no_offload", {}), ("zero2_no_offload", {"use_lora": True, "lora_rank": 64})],
+)
+def test_the_disk_that_a_checkpoint_needs_is_what_it_takes(
+    config: str, changes: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """To 10 %: DeepSpeed keeps fp32 copies of what trains, and below stage 3 what computes."""
+    argv = steps(place, tmp_path / "out", config, 4, bf16=True, **changes)
+    [done] = forked(argv, tmp_path / "log", 1)
+    assert done.code == 0, done.err
+    folder = tmp_path / "out" / "checkpoint-3"
+    files = [file for kind in ("*.pt", "*.safetensors") for file in folder.rglob(kind)]
+    model = ModelArguments(str(place / "base"), **changes)
+    training = SimpleNamespace(
+        bf16=True, single_gpu_full=False, deepspeed={"zero_optimization": {"stage": 2}},
+        save_strategy="steps", save_steps=3, save_total_limit=None,
+    )  # fmt: skip
+    need = disk_need(meta_model(place / "base", model), model, training, 3, 3)
+    assert sum(file.stat().st_size for file in files) == pytest.approx(need.checkpoint, rel=0.1)
 
 
 def zero_content(file: Path) -> None:

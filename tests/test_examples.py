@@ -23,6 +23,7 @@ from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe.chat import NO_SYSTEM_PROMPT
 from deepseek_moe.cli import noted_interrupts
+from deepseek_moe.completions import CompletionFile
 from deepseek_moe.generation import Generator
 
 EXAMPLES = ROOT / "examples"
@@ -353,6 +354,30 @@ def test_one_process_at_a_time_writes_an_output_file(run: Runner, tmp_path: Path
             assert_error(done, f"another process is writing to {output}")
         other.communicate(b"\n")
     assert run(*batch(output)).code == 0
+
+
+def test_a_batch_keeps_its_output_file_to_itself(tmp_path: Path) -> None:
+    """Also after it has looked once more at what is there."""
+    output = CompletionFile(tmp_path / "out.jsonl", ["a", "b"], {}, 1)
+    output.start()
+    output.add(["x"])
+    second = "import sys; from pathlib import Path; "
+    second += "from deepseek_moe.completions import CompletionFile; "
+    second += "CompletionFile(Path(sys.argv[1]), ['a', 'b'], {}, 1).start()"
+    done = subprocess.run([sys.executable, "-c", second, output.file], capture_output=True)
+    assert done.returncode == 1 and b"another process is writing to" in done.stderr
+    assert output.file.read_text() == '{"prompt": "a", "completion": "x"}\n'
+
+
+def test_what_was_made_with_another_tokenizer_is_not_gone_on_with(
+    run: Runner, tmp_path: Path
+) -> None:
+    model, output = shutil.copytree(BUNDLED, tmp_path / "model"), tmp_path / "out.jsonl"
+    run(*batch(output, "--model", model))
+    config = model / "tokenizer_config.json"
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(fields | {"eos_token": "."}), encoding="utf-8")
+    assert_error(run(*batch(output, "--model", model)), "other tokenizer")
 
 
 def test_a_full_disk_keeps_what_is_there(

@@ -113,6 +113,30 @@ def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "was not trained over" in line
     assert not (tmp_path / "new").exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(adapter)
+    (adapter / "run.json").rename(adapter.parent / "run.json")
+    monkeypatch.chdir(adapter)
+    for given in (".", str(tmp_path / "elsewhere" / "link")):
+        with pytest.raises(UserError, match="was not trained over"):
+            run(monkeypatch, "--model", base, "--adapter", given, "--output", tmp_path / "new")
+
+
+@pytest.mark.parametrize("content", ["[broken", '{"id": 5}', '{"settings": 3}'])
+def test_a_run_json_of_another_program_says_nothing(
+    content: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (adapter / "run.json").write_text(content)
+    run(monkeypatch, "--model", base, "--adapter", adapter, "--output", tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_a_private_folder_stays_private(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new").mkdir(mode=0o700)
+    run(monkeypatch, "--model", base, "--output", tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
 
 
 def test_an_adapter_of_an_older_version_is_merged_with_a_note(
@@ -555,7 +579,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
     numbers = sum(tensor.numel() for tensor in tensors_in(base).values())
     for dtype, free in (("float16", 2 * numbers - 1), ("float32", 4 * numbers - 1)):
         monkeypatch.setattr(export.shutil, "disk_usage", lambda _, n=free: SimpleNamespace(free=n))
-        with pytest.raises(RunError, match=r"GB, and .* are free"):
+        with pytest.raises(RunError, match=r"MB, and .* are free"):
             run(monkeypatch, "--model", base, "--output", tmp_path / "a" / "b", "--dtype", dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 

@@ -375,6 +375,23 @@ def test_the_dry_run_counts_the_steps_of_whole_batches(
     assert "evaluation: loss" in done.err and "nan" not in done.err  # of all rows
 
 
+def test_without_bars_the_lines_of_steps_are_on_stderr(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    done = run(argv(tmp_path / "out", max_steps=2, disable_tqdm=True), tmp_path / "log")
+    assert done.code == 0, done.err
+    assert done.out == f"{tmp_path / 'out'}\n"
+    assert "step 2/2  loss" in done.err and "it/s" not in done.err
+
+
+def test_an_output_folder_on_a_read_only_disk_is_one_line(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "out" / ".lock").mkdir(parents=True)  # root may write anywhere else
+    done = run(argv(tmp_path / "out"), tmp_path / "log")
+    assert done.code == 2 and "cannot be written to" in done.error
+
+
 def test_no_limit_keeps_all_checkpoints(argv: Callable[..., list[str]], tmp_path: Path) -> None:
     done = run(argv(tmp_path / "out", max_steps=6, save_total_limit=-1), tmp_path / "log")
     assert done.code == 0, done.err

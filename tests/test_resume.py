@@ -187,6 +187,14 @@ def test_what_is_of_another_checkpoint_or_run_is_damaged(
     assert said and said.startswith(f"{checkpoint / name} is damaged (") and found in said
 
 
+def test_a_base_that_was_quantised_is_looked_for(copied: Callable[[str], Path]) -> None:
+    checkpoint = copied("lora") / "checkpoint-6"
+    layout = Layout(1, None, adapter=True, quantized=True)
+    assert damage(checkpoint, layout) == f"{checkpoint / 'base_quantization.json'} is missing"
+    (checkpoint / "base_quantization.json").write_text("{}")
+    assert damage(checkpoint, layout) is None
+
+
 def test_what_is_pickled_is_not_executed(copied: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = copied("full") / "checkpoint-6"
     for name in ("scheduler.pt", "optimizer.pt"):

@@ -429,3 +429,13 @@ def test_the_signature_of_an_untouched_model_stays(model: Model) -> None:
     model.train(), model.eval()
     model.config.use_cache = False
     assert signature_of(model) == signature
+
+
+def test_modules_that_swap_their_names(model: DeepseekForCausalLM) -> None:
+    """In the same order: two norms take each other's place."""
+    before = signature_of(model)
+    layer = model.model.layers[0]
+    one, other = layer.input_layernorm, layer.post_attention_layernorm
+    modules = {n: {one: other, other: one}.get(m, m) for n, m in layer._modules.items()}
+    layer._modules = {n: modules[n] for n in sorted(modules, key=lambda n: n != "self_attn")}
+    assert signature_of(model) != before
