@@ -27,11 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What DeepSpeed compiles for CPUs, once for each environment. Only `compile_extensions` writes it.
 EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
 EXTENSIONS /= "deepseek_moe_tests"
-COMPILE = """
-from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
-ShareMemCommBuilder().load()  # for several processes
-CPUAdamBuilder().load()  # for optimizers that are offloaded
-"""
+COMPILE = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
+COMPILE_OFFLOAD = "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder as B; B().load()"
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -91,12 +88,21 @@ def remove_locks(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def session_extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DeepSpeed's extensions for CPUs: compiled, which takes minutes, before any test is timed."""
+    """DeepSpeed's extension for several processes on CPUs: compiled before any test is timed."""
     if torch.cuda.is_available():  # of others, which DeepSpeed compiles at their first use
         return EXTENSIONS
     compile_extensions(EXTENSIONS)
     copy = tmp_path_factory.mktemp("torch") / "extensions"
     return shutil.copytree(EXTENSIONS, copy, ignore=shutil.ignore_patterns("lock"))
+
+
+@pytest.fixture
+def offload_extension(session_extensions: Path) -> None:
+    """What an offloaded optimizer needs too. Only a slow test does."""
+    if not torch.cuda.is_available():
+        compile_extensions(EXTENSIONS, COMPILE_OFFLOAD)
+        ignore = shutil.ignore_patterns("lock")
+        shutil.copytree(EXTENSIONS, session_extensions, ignore=ignore, dirs_exist_ok=True)
 
 
 @pytest.fixture

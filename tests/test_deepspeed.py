@@ -152,6 +152,7 @@ def test_the_published_qlora(place: Path, tmp_path: Path) -> None:
 
 
 @slow
+@pytest.mark.usefixtures("offload_extension")
 def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(
     place: Path, tmp_path: Path
 ) -> None:
@@ -378,6 +379,7 @@ def test_two_processes_take_the_steps_of_one(
     assert_equal_steps(tmp_path / "out", alone, 3, 1e-4)
 
 
+@slow
 @pytest.mark.parametrize(
     ("config", "changes"),
     [("zero2_no_offload", {}), ("zero2_no_offload", {"use_lora": True, "lora_rank": 64})],
@@ -405,7 +407,9 @@ def zero_content(file: Path) -> None:
     torch.save({"nothing": 0}, file)
 
 
-@pytest.mark.parametrize(("config", "stage"), [("zero2_no_offload", 2), ("zero3", 3)])
+@pytest.mark.parametrize(
+    ("config", "stage"), [("zero2_no_offload", 2), pytest.param("zero3", 3, marks=slow)]
+)
 def test_a_damaged_checkpoint_is_one_line(
     config: str, stage: int, place: Path, tmp_path: Path
 ) -> None:
