@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
@@ -91,6 +92,7 @@ class FineTuner(ResumingTrainer):
             if self.is_world_process_zero():
                 last = get_last_checkpoint(self.args.output_dir)
                 print(f"stopped; repeat the command to go on from {last}", file=sys.stderr)
+            leave_together()
             raise SystemExit(128 + self.stopper.stopped)
 
     # ---- the loss ----
@@ -314,6 +316,16 @@ class FineTuner(ResumingTrainer):
         else:
             save_weights(self.model, folder, state_dict, self.shard_bytes)
         self.processing_class.save_pretrained(str(folder))
+
+
+def leave_together() -> None:
+    """Waits for all processes and closes what joins them, as the last thing that a process does.
+
+    One process that leaves early may abort the others, and so may threads left to the exit.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 @contextmanager

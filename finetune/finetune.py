@@ -21,7 +21,6 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
@@ -49,7 +48,7 @@ from deepseek_moe.disk import disk_need
 from deepseek_moe.memory import count_steps, meta_model, plan, steps_in_epoch, trainable_table
 from deepseek_moe.resume import Layout, refuse_damaged
 from deepseek_moe.runs import Run, settings_of
-from deepseek_moe.training import FineTuner, said_once
+from deepseek_moe.training import FineTuner, leave_together, said_once
 
 
 def main() -> None:
@@ -119,13 +118,6 @@ def report_finished(run: Run, options: ModelArguments, folder: Path) -> None:
         merge = f"python -m deepseek_moe.export --model {folder} --adapter {run.folder}"
         print(f"merge it: {merge}", file=sys.stderr)
     print(run.folder)
-
-
-def leave_together() -> None:
-    """One process that leaves early may abort the others, and so may threads left to the exit."""
-    state = PartialState()
-    state.wait_for_everyone()
-    state.destroy_process_group()
 
 
 def load_data(
