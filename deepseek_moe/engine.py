@@ -89,7 +89,7 @@ class Engine:
         model = self.model
         if unknown_in(model) or not (self.by_hand or self.supports(model)):
             raise UnknownModel(refusal_of(model))
-        self.device, self.dtype = model.device, model.dtype
+        self.device = model.device
         self.fast = self.device.type == "cuda"
         if self.fast:
             from .kernels import fused
