@@ -13,8 +13,8 @@ from check_kernels import Group, distance
 from check_models import TOLERANCE, Pair, recorded, same
 from torch import nn
 
-from deepseek_moe.cli import BUNDLED_MODEL
-from deepseek_moe.generation import Generator
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.files import BUNDLED_MODEL
 
 NEW = 12  # tokens of each generation: enough for steps to be captured
 FEWER, MORE = 4000, 4099  # ids; the bundled model has 4096

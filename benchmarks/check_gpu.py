@@ -27,7 +27,7 @@ from check_models import bundled_checks, model_checks
 from check_training import training_checks
 from transformers.utils import logging
 
-from deepseek_moe.cli import one_line_errors
+from deepseek_moe.errors import exit_on_user_error
 
 Outcome = tuple[bool, str]
 """Whether a check passed, and its remark or what was wrong."""
@@ -194,5 +194,5 @@ class Worker:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

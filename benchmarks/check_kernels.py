@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepseek_moe.decoder import FEW
-from deepseek_moe.kernels import plain
-from deepseek_moe.kernels.weight import Weight
+from deepseek_moe.decode.decoder import FEW
+from deepseek_moe.kernels.decode import torch_ops as plain
+from deepseek_moe.kernels.int_weights import Weight
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # of kernel_cases
 
@@ -91,7 +91,7 @@ def routes_agree(case: Any) -> float:
     is ahead of the next by no more than rounding: there the twins may differ."""
     from kernel_cases import CASES
 
-    from deepseek_moe.kernels import fused
+    from deepseek_moe.kernels.decode import triton_ops as fused
 
     args = CASES["route"](case)
     hidden_TD, norm_D, eps, gate_ED, _, position_T = args[:6]

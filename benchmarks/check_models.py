@@ -14,11 +14,11 @@ import torch
 from check_kernels import Check, Group, Poison, distance
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepseek_moe.checkpoint import load
-from deepseek_moe.cli import BUNDLED_MODEL
-from deepseek_moe.engine import CHUNK, Engine, Rows, size_for
-from deepseek_moe.generation import Generator
-from deepseek_moe.sampling import Sampler, Sampling, greedy, make_sampler
+from deepseek_moe.decode.engine import CHUNK, Engine, Rows, size_for
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.load import load
+from deepseek_moe.decode.sampling import Sampler, Sampling, greedy, make_sampler
+from deepseek_moe.files import BUNDLED_MODEL
 
 TOLERANCE = 0.03  # relative distance of logits after all layers, in 16 bits
 TIE = 4  # steps of the dtype, at the largest logit, by which rounding may move two logits apart

@@ -14,15 +14,20 @@ from check_kernels import Check, Group, distance
 from torch.nn import functional as F
 
 from deepseek_moe import DeepseekForCausalLM
-from deepseek_moe.acceleration import accelerate
-from deepseek_moe.adapters import add_lora
-from deepseek_moe.arguments import ALL_LINEARS, names
 from deepseek_moe.checkpoint import own_tokenizer
-from deepseek_moe.cli import BUNDLED_MODEL
-from deepseek_moe.experts import NAME, LowRank, _fused_forward, grouped_experts_forward
-from deepseek_moe.fused_experts import drop_again, drop_out
-from deepseek_moe.modeling_deepseek import DeepseekExperts
-from deepseek_moe.quantization import Quantization, dequantize
+from deepseek_moe.files import BUNDLED_MODEL
+from deepseek_moe.model.modeling_deepseek import DeepseekExperts
+from deepseek_moe.training.arguments import ALL_LINEARS, split_commas
+from deepseek_moe.training.compute.fused_experts import drop_again, drop_out
+from deepseek_moe.training.compute.grouped_experts import (
+    GROUPED,
+    LowRank,
+    _fused_forward,
+    grouped_experts_forward,
+)
+from deepseek_moe.training.compute.liger import use_fused_forwards
+from deepseek_moe.training.quantized_base import Quantization, dequantize
+from deepseek_moe.training.trainable import add_lora
 
 GRADIENTS = 2e-2  # relative distance of gradients in bf16, and
 WORSE = 1.5  # times the plain way's
@@ -81,11 +86,11 @@ def step(
         BUNDLED_MODEL,
         dtype=dtype,
         device_map={"": str(device)},
-        experts_implementation=NAME,
+        experts_implementation=GROUPED,
         quantization_config=config,
     )
     if kind.startswith("adapters"):
-        model = add_lora(model, names(ALL_LINEARS), 8, 16.0, 0.0)
+        model = add_lora(model, split_commas(ALL_LINEARS), 8, 16.0, 0.0)
         random = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -94,7 +99,7 @@ def step(
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if fast:
-        accelerate(model)
+        use_fused_forwards(model)
     for module in [] if fast else model.modules():
         if isinstance(module, DeepseekExperts):  # with a function it does not take the fused way
             del module.act_fn
@@ -111,7 +116,7 @@ def step(
 def check_fused_experts(kind: str, device: torch.device) -> str:
     """The output and every gradient, in bf16, beside the plain way in fp32 and in bf16. (On a CPU
     in fp32: Triton's interpreter cannot add in bf16.)"""
-    from deepseek_moe.kernels import fused
+    from deepseek_moe.kernels.training import triton_ops as fused
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     training, worst, where = Training(kind, device), -1.0, ""

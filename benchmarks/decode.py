@@ -35,11 +35,11 @@ from rates import (
 )
 from start import describe, largest_file, starts
 
-from deepseek_moe.checkpoint import load
-from deepseek_moe.cli import BUNDLED_MODEL, check_writable, one_line_errors, write_text
-from deepseek_moe.errors import UserError
-from deepseek_moe.generation import Generator
-from deepseek_moe.packing import BITS
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.load import load
+from deepseek_moe.errors import UserError, exit_on_user_error
+from deepseek_moe.files import BUNDLED_MODEL, check_writable, write_text
+from deepseek_moe.kernels.int_weights import BITS
 
 PARTS = ("start", "prefill", "stock", "quantization")  # that --skip leaves out
 Figure = float | str | None
@@ -313,5 +313,5 @@ def percent(value: Figure, by: Figure) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

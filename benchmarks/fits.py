@@ -24,8 +24,7 @@ from random_model import ROUTERS, write_random_model
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig
-from deepseek_moe.cli import one_line_errors
-from deepseek_moe.errors import UserError
+from deepseek_moe.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
@@ -127,5 +126,5 @@ def capped(card: int, words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

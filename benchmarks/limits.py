@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from deepseek_moe import DeepseekConfig
-from deepseek_moe.packing import GROUP, HEAD_BITS
+from deepseek_moe.kernels.int_weights import GROUP, HEAD_BITS
 
 
 class LayerNumbers(NamedTuple):
@@ -82,8 +82,8 @@ def read_bandwidth(device: torch.device) -> float:
         lambda matrix: torch.mv(matrix.view(-1, 8192), long_x),
     ]
     if on_gpu:
-        from deepseek_moe.kernels import fused
-        from deepseek_moe.kernels.weight import Weight
+        from deepseek_moe.kernels.decode import triton_ops as fused
+        from deepseek_moe.kernels.int_weights import Weight
 
         ways.append(lambda matrix: fused.linear(x[None], Weight(matrix)))
     turns = 8 * matrices  # so that one wait for the GPU is nothing beside them

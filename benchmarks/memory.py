@@ -30,7 +30,7 @@ from random_model import write_random_model
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig
-from deepseek_moe.cli import one_line_errors
+from deepseek_moe.errors import exit_on_user_error
 
 FP32 = "--single_gpu_full False"
 SETTINGS = {  # name: layers, rows a batch, tokens a row, options
@@ -90,5 +90,5 @@ def measure(args: argparse.Namespace, data: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

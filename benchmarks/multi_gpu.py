@@ -55,8 +55,8 @@ from random_model import write_random_model
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig
-from deepseek_moe.cli import BUNDLED_MODEL, check_writable, one_line_errors, write_text
-from deepseek_moe.errors import UserError
+from deepseek_moe.errors import UserError, exit_on_user_error
+from deepseek_moe.files import BUNDLED_MODEL, check_writable, write_text
 
 STEPS, LEAD = 8, 3  # of a run, and those of them that do not count; one more is profiled
 PARTS = ("train", "inference")
@@ -368,5 +368,5 @@ def common(found: list[list[int]], wanted: list[list[int]]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

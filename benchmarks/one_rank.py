@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.distributed import DistributedConfig
 
-from deepseek_moe import training
-from deepseek_moe.cli import write_text
+from deepseek_moe.files import write_text
+from deepseek_moe.training import trainer as training
 
 SCRIPT = Path(__file__).resolve().parents[1] / "finetune" / "finetune.py"
 WAYS = ("one", "tensor", "expert")

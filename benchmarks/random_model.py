@@ -24,10 +24,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
-from deepseek_moe.cli import BUNDLED_MODEL, one_line_errors
-from deepseek_moe.errors import RunError, UserError
-from deepseek_moe.weights import official_tensors
-from deepseek_moe.writing import complete_or_absent, refuse_occupied
+from deepseek_moe.errors import RunError, UserError, exit_on_user_error
+from deepseek_moe.files import BUNDLED_MODEL, complete_or_absent, refuse_occupied
+from deepseek_moe.model.layout import official_tensors
 
 HOT, HOT_EXPERTS = 5, 8  # how much larger the rows are, and how many
 ROUTERS = "model-routers.safetensors"
@@ -123,5 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

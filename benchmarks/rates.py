@@ -12,10 +12,10 @@ from limits import median_seconds, wait
 from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from deepseek_moe.engine import Engine
-from deepseek_moe.generation import Generator
-from deepseek_moe.modeling_deepseek import DeepseekGate
-from deepseek_moe.sampling import greedy
+from deepseek_moe.decode.engine import Engine
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.sampling import greedy
+from deepseek_moe.model.modeling_deepseek import DeepseekGate
 
 NO_MEMORY = "no memory"
 LEAD = 3  # tokens before the first that counts: the prompt's own, compilation, capture

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from deepseek_moe.checkpoint import load, locate
-from deepseek_moe.cli import BUNDLED_MODEL, one_line_errors
-from deepseek_moe.errors import UserError
-from deepseek_moe.generation import Generator
-from deepseek_moe.weights import weight_files
+from deepseek_moe.checkpoint import find_checkpoint
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.load import load
+from deepseek_moe.errors import UserError, exit_on_user_error
+from deepseek_moe.files import BUNDLED_MODEL
+from deepseek_moe.model.layout import weight_files
 
 PROMPT, NEW = 128, 9  # the ninth token comes after kernels are compiled and a graph is captured
 
@@ -74,7 +75,7 @@ def starts(model: str, device: str) -> Iterator[Start]:
     Raises:
         UserError: a process failed.
     """
-    for file in tqdm(weight_files(locate(model)), "reading", unit="file", leave=False):
+    for file in tqdm(weight_files(find_checkpoint(model)), "reading", unit="file", leave=False):
         with file.open("rb", buffering=0) as handle:
             while handle.read(2**26):
                 pass
@@ -119,7 +120,7 @@ def host_memory(pid: int) -> dict[str, int]:
 
 def largest_file(model: str) -> int:
     """Bytes of the largest weight file."""
-    return max(file.stat().st_size for file in weight_files(locate(model)))
+    return max(file.stat().st_size for file in weight_files(find_checkpoint(model)))
 
 
 def describe(start: Start, largest: int) -> str:
@@ -135,5 +136,5 @@ def describe(start: Start, largest: int) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

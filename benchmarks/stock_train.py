@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from deepseek_moe import DeepseekForCausalLM
-from deepseek_moe.adapters import EXPERT_PARAMETERS
+from deepseek_moe.training.trainable import EXPERT_PARAMETERS
 
 STEPS, LEAD = 6, 3  # and those of them that do not count
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

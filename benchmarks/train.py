@@ -30,8 +30,8 @@ from rates import release
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig
-from deepseek_moe.cli import check_writable, one_line_errors, write_text
-from deepseek_moe.errors import UserError
+from deepseek_moe.errors import UserError, exit_on_user_error
+from deepseek_moe.files import check_writable, write_text
 
 STEPS, LEAD = 8, 4  # of a run, and those of them that do not count
 QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
@@ -186,5 +186,5 @@ def stock(model: Path, setting: Setting) -> tuple[float | None, float | None]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

@@ -73,7 +73,7 @@ def render(
     return ids, mask
 
 
-def fit(
+def render_within(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], room: int
 ) -> tuple[list[int], int]:
     """The conversation's ids, asking for an answer, without its oldest turns if over `room` ids.

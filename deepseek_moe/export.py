@@ -13,9 +13,6 @@ folder appears under its name when it is complete.
 import argparse
 import json
 import logging
-import math
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -23,33 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers import GenerationConfig
-from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils.hub import convert_file_size_to_int
 
-from .checkpoint import DTYPES, locate, own_tokenizer
-from .cli import one_line_errors
-from .errors import RunError, UserError
+from .checkpoint import ADAPTER_FILE, DTYPES, Checkpoint, base_tensors, find_checkpoint
+from .checkpoint_writer import write_checkpoint
+from .errors import UserError, exit_on_user_error
+from .files import refuse_occupied
 from .fingerprint import fingerprint, is_outdated
-from .merge import ADAPTER_FILE, Checkpoint, base_tensors, merged_tensors, official_parts
-from .modeling_deepseek import DeepseekForCausalLM
-from .weights import name_some
-from .writing import (
-    complete_or_absent,
-    free_bytes_at,
-    readable_size,
-    refuse_occupied,
-    write_aside,
-)
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_deepseek.DeepseekConfig",
-    "AutoModel": "modeling_deepseek.DeepseekModel",
-    "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
-}
+from .model.layout import first_few, official_parts
+from .training.merge_lora import merged_tensors
 
 
 def main() -> None:
@@ -84,7 +62,7 @@ def main() -> None:
     refuse_occupied(output)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a package to do without
     with redirect_stdout(sys.stderr):  # DeepSpeed prints and logs there
-        base = locate(args.model)
+        base = find_checkpoint(args.model)
         for folder in filter(None, (args.adapter, args.deepspeed_checkpoint)):
             _refuse_other_base(folder.expanduser(), base)
         if args.adapter:
@@ -145,7 +123,7 @@ def consolidated_tensors(base: Path, folder: Path) -> Iterator[tuple[str, torch.
     wrong = [name for name, shape in checkpoint.parameters.items() if _shape(state, name) != shape]
     if wrong:
         raise UserError(
-            f"{folder} is of another model: {name_some(wrong)} missing or of another shape; give "
+            f"{folder} is of another model: {first_few(wrong)} missing or of another shape; give "
             "the --model that was fine-tuned"
         )
 
@@ -162,136 +140,6 @@ def _shape(state: dict[str, Any], name: str) -> tuple[int, ...] | None:
     return tuple(state[name].shape) if name in state else None
 
 
-def write_checkpoint(
-    tensors: Iterator[tuple[str, torch.Tensor]],
-    base: Path,
-    folder: Path,
-    dtype: torch.dtype | None,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Makes a complete checkpoint of `tensors`; all else in it comes from `base`.
-
-    Args:
-        tensors: official names, each once, in any order.
-        folder: not there yet, or empty.
-        dtype: of all tensors; None keeps for each the one that it has in `base`.
-        max_shard_size: of a weight file, in bytes or as "5GB"; 0 gives each tensor its own.
-
-    Raises:
-        UserError: tensors are missing, not of this model or not finite, or `folder` is in use.
-        RunError: `folder` cannot be written, for example because the disk is full, or was filled
-            by another process meanwhile.
-    """
-    refuse_occupied(folder)
-    try:
-        limit = convert_file_size_to_int(max_shard_size)
-    except ValueError as error:
-        raise UserError(f"max_shard_size {max_shard_size!r} is no size; use 5GB, 200MB") from error
-    checkpoint = Checkpoint(base)
-    config = checkpoint.config
-    config.architectures = [DeepseekForCausalLM.__name__]
-    config.dtype = dtype or config.dtype
-    tokenizer = own_tokenizer(base)
-    _refuse_full_disk(checkpoint, folder, dtype)
-    try:
-        with complete_or_absent(folder) as aside:
-            config.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            if (base / "generation_config.json").is_file():
-                shutil.copyfile(base / "generation_config.json", aside / "generation_config.json")
-            else:
-                GenerationConfig.from_model_config(config).save_pretrained(aside)
-            add_code(aside)
-            write_shards(_checked(tensors, checkpoint, dtype), aside, limit)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error
-
-
-def _refuse_full_disk(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
-    need = sum(
-        math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize
-        for name, shape in checkpoint.official.items()
-    )
-    free = free_bytes_at(folder)
-    if need > free:
-        raise RunError(
-            f"{folder} cannot be written: its weights take {readable_size(need)}, and "
-            f"{readable_size(free)} are free; free space, or give another folder"
-        )
-
-
-def add_code(folder: Path) -> None:
-    """Adds the model's code to a checkpoint folder, for machines without this package.
-
-    There `from_pretrained(folder, trust_remote_code=True)` loads it with transformers alone; with
-    this package imported the folder loads natively, and its code is not run. The tokenizer needs
-    none: tokenizer.json itself says where BOS goes, to every engine.
-    """
-    module = Path(__file__).with_name("modeling_deepseek.py")
-    for file in {module, *map(Path, get_relative_import_files(module))}:
-        write_aside(folder / file.name, file.read_text(encoding="utf-8"))
-    config = folder / "config.json"
-    fields = json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
-    write_aside(config, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
-
-
-def _checked(
-    tensors: Iterator[tuple[str, torch.Tensor]], checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """`tensors`, cast, with a progress bar; every one that there must be and no other, or fails."""
-    missing = dict(checkpoint.official)
-    for name, tensor in tqdm(tensors, "export", len(missing), unit="tensor", file=sys.stderr):
-        if missing.pop(name, None) != tuple(tensor.shape):
-            raise UserError(f"{name} {list(tensor.shape)} is not of this base; give its own base")
-        wanted = dtype or checkpoint.dtype(name)
-        cast = tensor.detach().to("cpu", wanted, copy=True).contiguous()
-        if not cast.isfinite().all():
-            raise UserError(
-                f"{name} holds NaN or inf as {str(wanted).removeprefix('torch.')}; use another "
-                "--dtype or an earlier checkpoint"
-            )
-        yield name, cast
-    if missing:
-        raise UserError(f"the model lacks {name_some(list(missing))}; give its own base")
-
-
-def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int) -> None:
-    """Fills files of up to `limit` bytes in the order of the tensors; 0 gives each its own file.
-
-    A full file and the tensor after it are in memory at most. `folder` holds config.json already,
-    whose permissions the files get.
-    """
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        file = folder / f"{len(shards)}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            flush()
-            size = 0
-        shard[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        os.replace(folder / "0.safetensors", folder / "model.safetensors")
-        return
-    places = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        os.replace(folder / f"{number}.safetensors", folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

@@ -9,9 +9,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .checkpoint import one_line
-from .configuration_deepseek import DeepseekConfig
-from .weights import weight_files
+from .errors import as_user_error
+from .model.configuration_deepseek import DeepseekConfig
+from .model.layout import weight_files
 
 FORMAT = "tensors:"
 """How a fingerprint begins. Those of older versions have no such mark: 16 hexadecimal digits."""
@@ -37,12 +37,12 @@ def fingerprint(folder: Path) -> str:
     Raises:
         UserError: the config or a weight file is broken.
     """
-    with one_line(f"{folder / 'config.json'} cannot be used", "mend the field"):
+    with as_user_error(f"{folder / 'config.json'} cannot be used", "mend the field"):
         fields = _computed_fields(folder)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     found: dict[str, bytes] = {}
     for file in weight_files(folder):
-        with one_line(f"{file} is truncated or corrupt", "get it anew"):
+        with as_user_error(f"{file} is truncated or corrupt", "get it anew"):
             found |= dict(_describe_tensors(file))
     for name in sorted(found):
         tied_head = fields.get("tie_word_embeddings") and name == "lm_head.weight"

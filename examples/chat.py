@@ -17,20 +17,18 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.output.defaults import create_output
 
-from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, fit
-from deepseek_moe.checkpoint import load
-from deepseek_moe.cli import (
-    BUNDLED_CHAT,
+from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, render_within
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.load import load
+from deepseek_moe.decode.options import (
     add_model_options,
     add_sampling_options,
     check_prompt,
     noted_interrupts,
-    one_line_errors,
     sampler_of,
-    write_text,
 )
-from deepseek_moe.errors import UserError
-from deepseek_moe.generation import Generator
+from deepseek_moe.errors import UserError, exit_on_user_error
+from deepseek_moe.files import BUNDLED_CHAT, write_text
 
 HELP = """\
 /reset      forget the conversation
@@ -51,9 +49,7 @@ def main() -> None:
         check_prompt(args.prompt)
 
     sample = sampler_of(args)
-    model, tokenizer = load(
-        args.model, args.dtype, args.device, args.trust_remote_code, args.quantization
-    )
+    model, tokenizer = load(args.model, args.dtype, args.device, args.quantization)
     chat = Chat(Generator(model), tokenizer, args.max_new_tokens, sample)
     if args.prompt is not None:
         chat.ask(args.prompt)
@@ -105,7 +101,7 @@ class Chat:
         """Streams the answer to stdout; Ctrl-C ends it early and keeps what was said. A question
         that is refused is not kept."""
         asked = [*self.messages, {"role": "user", "content": check_prompt(question)}]
-        ids, dropped = fit(self.tokenizer, asked, self.room)
+        ids, dropped = render_within(self.tokenizer, asked, self.room)
         steps = self.generator.stream(
             [ids], self.max_new_tokens, self.sample, {self.tokenizer.eos_token_id}
         )
@@ -159,5 +155,5 @@ def note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

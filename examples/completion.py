@@ -20,20 +20,20 @@ from typing import Any
 from tqdm import tqdm
 
 from deepseek_moe.chat import TextStream
-from deepseek_moe.checkpoint import load, locate
-from deepseek_moe.cli import (
+from deepseek_moe.checkpoint import find_checkpoint
+from deepseek_moe.decode.completion_file import CompletionFile
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.load import load
+from deepseek_moe.decode.options import (
     add_model_options,
     add_sampling_options,
     check_prompt,
     noted_interrupts,
-    one_line_errors,
     sampler_of,
 )
-from deepseek_moe.completions import CompletionFile
-from deepseek_moe.errors import UserError
+from deepseek_moe.decode.sampling import Sampler, Sampling
+from deepseek_moe.errors import UserError, exit_on_user_error
 from deepseek_moe.fingerprint import fingerprint
-from deepseek_moe.generation import Generator
-from deepseek_moe.sampling import Sampler, Sampling
 
 DECISIVE = ("dtype", "quantization", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 DECISIVE += ("repetition_penalty", "seed")
@@ -52,9 +52,7 @@ def main() -> None:
         if output.finished:
             print(f"{output} already", file=sys.stderr)
             return
-    model, tokenizer = load(
-        args.model, args.dtype, args.device, args.trust_remote_code, args.quantization
-    )
+    model, tokenizer = load(args.model, args.dtype, args.device, args.quantization)
     generator = Generator(model)
     encoded = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
     options = (args.max_new_tokens, sample, {tokenizer.eos_token_id})
@@ -113,7 +111,7 @@ def same(file: Path, other: Path) -> bool:
 
 def settings_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     """All that decides the completions: where nothing is drawn, batches of any size may follow."""
-    folder = locate(args.model, args.trust_remote_code)
+    folder = find_checkpoint(args.model)
     files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
     tokenizer = b"".join(file.read_bytes() for file in files if file.is_file())
     return {
@@ -206,5 +204,5 @@ def parse(line: str, where: str) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

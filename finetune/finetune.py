@@ -26,16 +26,24 @@ from rich.console import Console
 from transformers import set_seed
 
 from deepseek_moe import DeepseekConfig, DeepseekTokenizer
-from deepseek_moe.adapters import build_model
-from deepseek_moe.arguments import (
+from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer
+from deepseek_moe.errors import as_user_error, exit_on_user_error, rank_zero_reports
+from deepseek_moe.training.arguments import (
     DataArguments,
     FineTuningArguments,
     ModelArguments,
     parse_arguments,
 )
-from deepseek_moe.checkpoint import locate, one_line, own_tokenizer
-from deepseek_moe.cli import one_line_errors
-from deepseek_moe.data import (
+from deepseek_moe.training.build import build_model
+from deepseek_moe.training.disk_need import disk_need
+from deepseek_moe.training.dry_run import (
+    count_steps,
+    meta_model,
+    print_dry_run,
+    steps_in_epoch,
+    trainable_table,
+)
+from deepseek_moe.training.examples import (
     Collator,
     load_examples,
     pack,
@@ -44,11 +52,9 @@ from deepseek_moe.data import (
     show,
     split,
 )
-from deepseek_moe.disk import disk_need
-from deepseek_moe.memory import count_steps, meta_model, plan, steps_in_epoch, trainable_table
-from deepseek_moe.resume import Layout, refuse_damaged
-from deepseek_moe.runs import Run, settings_of
-from deepseek_moe.training import FineTuner, leave_together, said_once
+from deepseek_moe.training.resume import Layout, refuse_damaged
+from deepseek_moe.training.run import Run, settings_of
+from deepseek_moe.training.trainer import FineTuner, leave_together
 
 
 def main() -> None:
@@ -62,7 +68,7 @@ def main() -> None:
         # PyTorch prefers this attention on Hopper GPUs; its backward pass adds in no fixed order.
         torch.backends.cuda.enable_cudnn_sdp(False)
     with args.main_process_first():  # downloads and prepares; the others find it done
-        folder = locate(options.model_name_or_path, cache_dir=options.cache_dir)
+        folder = find_checkpoint(options.model_name_or_path, cache_dir=options.cache_dir)
         tokenizer = own_tokenizer(folder)
         train, evaluation = load_data(data, tokenizer, args, options.cache_dir, say)
         packed = prepare_rows(train, evaluation, data, args, folder)
@@ -72,7 +78,7 @@ def main() -> None:
     disk = disk_need(network, options, args, steps, in_epoch)
     if data.dry_run:
         if main_process:
-            plan(folder, options, args, packed["length"], disk.compared_with(run.folder))
+            print_dry_run(folder, options, args, packed["length"], disk.compared_with(run.folder))
         leave_together()
         return
 
@@ -94,7 +100,7 @@ def main() -> None:
         say(f"going on from {run.checkpoint}")
 
     model = build_model(folder, options, args)
-    with one_line("the trainer cannot be set up", "change that option"):
+    with as_user_error("the trainer cannot be set up", "change that option"):
         trainer = FineTuner(
             model=model,
             args=args,
@@ -165,5 +171,5 @@ def prepare_rows(
 
 
 if __name__ == "__main__":
-    with one_line_errors(), said_once():
+    with exit_on_user_error(), rank_zero_reports():
         main()

@@ -23,9 +23,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from deepseek_moe import DeepseekConfig
-from deepseek_moe.cli import one_line_errors
-from deepseek_moe.errors import UserError
-from deepseek_moe.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
+from deepseek_moe.errors import UserError, exit_on_user_error
+from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
 
 # Curly quotes and odd spaces would cost a vocabulary of 4096 dear.
 PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\xa0": " ", "\x0c": "\n"})
@@ -265,5 +264,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_on_user_error():
         main()

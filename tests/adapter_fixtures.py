@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deepseek_moe.tokenization_deepseek import BOS, EOS
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS
 
 peft = pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
 

@@ -211,7 +211,7 @@ def _limit_files_at(count: int, size: int) -> None:
     def limit(*_: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    _at("deepseek_moe.training.FineTuner", "_save_checkpoint", count, limit)
+    _at("deepseek_moe.training.trainer.FineTuner", "_save_checkpoint", count, limit)
 
 
 def _at(
@@ -240,12 +240,12 @@ def terminate_at(count: int, number: int = signal.SIGTERM) -> None:
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
 
-    _at("deepseek_moe.training.FineTuner", "compute_loss", count, terminate)
+    _at("deepseek_moe.training.trainer.FineTuner", "compute_loss", count, terminate)
 
 
 def route_apart(folder: str) -> None:
     """Process r of four routes to experts 2r and 2r + 1, and notes in `folder` what it picked."""
-    from deepseek_moe.modeling_deepseek import DeepseekGate
+    from deepseek_moe.model.modeling_deepseek import DeepseekGate
 
     rank, original, picked = int(os.environ["RANK"]), DeepseekGate.forward, set()
 
@@ -285,7 +285,7 @@ def accelerate_on_a_cpu() -> None:
     from liger_kernel.transformers import functional
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    from deepseek_moe import adapters
+    from deepseek_moe.training.trainer import trainable as adapters
 
     functional.liger_rope = apply_rotary_pos_emb
     for name, function in liger_in_torch().items():

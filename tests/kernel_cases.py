@@ -9,9 +9,20 @@ from typing import Any
 
 import torch
 
-from deepseek_moe.kernels import fused, plain
-from deepseek_moe.kernels.weight import Weight
-from deepseek_moe.packing import pack
+from deepseek_moe.kernels.decode import torch_ops, triton_ops
+from deepseek_moe.kernels.int_weights import Weight, pack
+from deepseek_moe.kernels.training import torch_ops as training_torch_ops
+from deepseek_moe.kernels.training import triton_ops as training_triton_ops
+
+TWINS = {
+    name: (getattr(triton, name), getattr(torch_, name))
+    for triton, torch_ in (
+        (triton_ops, torch_ops),
+        (training_triton_ops, training_torch_ops),
+    )
+    for name in triton.__all__
+}
+"""Each kernel and its plain twin."""
 
 
 @dataclass
@@ -64,7 +75,7 @@ class Case:
 
     def routing(self) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.normal(self.tokens, self.experts).float()
-        return plain.choose(logits, self.position, self.top_k, False)
+        return torch_ops.pick_experts(logits, self.position, self.top_k, False)
 
     @property
     def hidden_TD(self) -> torch.Tensor:
@@ -146,7 +157,7 @@ def _rotate(c: Case) -> list[Any]:
     return [qkv, c.cos_sin(), c.position, c.slot, c.cache(), c.heads]
 
 
-def _choose(c: Case) -> list[Any]:
+def _pick_experts(c: Case) -> list[Any]:
     return [c.normal(c.tokens, c.experts).float(), c.position, c.top_k, True]
 
 
@@ -160,18 +171,18 @@ def _swiglu(c: Case) -> list[Any]:
 
 def _combine(c: Case) -> list[Any]:
     index, weights = c.routing()
-    place = plain.sort_picks(index, c.experts)[1]
+    place = torch_ops.sort_picks(index, c.experts)[1]
     out = c.normal(c.tokens * c.top_k, c.hidden)
     return [out, place, weights, c.hidden_TD, c.hidden_TD, c.norm_D, c.eps]
 
 
 def _grouped_gate_up(c: Case) -> list[Any]:
-    token, _, ends = plain.sort_picks(c.routing()[0], c.experts)
+    token, _, ends = torch_ops.sort_picks(c.routing()[0], c.experts)
     return [c.hidden_TD, c.weight(c.experts, 2 * c.width, c.hidden), token, ends]
 
 
 def _grouped_down(c: Case) -> list[Any]:
-    ends = plain.sort_picks(c.routing()[0], c.experts)[2]
+    ends = torch_ops.sort_picks(c.routing()[0], c.experts)[2]
     x = c.normal(c.tokens * c.top_k, c.width)
     return [x, c.weight(c.experts, c.hidden, c.width), ends]
 
@@ -184,21 +195,21 @@ def _matrix(c: Case) -> list[Any]:
     return [c.weight(c.experts, 24, c.hidden), c.dtype]
 
 
-def _open_gates(c: Case) -> list[Any]:
+def _weighted_swiglu(c: Case) -> list[Any]:
     gate_up = c.normal(c.tokens, 2 * 72)
     return [gate_up, c.normal(c.tokens, 2 * 72), c.normal(c.tokens).float(), 0.0, 0]
 
 
-def _open_gates_alone(c: Case) -> list[Any]:
+def _weighted_swiglu_alone(c: Case) -> list[Any]:
     return [c.normal(c.tokens, 2 * c.width), None, c.normal(c.tokens).float(), 0.0, 0]
 
 
-def _close_gates(c: Case) -> list[Any]:
+def _weighted_swiglu_backward(c: Case) -> list[Any]:
     grads = c.normal(c.tokens, 72), c.normal(c.tokens, 72)
     return [*grads, c.normal(c.tokens, 2 * 72), c.normal(c.tokens).float(), True, 0.0, 0]
 
 
-def _close_gates_alone(c: Case) -> list[Any]:
+def _weighted_swiglu_backward_alone(c: Case) -> list[Any]:
     gate_up = c.normal(c.tokens, 2 * c.width)
     grad, weights = c.normal(c.tokens, c.width), c.normal(c.tokens).float()
     return [grad, None, gate_up, weights, False, 0.0, 0]
@@ -206,7 +217,7 @@ def _close_gates_alone(c: Case) -> list[Any]:
 
 def _adamw(c: Case) -> list[Any]:
     shape = (c.tokens, 300 if c.seed % 2 else 512)  # the last block is shorter, or not
-    blocks = -(-shape[0] * shape[1] // plain.BLOCK)
+    blocks = -(-shape[0] * shape[1] // training_torch_ops.ADAMW_BLOCK)
     weight, grad = c.normal(*shape).bfloat16(), c.normal(*shape).bfloat16()
     codes = torch.randint(256, (2, *shape), generator=c.random, device=c.device).to(torch.uint8)
     scales = c.normal(2, blocks).float().abs()
@@ -214,7 +225,7 @@ def _adamw(c: Case) -> list[Any]:
 
 
 def _sum_picks(c: Case) -> list[Any]:
-    place = plain.sort_picks(c.routing()[0], c.experts)[1]
+    place = torch_ops.sort_picks(c.routing()[0], c.experts)[1]
     place = place.masked_fill(place == c.tokens, -1)  # one of no place, if there are some
     x = c.normal(c.tokens * c.top_k, c.hidden)
     return [x, x * 2 if c.seed % 2 else None, place]
@@ -242,9 +253,9 @@ CASES: dict[str, Callable[[Case], list[Any]]] = {
     "advance": _advance,
     "attend": _attend,
     "attend_prompt": _attend_prompt,
-    "choose": _choose,
-    "close_gates": _close_gates,
-    "close_gates:without adapter": _close_gates_alone,
+    "pick_experts": _pick_experts,
+    "weighted_swiglu_backward": _weighted_swiglu_backward,
+    "weighted_swiglu_backward:without adapter": _weighted_swiglu_backward_alone,
     "combine": _combine,
     "dense": _dense,
     "experts_down": _experts_down,
@@ -255,8 +266,8 @@ CASES: dict[str, Callable[[Case], list[Any]]] = {
     "linear": _linear,
     "linear:without norm": _linear_bare,
     "matrix": _matrix,
-    "open_gates": _open_gates,
-    "open_gates:without adapter": _open_gates_alone,
+    "weighted_swiglu": _weighted_swiglu,
+    "weighted_swiglu:without adapter": _weighted_swiglu_alone,
     "qkv": _qkv,
     "rotate": _rotate,
     "route": _route,
@@ -273,7 +284,8 @@ def agree(name: str, case: Case, tolerance: float) -> float:
     args = CASES[name](case)
     name = name.split(":")[0]
     copies = [_copy(arg) for arg in args]
-    ours, theirs = getattr(fused, name)(*args), getattr(plain, name)(*copies)
+    kernel, plain = TWINS[name]
+    ours, theirs = kernel(*args), plain(*copies)
     if name == "experts_gate_up":  # rows of picks of no expert mean nothing
         real = args[-1] < case.experts
         ours, theirs = ours[real], theirs[real]

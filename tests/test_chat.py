@@ -18,9 +18,9 @@ from text_fixtures import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 
-from deepseek_moe.chat import Message, TextStream, fit, render
+from deepseek_moe.chat import Message, TextStream, render, render_within
 from deepseek_moe.errors import UserError
-from deepseek_moe.tokenization_deepseek import BOS, EOS
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS
 
 CONTENTS = [
     "Hello, who are you?",
@@ -145,12 +145,12 @@ def test_overflow_drops_the_oldest_turns_only_as_needed(head: list[Message]) -> 
     for room in range(1, len(tails[0]) + 2):
         fitting = [n for n in starts if len(tails[n]) <= room]
         expected = min(fitting, default=starts[-1])
-        assert fit(tokenizer, messages, room) == (tails[expected], expected)
+        assert render_within(tokenizer, messages, room) == (tails[expected], expected)
 
 
 def test_the_last_question_stays_even_if_it_does_not_fit() -> None:
     tokenizer = tokenizer_of(BUNDLED)
-    ids, dropped = fit(tokenizer, TURNS, 1)
+    ids, dropped = render_within(tokenizer, TURNS, 1)
     assert dropped == 4
     assert ids == render(tokenizer, TURNS[4:], add_generation_prompt=True)[0]
 

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from text_fixtures import BUNDLED, tokenizer_of
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekTokenizer, checkpoint
-from deepseek_moe.checkpoint import load, locate, own_tokenizer
+from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer
+from deepseek_moe.decode import load as load_module
+from deepseek_moe.decode.load import load
 from deepseek_moe.errors import UserError
 
 
@@ -82,7 +84,7 @@ def test_a_whole_checkpoint_loads_ready_to_generate(whole: Path) -> None:
 
 def test_the_home_folder_may_be_abbreviated(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(whole.parent))
-    assert locate(f"~/{whole.name}") == whole
+    assert find_checkpoint(f"~/{whole.name}") == whole
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -112,7 +114,7 @@ def test_auto_on_a_cpu_is_float32_where_it_fits(
 ) -> None:
     assert load(str(whole), device="cpu")[0].dtype == torch.float32
     numbers = sum(x.numel() for x in load_file(whole / "model.safetensors").values())
-    monkeypatch.setattr(checkpoint, "_free_memory", lambda device: 3 * numbers)
+    monkeypatch.setattr(load_module, "_free_memory", lambda device: 3 * numbers)
     assert load(str(whole), device="cpu")[0].dtype == torch.bfloat16
 
 
@@ -136,7 +138,7 @@ def test_unknown_or_useless_device(whole: Path, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_too_little_memory(whole: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    monkeypatch.setattr(checkpoint, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(load_module, "_free_memory", lambda device: 1000)
     refused(whole, "GB free", "smaller model", device="cpu", dtype=dtype)
 
 
@@ -179,9 +181,8 @@ def test_hub_id_that_cannot_be_downloaded(
     refused("some-org/no-model", "some-org/no-model", "check the name and the network")
 
 
-@pytest.mark.parametrize("trust", [False, True])
-def test_download_takes_neither_pickles_nor_unasked_code(
-    monkeypatch: pytest.MonkeyPatch, whole: Path, trust: bool
+def test_download_takes_neither_pickles_nor_code(
+    monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
     wanted = []
 
@@ -190,10 +191,8 @@ def test_download_takes_neither_pickles_nor_unasked_code(
         return str(whole)
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
-    assert locate("some-org/model", trust_remote_code=trust) == whole
-    assert ("*.py" in wanted) == trust
-    assert {"*.json", "*.safetensors", "*.jinja"} <= set(wanted) <= {"*.py", *wanted}
-    assert not [pattern for pattern in wanted if "bin" in pattern or pattern == "*"]
+    assert find_checkpoint("some-org/model") == whole
+    assert set(wanted) == {"*.json", "*.safetensors", "*.jinja"}
 
 
 def test_file_instead_of_folder(folder: Path) -> None:
@@ -327,7 +326,7 @@ def test_a_tokenizer_with_ids_that_the_model_has_not(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused before the weights are read; an added token counts."""
-    monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(DeepseekForCausalLM, "from_pretrained", None)
     tokenizer = DeepseekTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(folder)
@@ -395,16 +394,13 @@ def test_code_of_an_unknown_architecture_is_not_executed(
     folder: Path, marker: Path, model_type: str | None
 ) -> None:
     change_config(folder, model_type=model_type, auto_map=AUTO_MAP)
-    message = refused(folder, str(folder), "trust_remote_code")
+    message = refused(folder, f"holds a {model_type} model", "type deepseek")
     assert not marker.exists(), message
 
 
-@pytest.mark.parametrize("trust", [False, True])
-def test_code_beside_this_architecture_is_never_executed(
-    folder: Path, marker: Path, trust: bool
-) -> None:
+def test_code_beside_this_architecture_is_not_executed(folder: Path, marker: Path) -> None:
     change_config(folder, auto_map=AUTO_MAP)
-    model, _ = load(str(folder), trust_remote_code=trust)
+    model, _ = load(str(folder))
     assert type(model) is DeepseekForCausalLM
     assert not marker.exists()
 
@@ -416,10 +412,3 @@ def test_code_of_a_tokenizer_is_not_executed(folder: Path, marker: Path) -> None
     _, tokenizer = load(str(folder))
     assert type(tokenizer) is DeepseekTokenizer
     assert not marker.exists()
-
-
-def test_code_is_executed_only_where_it_is_trusted(folder: Path, marker: Path) -> None:
-    change_config(folder, model_type="other", auto_map=AUTO_MAP)
-    with pytest.raises((UserError, AttributeError)):  # the strange file defines no model
-        load(str(folder), trust_remote_code=True)
-    assert marker.exists()

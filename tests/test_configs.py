@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from text_fixtures import ROOT
 
-from deepseek_moe.arguments import parse_arguments, zero_stage
 from deepseek_moe.errors import UserError
-from deepseek_moe.modeling_deepseek import DeepseekMoE
+from deepseek_moe.model.modeling_deepseek import DeepseekMoE
+from deepseek_moe.training.arguments import parse_arguments, zero_stage
 
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 EVERY = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe.chat import NO_SYSTEM_PROMPT
-from deepseek_moe.cli import noted_interrupts
-from deepseek_moe.completions import CompletionFile
-from deepseek_moe.generation import Generator
+from deepseek_moe.decode.completion_file import CompletionFile
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.options import noted_interrupts
 
 EXAMPLES = ROOT / "examples"
 ENVIRONMENT = os.environ | {
@@ -272,7 +272,7 @@ def test_a_finished_batch_says_so_and_loads_nothing(
     run(*batch(output))
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("deepseek_moe.checkpoint.load", None)
+        patch.setattr("deepseek_moe.decode.load.load", None)
         done = run(*batch(output))
     assert (done.code, done.out) == (0, "")
     assert done.err == f"5 of 5 completions are in {output} already\n"
@@ -362,7 +362,7 @@ def test_a_batch_keeps_its_output_file_to_itself(tmp_path: Path) -> None:
     output.start()
     output.add(["x"])
     second = "import sys; from pathlib import Path; "
-    second += "from deepseek_moe.completions import CompletionFile; "
+    second += "from deepseek_moe.decode.completion_file import CompletionFile; "
     second += "CompletionFile(Path(sys.argv[1]), ['a', 'b'], {}, 1).start()"
     done = subprocess.run([sys.executable, "-c", second, output.file], capture_output=True)
     assert done.returncode == 1 and b"another process is writing to" in done.stderr

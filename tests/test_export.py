@@ -27,14 +27,14 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, export
-from deepseek_moe.cli import one_line_errors
-from deepseek_moe.errors import RunError, UserError
+from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, checkpoint_writer, export
+from deepseek_moe.checkpoint import ADAPTER_FILE, base_tensors
+from deepseek_moe.errors import RunError, UserError, exit_on_user_error
+from deepseek_moe.files import write_aside
 from deepseek_moe.fingerprint import fingerprint
-from deepseek_moe.merge import ADAPTER_FILE, base_tensors, merged_tensors
-from deepseek_moe.tokenization_deepseek import BOS
-from deepseek_moe.weights import official_tensors
-from deepseek_moe.writing import write_aside
+from deepseek_moe.model.layout import official_tensors
+from deepseek_moe.model.tokenization_deepseek import BOS
+from deepseek_moe.training.merge_lora import merged_tensors
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
     tensors["model.layers.2.mlp.experts.6.up_proj.weight"].zero_()
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     capsys.readouterr()
-    with pytest.raises(SystemExit) as left, one_line_errors():
+    with pytest.raises(SystemExit) as left, exit_on_user_error():
         run(monkeypatch, "--model", base, "--adapter", adapter, "--output", tmp_path / "new")
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -166,7 +166,7 @@ def test_exported_folder_loads_natively_and_its_code_is_not_run(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     merged, mark = tmp_path / "merged", tmp_path / "mark"
-    export.write_checkpoint(merged_tensors(base, adapter), base, merged, None)
+    checkpoint_writer.write_checkpoint(merged_tensors(base, adapter), base, merged, None)
     for file in merged.glob("*.py"):
         file.write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
     assert type(load(merged)) is DeepseekForCausalLM
@@ -189,7 +189,7 @@ def test_code_is_all_that_the_model_imports_and_no_more(base: Path) -> None:
     stale = {"auto_map": {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]}}
     (base / "config.json").write_text(json.dumps(old | stale))
     for _ in range(2):  # again does no harm
-        export.add_code(base)
+        checkpoint_writer.add_code(base)
     names = {file.name for file in base.glob("*.py")}
     assert names == {"configuration_deepseek.py", "modeling_deepseek.py", "weights.py"}
     fields = json.loads((base / "config.json").read_text())
@@ -353,7 +353,7 @@ def test_exported_folder_works_with_transformers_alone(
 
 
 def command_error(monkeypatch: pytest.MonkeyPatch, capsys: Any, *args: Any) -> str:
-    with pytest.raises(SystemExit) as left, one_line_errors():
+    with pytest.raises(SystemExit) as left, exit_on_user_error():
         run(monkeypatch, *args)
     assert left.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
@@ -403,7 +403,9 @@ def test_wrong_tensors_leave_no_folder(
     tensors = tensors_in(base)
     change(tensors)
     with pytest.raises(UserError, match=message):
-        export.write_checkpoint(iter(tensors.items()), base, tmp_path / "new", torch.float16)
+        checkpoint_writer.write_checkpoint(
+            iter(tensors.items()), base, tmp_path / "new", torch.float16
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
@@ -414,8 +416,9 @@ def test_wrong_tensors_leave_no_folder(
 SLOW_WRITER = """
 import sys
 from pathlib import Path
-from deepseek_moe.cli import one_line_errors
-from deepseek_moe.export import base_tensors, write_checkpoint
+from deepseek_moe.checkpoint import base_tensors
+from deepseek_moe.checkpoint_writer import write_checkpoint
+from deepseek_moe.errors import exit_on_user_error
 base, output = map(Path, sys.argv[1:])
 def slowly():
     for number, one in enumerate(base_tensors(base)):
@@ -423,7 +426,7 @@ def slowly():
             print("now", flush=True)
             input()
         yield one
-with one_line_errors():
+with exit_on_user_error():
     write_checkpoint(slowly(), base, output, None, "5KB")
 """
 
@@ -477,11 +480,11 @@ def test_two_exports_in_one_process_do_not_mix(base: Path, tmp_path: Path) -> No
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for number, one in enumerate(base_tensors(base)):
             if number == 20:
-                export.write_checkpoint(base_tensors(base), base, output, torch.bfloat16)
+                checkpoint_writer.write_checkpoint(base_tensors(base), base, output, torch.bfloat16)
             yield one
 
     with pytest.raises(RunError, match="was written by another process meanwhile"):
-        export.write_checkpoint(tensors(), base, output, None)
+        checkpoint_writer.write_checkpoint(tensors(), base, output, None)
     assert {x.dtype for x in tensors_in(output).values()} == {torch.bfloat16}
     assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
     assert list(tmp_path.glob("new*")) == [output]
@@ -519,7 +522,7 @@ def test_files_of_the_user_beside_what_is_written_stay(
     for file in mine:
         file.write_text("mine")
     run(monkeypatch, "--model", base, "--output", tmp_path / "new")
-    export.add_code(base)
+    checkpoint_writer.add_code(base)
     AutoTokenizer.from_pretrained(base).save_pretrained(base)
     assert [file.read_text() for file in mine] == ["mine"] * len(mine)
 
@@ -545,7 +548,7 @@ def test_a_link_to_an_empty_folder_is_filled(base: Path, tmp_path: Path) -> None
     place, output = tmp_path / "place", tmp_path / "new"
     place.mkdir()
     output.symlink_to(place)
-    export.write_checkpoint(base_tensors(base), base, output, None)
+    checkpoint_writer.write_checkpoint(base_tensors(base), base, output, None)
     assert output.is_symlink()
     load(place)
 
@@ -558,7 +561,7 @@ def test_a_mounted_folder_is_refused_before_the_work(
     output.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: path == output)
     with pytest.raises(UserError, match="a file system is mounted"):
-        export.write_checkpoint(iter([]), base, output, None)
+        checkpoint_writer.write_checkpoint(iter([]), base, output, None)
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(
@@ -567,7 +570,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(checkpoint_writer, "save_file", full)
     with pytest.raises(RunError, match="No space left"):
         run(monkeypatch, "--model", base, "--output", tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
@@ -578,7 +581,9 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
 ) -> None:
     numbers = sum(tensor.numel() for tensor in tensors_in(base).values())
     for dtype, free in (("float16", 2 * numbers - 1), ("float32", 4 * numbers - 1)):
-        monkeypatch.setattr(export.shutil, "disk_usage", lambda _, n=free: SimpleNamespace(free=n))
+        monkeypatch.setattr(
+            checkpoint_writer.shutil, "disk_usage", lambda _, n=free: SimpleNamespace(free=n)
+        )
         with pytest.raises(RunError, match=r"MB, and .* are free"):
             run(monkeypatch, "--model", base, "--output", tmp_path / "a" / "b", "--dtype", dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
@@ -598,7 +603,7 @@ def test_a_base_that_is_no_floats_is_refused(
 def test_only_an_empty_folder_is_filled(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "new"
     output.mkdir()
-    export.write_checkpoint(base_tensors(base), base, output, None)
+    checkpoint_writer.write_checkpoint(base_tensors(base), base, output, None)
     load(output)
     with pytest.raises(UserError, match="is there already"):
-        export.write_checkpoint(base_tensors(base), base, output, None)
+        checkpoint_writer.write_checkpoint(base_tensors(base), base, output, None)

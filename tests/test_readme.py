@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_moe.arguments import OLD_NAMES
+from deepseek_moe.training.arguments import OLD_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, checkpoint
-from deepseek_moe.tokenization_deepseek import BOS, EOS
+from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, load
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS
 
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek.DeepseekConfig",
@@ -51,13 +51,9 @@ def test_auto_classes_leave_it_alone(auto: type, trap: tuple[Path, Path]) -> Non
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("trust_remote_code", [False, True])
-def test_load_leaves_it_alone(trust_remote_code: bool, trap: tuple[Path, Path]) -> None:
-    """Even if trusted: for this architecture the package's own code is used."""
+def test_load_leaves_it_alone(trap: tuple[Path, Path]) -> None:
     folder, mark = trap
-    model, tokenizer = checkpoint.load(
-        str(folder), device="cpu", trust_remote_code=trust_remote_code
-    )
+    model, tokenizer = load(str(folder), device="cpu")
     assert type(model) is DeepseekForCausalLM
     assert type(tokenizer) is DeepseekTokenizer
     assert not mark.exists()

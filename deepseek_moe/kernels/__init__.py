@@ -1,13 +1,17 @@
-"""Triton kernels of the decode engine and of training, and their plain twins (plain.py) in torch.
+"""Triton kernels, each beside a twin in torch of the same name and signature.
 
-Stages of a layer, in the order in which a token meets them, for a step of few tokens:
-
-    qkv         norm, projections, rotary embedding, write to the cache
-    attention   over the cache
-    linear      output projection and residual (dense layers' down product, the head)
-    gate        norm, router, choice; the shared experts' gate and up products beside it
-    experts     gate and up of the chosen; down, weighted sum, shared experts, residual
-
-A step of many tokens leaves the products to the library (grouped.py) and fuses what stands between
-them (between.py, sort.py); so does training (training.py, for fused_experts.py).
+`decode/` holds those of the engine, `training/` those of fine-tuning. `launch`, `dispatch` and
+`int_weights` serve both.
 """
+
+import functools
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled. Triton comes with PyTorch for NVIDIA GPUs on Linux."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""From ids to ids: a checkpoint is loaded and continues texts."""

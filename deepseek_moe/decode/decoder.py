@@ -1,0 +1,278 @@
+"""The model as decoding needs it: a step of tokens of any sequences through all layers, over a
+static cache. What each stage computes is in kernels/decode/torch_ops.py.
+
+Three ways through a layer, by how many tokens come at once:
+
+    one to FEW      a kernel for each stage; an expert that several tokens chose is read once
+    a batch         library products, experts by a kernel that reads each weight once
+    whole prompts   the same with library products for the experts, and attention inside the chunk
+
+Letters: T tokens, D hidden, H heads, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..kernels.int_weights import Weight
+from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
+from .int_quantizer import PackedLinear
+
+FEW = 16
+Attention = Callable[[int, torch.Tensor], torch.Tensor]
+"""(layer, queries [T, H * D]) -> [T, H * D]."""
+
+
+class StaticCache:
+    """Keys and values of `slots` sequences of up to `capacity` positions, at fixed addresses."""
+
+    def __init__(self, model: DeepseekForCausalLM, slots: int, capacity: int) -> None:
+        shape = self._shape(model, slots, capacity)
+        self.slots, self.capacity = slots, capacity
+        self.keys, self.values = torch.empty(shape, dtype=model.dtype, device=model.device)
+
+    @staticmethod
+    def _shape(model: DeepseekForCausalLM, slots: int, capacity: int) -> tuple[int, ...]:
+        config = model.config
+        heads, width = config.num_key_value_heads, config.head_dim
+        return 2, len(model.model.layers), slots, heads, capacity, width
+
+    @classmethod
+    def bytes(cls, model: DeepseekForCausalLM, slots: int, capacity: int) -> int:
+        return math.prod(cls._shape(model, slots, capacity)) * model.dtype.itemsize
+
+    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[slots, heads, capacity, width], twice."""
+        return self.keys[i], self.values[i]
+
+
+class _Layer:
+    """The weights of one layer as the kernels read them; what is read together is stored together,
+    and the model's own parameters become views of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.input_norm = layer.input_layernorm.weight.data
+        self.post_norm = layer.post_attention_layernorm.weight.data
+        self.gate = None
+        dense = mlp
+        if not isinstance(mlp, DeepseekMLP):
+            self.gate, dense = mlp.gate.weight.data, mlp.shared_experts
+            self.top_k = mlp.gate.top_k
+            self.norm_topk = mlp.gate.norm_topk_prob and self.top_k > 1
+            self.experts_gate_up = _stack(mlp.experts, "gate_up_proj")
+            self.experts_down = _stack(mlp.experts, "down_proj")
+        self.qkv = _together([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o = _weight(attention.o_proj)
+        self.gate_up = _together([dense.gate_proj, dense.up_proj])
+        self.down = _weight(dense.down_proj)
+
+
+class Decoder:
+    """Ids to logits with `ops`: kernels.fused, or kernels.plain, its slow twin."""
+
+    def __init__(self, model: DeepseekForCausalLM, ops: ModuleType) -> None:
+        config = model.config
+        self.ops, self.config = ops, config
+        self.eps = model.model.norm.variance_epsilon  # of all norms: see supported.py
+        self.heads = config.num_attention_heads
+        self.scale = config.head_dim**-0.5
+        self.embedding = model.model.embed_tokens.weight.data
+        self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.norm, self.head = model.model.norm.weight.data, _weight(model.lm_head)
+        positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
+        cos_sin = model.model.rotary_emb(torch.zeros((), device=model.device), positions)
+        half = config.head_dim // 2  # rotate-half: both halves of a head have the same angles
+        self.cos_sin = tuple(table[0, :, :half].float().contiguous() for table in cos_sin)
+        self.side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        # Kernels count in these who of them is last; always 0 in between.
+        size = max(FEW * self.heads, config.hidden_size, 512)  # 512: what `attend` splits at most
+        self.counters = torch.zeros(size, dtype=torch.int32, device=model.device)
+
+    def step(
+        self,
+        ids_T: torch.Tensor,
+        position_T: torch.Tensor,
+        slot_T: torch.Tensor,
+        cache: StaticCache,
+    ) -> torch.Tensor:
+        """Logits [T, V] (fp32) after the next token of each of T sequences, which stands at its
+        position of its slot. A row of position -1 holds none."""
+        hidden_TD = self.embedding[ids_T]
+        if len(ids_T) <= FEW:
+            return self._few(hidden_TD, position_T, slot_T, cache)
+
+        def attention(i: int, q_TD: torch.Tensor) -> torch.Tensor:
+            place = (cache.layer(i), position_T, slot_T, self.scale, self.counters)
+            return self.ops.attend(q_TD, *place)
+
+        x_TD = self._many(hidden_TD, position_T, slot_T, cache, attention)
+        return self.ops.dense(x_TD, self.head, torch.float32)
+
+    def prefill(
+        self,
+        ids_T: torch.Tensor,
+        position_T: torch.Tensor,
+        slot_T: torch.Tensor,
+        cache: StaticCache,
+        ends: list[int],
+    ) -> torch.Tensor:
+        """Logits [sequences, V] after the tokens of several sequences laid end to end, of which
+        sequence b ends before ends[b]; each goes into its slot. One sequence alone may begin at
+        any position, after what its slot holds already; several must begin at 0."""
+        longest = max(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True))
+        bounds = torch.tensor([[0, *ends], [-1, *(end - 1 for end in ends)]], device=ids_T.device)
+        ends_B, last_B = bounds[0].int(), bounds[1, 1:]
+        last_position_B, slot_B = position_T[last_B], slot_T[last_B]
+
+        def attention(i: int, q_TD: torch.Tensor) -> torch.Tensor:
+            bounds, most = ends_B, longest
+            if len(q_TD) < len(ids_T):  # the last layer's
+                bounds, most = torch.arange(len(ends) + 1, device=q_TD.device).int(), 1
+            place = (bounds, last_position_B, slot_B, most)
+            return self.ops.attend_prompt(q_TD, cache.layer(i), *place, self.scale)
+
+        x_BD = self._many(self.embedding[ids_T], position_T, slot_T, cache, attention, last_B)
+        return self.ops.dense(x_BD, self.head, torch.float32)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What is inside may run beside what follows, up to `_join`: the shared experts'
+        products use the tensor cores while the routing and its permutations use the memory."""
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            yield
+
+    def _join(self) -> None:
+        # Only from here on are tensors freed or reused that either of the two streams still reads.
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+
+    def _few(
+        self,
+        hidden_TD: torch.Tensor,
+        position_T: torch.Tensor,
+        slot_T: torch.Tensor,
+        cache: StaticCache,
+    ) -> torch.Tensor:
+        ops, eps = self.ops, self.eps
+        for i, layer in enumerate(self.layers):
+            place = (self.cos_sin, position_T, slot_T, cache.layer(i), self.heads)
+            q_TD = ops.qkv(hidden_TD, layer.input_norm, eps, layer.qkv, *place)
+            out_TD = ops.attend(q_TD, cache.layer(i), position_T, slot_T, self.scale, self.counters)
+            hidden_TD = ops.linear(out_TD, layer.o, residual_TO=hidden_TD)
+            normed = (hidden_TD, layer.post_norm, eps)
+            if layer.gate is None:
+                act_TF = ops.gate_up(*normed, layer.gate_up)
+                hidden_TD = ops.linear(act_TF, layer.down, residual_TO=hidden_TD)
+                continue
+            x_TD, shared_TF, index_TK, weights_TK = ops.route(
+                *normed, layer.gate, layer.gate_up, position_T, layer.top_k, layer.norm_topk,
+                self.counters,
+            )  # fmt: skip
+            act_TKF = ops.experts_gate_up(x_TD, layer.experts_gate_up, index_TK)
+            hidden_TD = ops.experts_down(
+                act_TKF, shared_TF, layer.experts_down, layer.down, index_TK, weights_TK,
+                hidden_TD, self.counters,
+            )  # fmt: skip
+        return ops.linear(hidden_TD, self.head, self.norm, eps, dtype=torch.float32)
+
+    def _many(
+        self,
+        hidden_TD: torch.Tensor,
+        position_T: torch.Tensor,
+        slot_T: torch.Tensor,
+        cache: StaticCache,
+        attention: Attention,
+        last_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The normed hidden states [T, D] that the head takes; with `last_B` only of these tokens
+        [B, D], so that the last layer has little to do after it has filled the cache."""
+        ops, eps = self.ops, self.eps
+        norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        hidden_TD, x_TD = ops.add_norm(hidden_TD, None, self.layers[0].input_norm, eps)
+        for i, (layer, next_norm) in enumerate(zip(self.layers, norms, strict=True)):
+            qkv_TO = ops.dense(x_TD, layer.qkv)
+            place = (self.cos_sin, position_T, slot_T, cache.layer(i), self.heads)
+            q_TD = ops.rotate(qkv_TO, *place)
+            if last_B is not None and i == len(self.layers) - 1:
+                q_TD, hidden_TD, position_T = q_TD[last_B], hidden_TD[last_B], position_T[last_B]
+            out_TD = attention(i, q_TD)
+            out_TD = ops.dense(out_TD, layer.o)
+            hidden_TD, x_TD = ops.add_norm(out_TD, hidden_TD, layer.post_norm, eps)
+            with self._beside():
+                mlp_TD = ops.dense(ops.swiglu(ops.dense(x_TD, layer.gate_up)), layer.down)
+            if layer.gate is not None:
+                logits_TE = ops.dense(x_TD, Weight(layer.gate), torch.float32)
+                index_TK, weights_TK = ops.pick_experts(
+                    logits_TE, position_T, layer.top_k, layer.norm_topk
+                )
+                token_N, place_TK, ends_E = ops.sort_picks(index_TK, len(layer.gate))
+                step = last_B is None
+                act_NF = ops.grouped_gate_up(x_TD, layer.experts_gate_up, token_N, ends_E, step)
+                out_ND = ops.grouped_down(act_NF, layer.experts_down, ends_E, step)
+            self._join()
+            if layer.gate is None:
+                hidden_TD, x_TD = ops.add_norm(mlp_TD, hidden_TD, next_norm, eps)
+            else:
+                hidden_TD, x_TD = ops.combine(
+                    out_ND, place_TK, weights_TK, mlp_TD, hidden_TD, next_norm, eps
+                )
+        return x_TD
+
+
+def _weight(linear: nn.Module) -> Weight:
+    if isinstance(linear, PackedLinear):
+        return Weight(linear.weight.data, linear.weight_scale.data, linear.bits)
+    return Weight(linear.weight.data)
+
+
+def _stack(experts: nn.Module, name: str) -> Weight:
+    scale = getattr(experts, f"{name}_scale", None)
+    if scale is None:
+        return Weight(getattr(experts, name).data)
+    return Weight(getattr(experts, name).data, scale.data, experts.bits)
+
+
+def _together(linears: list[nn.Module]) -> Weight:
+    """One weight of all rows of `linears`, whose parameters become views of it.
+
+    If they are such views already, by an engine that was made before, nothing is moved.
+    """
+    parts = [_weight(linear) for linear in linears]
+    fields = {"weight": [part.data for part in parts]}
+    if parts[0].scale is not None:
+        fields["weight_scale"] = [part.scale for part in parts]
+    joined = {}
+    for name, tensors in fields.items():
+        joined[name] = as_one(tensors)
+        if joined[name] is None:
+            joined[name] = torch.cat(tensors)
+            pieces = joined[name].split([len(tensor) for tensor in tensors])
+            for linear, piece in zip(linears, pieces, strict=True):
+                getattr(linear, name).data = piece
+    return Weight(joined["weight"], joined.get("weight_scale"), parts[0].bits)
+
+
+def as_one(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """All rows of `tensors` [R, C] as one view, if they follow each other in one memory."""
+    first = tensors[0]
+    place = first.data_ptr()
+    for tensor in tensors:
+        follows = (
+            tensor.data_ptr() == place
+            and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and tensor.is_contiguous()
+            and (tensor.dtype, tensor.shape[1:]) == (first.dtype, first.shape[1:])
+        )
+        if not follows:
+            return None
+        place += tensor.nbytes
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

@@ -1,0 +1,134 @@
+"""From a folder or a hub id to a model that is ready to generate, and its tokenizer.
+
+transformers' `from_pretrained` does the work. What is here looks before: weights that are broken or
+that cannot fit are refused before any is read.
+"""
+
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoint import DTYPES, find_checkpoint, own_tokenizer
+from ..errors import UserError, as_user_error, first_words
+from ..kernels.int_weights import BITS
+from ..model.configuration_deepseek import DeepseekConfig
+from ..model.layout import weight_files
+from ..model.modeling_deepseek import DeepseekForCausalLM
+from ..model.tokenization_deepseek import DeepseekTokenizer
+from .int_quantizer import PackingConfig, packed_bytes
+
+
+def load(
+    model: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str | None = None,
+) -> tuple[DeepseekForCausalLM, DeepseekTokenizer]:
+    """The model, ready to generate, and its tokenizer. Nothing of the checkpoint is executed.
+
+    Args:
+        model: a folder in the official layout, or a hub id.
+        dtype: float32, bfloat16, float16; auto takes the checkpoint's on a GPU. On a CPU auto takes
+            float32 (faster there than bfloat16 on most) if it fits, else bfloat16.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        quantization: int8 or int4 quantises the weights of the layers, and the head's to int8,
+            while they are read (int_quantizer.py); None leaves them as they are.
+
+    Raises:
+        UserError: one line that says what was found and what to do.
+    """
+    if quantization is not None and quantization not in BITS:
+        raise UserError(f"quantization {quantization} is unknown; use {' or '.join(BITS)}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype} is unknown; use auto, {', '.join(DTYPES)}")
+    folder = find_checkpoint(model)
+    place = _device(device)
+    numbers = _count_numbers(folder)
+    with as_user_error(
+        f"{folder / 'config.json'} cannot be used",
+        "use a checkpoint of this architecture, or mend the field",
+    ):
+        config = DeepseekConfig.from_pretrained(folder)
+
+    def size(number_type: torch.dtype) -> int:
+        if quantization is None:
+            return numbers * number_type.itemsize
+        return packed_bytes(numbers, config, BITS[quantization], number_type)
+
+    tokenizer = own_tokenizer(folder)  # before the weights, which take longer
+    number_type = DTYPES.get(dtype) or _auto_dtype(place, size(torch.float32), config.dtype)
+    _refuse_too_little_memory(size(number_type), quantization or str(number_type), place)
+    options = {"quantization_config": PackingConfig(BITS[quantization])} if quantization else {}
+    with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):
+        network = DeepseekForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=number_type,
+            device_map=place,
+            use_safetensors=True,
+            **options,
+        )
+    return network.eval(), tokenizer
+
+
+def _count_numbers(folder: Path) -> int:
+    """How many numbers the weight files hold; opening them proves that they are whole."""
+    count = 0
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    shape = tensors.get_slice(name).get_shape()
+                    count += torch.Size(shape).numel()
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} is truncated or corrupt ({first_words(error)}); get it anew"
+            ) from error
+    return count
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {device} is unknown; use auto, cpu or cuda")
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device {device} was asked for, but is not there; use cpu")
+    if place.type == "cuda":
+        found = torch.cuda.device_count()
+        place = torch.device("cuda", place.index or 0)
+        if place.index >= found:
+            raise UserError(f"device {device} was asked for, but {found} GPUs were found; use cpu")
+    return place
+
+
+def _auto_dtype(device: torch.device, need: int, stored: torch.dtype | None) -> torch.dtype:
+    """`need`: bytes of the weights as float32."""
+    if device.type != "cpu":
+        return stored or torch.bfloat16
+    return torch.float32 if need < _free_memory(device) else torch.bfloat16
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _refuse_too_little_memory(need: int, stored_as: str, device: torch.device) -> None:
+    free = _free_memory(device)
+    if need > free:
+        packed = stored_as in BITS
+        smaller = "" if packed else "--dtype bfloat16, --quantization int4, "
+        raise UserError(
+            f"the weights need {need / 1e9:.1f} GB as {stored_as.removeprefix('torch.')}, but "
+            f"{device} has {free / 1e9:.1f} GB free; use {smaller}"
+            "another device, or a smaller model"
+        )

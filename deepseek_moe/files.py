@@ -1,0 +1,198 @@
+"""Files and folders that are complete or absent, however many processes write them at a time.
+
+Each is written under a private name beside its own, and renamed when it is complete. A folder that
+a killed process left under such a name is removed by the next one that writes there.
+"""
+
+import errno
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import RunError, UserError
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+BUNDLED_MODEL, BUNDLED_CHAT = MODELS / "tiny-base", MODELS / "tiny-chat"
+
+
+def check_writable(name: str | Path, overwrite: bool = True) -> Path:
+    """The file, or a UserError if it could not be written, or is there and must not be."""
+    try:
+        file = Path(name).expanduser()
+        writable = os.access(file.absolute().parent, os.W_OK)
+        writable &= file.is_file() or not file.exists()  # no folder, no device
+    except (OSError, RuntimeError, ValueError):  # no such user, name too long, ...
+        writable = False
+    if not writable:
+        raise UserError(f"{name} cannot be written; give a file in a folder that exists")
+    if not overwrite and file.exists():
+        raise UserError(_is_there(name))
+    return file
+
+
+def write_text(name: str | Path, text: str, overwrite: bool = False) -> Path:
+    """Writes a file that is never half there; a UserError if it fails, or if the file is there
+    already and `overwrite` is False."""
+    file = check_writable(name, overwrite)
+    try:
+        write_aside(file, text, overwrite)
+    except FileExistsError as error:
+        raise UserError(_is_there(name)) from error
+    except OSError as error:
+        raise UserError(f"{name} cannot be written: {error.strerror}; choose another") from error
+    return file
+
+
+def _is_there(name: str | Path) -> str:
+    return f"{name} is there already; choose another name, or add --overwrite"
+
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+LOCK = ".being-written"  # in a folder that is not complete; locked while its writer lives
+UNFINISHED = ".partial"
+_being_written: set[Path] = set()  # by this process, which would not be stopped by its own locks
+
+
+def lock(file: IO[Any]) -> bool:
+    """Locks a file that is open for writing, until it is closed or this process ends.
+
+    Returns:
+        False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # systems differ in which
+        raise BlockingIOError(*error.args) from error
+    except OSError:
+        return False
+    return True
+
+
+def write_aside(file: Path, text: str, overwrite: bool = True) -> None:
+    """Writes a text file (UTF-8) that is complete as soon as it has its name.
+
+    Raises:
+        FileExistsError: it is there already, and `overwrite` is False.
+        OSError: it cannot be written. Nothing new is left.
+    """
+    file = file.resolve()  # a link stays, and what it points to is written
+    aside = _private_name(file, ".tmp")
+    try:
+        with aside.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+        if overwrite:
+            os.replace(aside, file)
+        else:  # a rename would replace what another process made by now
+            _rename_to_new(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _rename_to_new(aside: Path, file: Path) -> None:
+    try:
+        os.link(aside, file)  # refuses a name that is there
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        file.open("x").close()
+        try:
+            os.replace(aside, file)
+        except OSError:
+            file.unlink()
+            raise
+
+
+def free_bytes_at(path: Path) -> int:
+    """Bytes that are free on the disk of `path`, which need not be there yet."""
+    path = path.resolve()  # a link's target may be on another disk
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def readable_size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Unless `folder` is not there yet, or is empty and can be replaced by a rename."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; give a new folder, or remove it first")
+    if os.path.ismount(folder):
+        raise UserError(f"{folder} is where a file system is mounted; give a new folder inside it")
+
+
+@contextmanager
+def complete_or_absent(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A private folder beside `folder` to fill, which takes its name when it is complete.
+
+    Args:
+        folder: not there yet, or empty.
+        overwrite: `folder` may hold anything, all of which is removed in the end.
+
+    Raises:
+        RunError: another process filled `folder` meanwhile. What that one wrote stays.
+        OSError: it cannot be written. Nothing of it is left.
+    """
+    folder = folder.resolve()  # a link stays, and what it points to is written
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    aside = _private_name(folder, UNFINISHED)
+    _being_written.add(aside)
+    try:
+        aside.mkdir()
+        if folder.exists():  # an empty one, that its owner may have made private
+            shutil.copymode(folder, aside)
+        with (aside / f"{LOCK}.new").open("x") as owner:
+            lock(owner)
+            os.rename(owner.name, aside / LOCK)  # so that one with this name has been locked
+            yield aside
+            (aside / LOCK).unlink()
+        _publish(aside, folder, overwrite)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        _being_written.discard(aside)
+
+
+def _private_name(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.name[:40]}.{secrets.token_hex(6)}{ending}")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What processes that were killed left of `folder`: their locks are open."""
+    names = f"{glob.escape(folder.name[:40])}.*{UNFINISHED}"
+    for aside in set(folder.parent.glob(names)) - _being_written:
+        with suppress(OSError), (aside / LOCK).open("r+") as owner:
+            if lock(owner):
+                shutil.rmtree(aside)
+
+
+def _publish(aside: Path, folder: Path, overwrite: bool) -> None:
+    before = _private_name(folder, ".before")
+    if overwrite and folder.exists():
+        os.replace(folder, before)
+    try:
+        os.replace(aside, folder)  # succeeds over an empty folder only
+    except OSError as error:
+        if before.exists() and not folder.exists():
+            os.replace(before, folder)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise RunError(
+            f"{folder} was written by another process meanwhile, and stays as that one left it; "
+            "give another folder"
+        ) from error
+    shutil.rmtree(before, ignore_errors=True)

@@ -1,0 +1,170 @@
+"""How rows of a weight, packed or not, meet the vectors of a few tokens: what the kernels of a step
+of few tokens share.
+
+A weight is [O, I] in the model's dtype (BITS 16) or packed (int_weights.py): P = 32 // BITS columns
+in an int32 word, column j * W + w in word w of the W = I // P of a row, and a scale for each GROUP
+words. A row normed by RMSNorm needs no pass of its own: with h the hidden state, g the norm's
+weight and r = rsqrt(mean(h^2) + eps),
+
+    W norm(h) = r * (W (g * h)),
+
+so for one token the sum of squares is gathered beside the product and r multiplies the result.
+(For several, x must be ready for the tensor cores, and `between.add_norm` makes it.)
+"""
+
+import triton
+import triton.language as tl
+
+from ..launch import wait
+from .dot_int import fixed_point, packed_dot, unpack
+
+
+@triton.jit
+def dot_one(
+    acc_RA,
+    square_B,
+    x_ptr,  # [P * W] of one token
+    g_ptr,  # [P * W], read if NORM
+    w_R,  # pointers to the first word of each row
+    s_R,  # pointers to the first scale of each row
+    times,  # scalar that multiplies the products
+    W: tl.constexpr,
+    BITS: tl.constexpr,
+    NORM: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,  # wait before the first read of x
+):
+    """Adds times * w[r, i] * x[i] to acc[r, .] (to be summed over its last axis; A is BLOCK, or
+    BLOCK over the words of a group), x^2 to square."""
+    P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
+    GROUP: tl.constexpr = 64 // P
+    for at in tl.static_range(0, W, BLOCK):
+        column_B = at + tl.arange(0, BLOCK)
+        inside_B = column_B < W
+        words_RB = tl.load(w_R[:, None] + column_B[None, :], mask=inside_B[None, :], other=0)
+        if BITS != 16:
+            group_G = at // GROUP + tl.arange(0, BLOCK // GROUP)
+            there_G = group_G < (W + GROUP - 1) // GROUP
+            scale_RG = tl.load(s_R[:, None] + group_G[None, :], mask=there_G[None, :], other=0.0)
+        if at == 0:
+            wait(PDL)
+        if BITS == 16:
+            x_B = tl.load(x_ptr + column_B, mask=inside_B, other=0.0).to(tl.float32)
+            if NORM:
+                square_B += x_B * x_B
+                x_B *= tl.load(g_ptr + column_B, mask=inside_B, other=0.0).to(tl.float32)
+            acc_RA += words_RB.to(tl.float32) * (x_B * times)[None, :]
+        else:
+            square_1B = tl.zeros([1, BLOCK], tl.float32)
+            x_1 = x_ptr + tl.zeros([1], tl.int32)
+            eu, el, ou, ol, sum_1B, steps_1G, square_1B = fixed_point(
+                square_1B, x_1, g_ptr, column_B[None, :], inside_B[None, :], W, BITS, NORM, 1, BLOCK
+            )
+            square_B += tl.reshape(square_1B, [BLOCK])
+            part_RB = packed_dot(words_RB, eu, el, ou, ol, sum_1B, BITS)
+            part_RG = tl.sum(tl.reshape(part_RB, [R, BLOCK // GROUP, GROUP]), 2).to(tl.float32)
+            acc_RA += part_RG * (scale_RG.to(tl.float32) * (steps_1G * times))
+    return acc_RA, square_B
+
+
+@triton.jit
+def product_one(
+    x_ptr,
+    g_ptr,
+    eps,
+    w_R,
+    s_R,
+    W: tl.constexpr,
+    BITS: tl.constexpr,
+    NORM: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """w norm(x) of one token, fp32 [R]; without the norm if not NORM."""
+    P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
+    A: tl.constexpr = BLOCK * P // (1 if BITS == 16 else 64)
+    acc_RA = tl.zeros([R, A], tl.float32)
+    square_B = tl.zeros([BLOCK], tl.float32)
+    acc_RA, square_B = dot_one(
+        acc_RA, square_B, x_ptr, g_ptr, w_R, s_R, 1.0, W, BITS, NORM, R, BLOCK, PDL
+    )
+    out_R = tl.sum(acc_RA, 1)
+    if NORM:
+        out_R *= tl.rsqrt(tl.sum(square_B, 0) / (P * W) + eps)
+    return out_R
+
+
+@triton.jit
+def dot_few(
+    acc_RT,
+    x_T,  # pointers to the first column of each token
+    ok_T,
+    w_R,
+    s_R,
+    W: tl.constexpr,
+    BITS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Adds w x to acc[r, t] on the tensor cores."""
+    P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
+    GROUP: tl.constexpr = 64 // P
+    for at in tl.range(0, W, BLOCK, num_stages=STAGES):
+        column_B = at + tl.arange(0, BLOCK)
+        inside_B = column_B < W
+        words_RB = tl.load(w_R[:, None] + column_B[None, :], mask=inside_B[None, :], other=0)
+        if BITS != 16:
+            group_G = at // GROUP + tl.arange(0, BLOCK // GROUP)
+            there_G = group_G < (W + GROUP - 1) // GROUP
+            scale_RG = tl.load(s_R[:, None] + group_G[None, :], mask=there_G[None, :], other=0.0)
+            scale_RGB = tl.broadcast_to(scale_RG[:, :, None], [R, BLOCK // GROUP, GROUP])
+            scale_RB = tl.reshape(scale_RGB, [R, BLOCK]).to(tl.float32)
+        for j in tl.static_range(P):
+            here_BT = inside_B[:, None] & ok_T[None, :]
+            x_BT = tl.load(x_T[None, :] + j * W + column_B[:, None], mask=here_BT, other=0.0)
+            if BITS == 16:
+                acc_RT = tl.dot(words_RB, x_BT, acc_RT, input_precision="ieee")
+            else:
+                weight_RB = (unpack(words_RB, j, BITS) * scale_RB).to(x_BT.dtype)
+                acc_RT = tl.dot(weight_RB, x_BT, acc_RT, input_precision="ieee")
+    return acc_RT
+
+
+@triton.jit
+def product(
+    x_ptr,  # [T, P * W]
+    g_ptr,
+    eps,
+    w_R,
+    s_R,
+    T: tl.constexpr,
+    TP: tl.constexpr,
+    W: tl.constexpr,
+    BITS: tl.constexpr,
+    NORM: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """w x, fp32: for one token [R, 1], of norm(x) if NORM; else [R, TP], TP >= T a power of two."""
+    P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
+    if T == 1:
+        out_RT = product_one(x_ptr, g_ptr, eps, w_R, s_R, W, BITS, NORM, R, BLOCK, PDL)[:, None]
+    else:
+        wait(PDL)
+        t_T = tl.arange(0, TP)
+        out_RT = tl.zeros([R, TP], tl.float32)
+        out_RT = dot_few(
+            out_RT, x_ptr + t_T * (P * W), t_T < T, w_R, s_R, W, BITS, R, BLOCK, STAGES
+        )
+    return out_RT
+
+
+@triton.jit
+def halves(x_RT, R: tl.constexpr, TP: tl.constexpr):
+    """The first R / 2 rows, and the others."""
+    return tl.split(tl.permute(tl.reshape(x_RT, [2, R // 2, TP]), [1, 2, 0]))

@@ -1,0 +1,165 @@
+"""One product for all experts: of thousands of tokens, or of a batch of sequences.
+
+Plain twins in torch_ops.py: `grouped_gate_up`, `grouped_down`, `dense`, `matrix`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from ..int_weights import Weight
+from ..launch import launch_options, scale_of, swiglu, tile_of, wait
+from . import elementwise as between
+from .dot import dot_few, halves
+from .dot_int import unpack
+
+READING = 48  # picks an expert up to which reading the weights, not multiplying, takes the time
+
+
+@triton.jit
+def _matrix(
+    words_ptr,  # [rows, W]
+    scale_ptr,  # [rows, GROUPS]
+    out_ptr,  # [rows, P * W]
+    W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    P: tl.constexpr = 32 // BITS
+    row = tl.program_id(0).to(tl.int64)
+    column_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok_B = column_B < W
+    words_B = tl.load(words_ptr + row * W + column_B, mask=ok_B, other=0)
+    scale_B = tl.load(scale_ptr + row * GROUPS + column_B // (64 // P), mask=ok_B, other=0.0)
+    for j in tl.static_range(P):
+        value_B = unpack(words_B, j, BITS) * scale_B.to(tl.float32)
+        tl.store(out_ptr + row * (P * W) + j * W + column_B, value_B, mask=ok_B)
+
+
+def matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """As `torch_ops.matrix`."""
+    if weight.scale is None:
+        return weight.data.to(dtype)
+    *stack, words = weight.data.shape
+    out = torch.empty(*stack, words * 32 // weight.bits, dtype=dtype, device=weight.data.device)
+    block = min(1024, triton.next_power_of_2(words))
+    _matrix[(weight.data.numel() // words, triton.cdiv(words, block))](
+        weight.data, weight.scale, out,
+        W=words, GROUPS=weight.groups, BITS=weight.bits, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _grouped(
+    x_ptr,  # [T, P * W] where GATHER, else [N, P * W]
+    token_ptr,  # [N], read if GATHER
+    weight_ptr,  # [E, O, W]
+    scale_ptr,
+    ends_ptr,  # [E]
+    out_ptr,  # [N, O], or [N, O / 2] with SwiGLU
+    O: tl.constexpr,  # noqa: E741
+    W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    GATHER: tl.constexpr,
+    GLU: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
+    wait(PDL)
+    e = tl.program_id(1)
+    start = tl.load(ends_ptr + e - 1, mask=e > 0, other=0)
+    end = tl.load(ends_ptr + e)
+    r_R = tl.arange(0, R)
+    if GLU:
+        F: tl.constexpr = O // 2
+        first = tl.program_id(0) * (R // 2)
+        row_R = r_R // (R // 2) * F + tl.minimum(first + r_R % (R // 2), F - 1)
+    else:
+        first = tl.program_id(0) * R
+        row_R = tl.minimum(first + r_R, O - 1)
+    row_R = (e * O + row_R).to(tl.int64)
+    for at in range(start, end, N):
+        n_N = at + tl.arange(0, N)
+        ok_N = n_N < end
+        x_N = n_N.to(tl.int64)
+        if GATHER:
+            x_N = tl.load(token_ptr + n_N, mask=ok_N, other=0).to(tl.int64)
+        out_RN = dot_few(
+            tl.zeros([R, N], tl.float32), x_ptr + x_N * (P * W), ok_N,
+            weight_ptr + row_R * W, scale_ptr + row_R * GROUPS, W, BITS, R, BLOCK, STAGES,
+        )  # fmt: skip
+        if GLU:
+            gate_RN, up_RN = halves(out_RN, R, N)
+            f_R = first + tl.arange(0, R // 2)
+            place_RN = n_N.to(tl.int64)[None, :] * F + f_R[:, None]
+            glu_ok_RN = (f_R < F)[:, None] & ok_N[None, :]
+            tl.store(out_ptr + place_RN, swiglu(gate_RN, up_RN), mask=glu_ok_RN)
+        else:
+            o_R = first + r_R
+            out_RN_ptr = out_ptr + n_N.to(tl.int64)[None, :] * O + o_R[:, None]
+            tl.store(out_RN_ptr, out_RN, mask=(o_R < O)[:, None] & ok_N[None, :])
+
+
+def _launch(
+    x: torch.Tensor, weight: Weight, ends_E: torch.Tensor, token_N: torch.Tensor | None, glu: bool
+) -> torch.Tensor:
+    E, rows, words = weight.data.shape
+    picks = x.shape[0] if token_N is None else token_N.shape[0]
+    # About as many picks at once as most experts have: their weights are read once.
+    together = min(64, max(16, triton.next_power_of_2(picks // E)))
+    tile = tile_of("grouped", together, weight.bits, words)
+    out = x.new_empty(picks, rows // 2 if glu else rows)
+    _grouped[(triton.cdiv(rows, tile.rows), E)](
+        x, x if token_N is None else token_N, weight.data, scale_of(weight), ends_E, out,
+        O=rows, W=words, GROUPS=weight.groups, BITS=weight.bits, GATHER=token_N is not None,
+        GLU=glu, R=tile.rows, N=together, BLOCK=tile.block, STAGES=tile.stages,
+        **launch_options(tile.warps),
+    )  # fmt: skip
+    return out
+
+
+def grouped_gate_up(
+    x_TD: torch.Tensor,
+    weight: Weight,
+    token_N: torch.Tensor,
+    ends_E: torch.Tensor,
+    step: bool = False,
+) -> torch.Tensor:
+    """As `torch_ops.grouped_gate_up`, but nothing is written after the last expert's places."""
+    if step or _reads_most(token_N.shape[0], weight):
+        return _launch(x_TD, weight, ends_E, token_N, glu=True)
+    return between.swiglu(_library(x_TD[token_N], weight, ends_E))
+
+
+def grouped_down(
+    x_NF: torch.Tensor, weight: Weight, ends_E: torch.Tensor, step: bool = False
+) -> torch.Tensor:
+    """As `torch_ops.grouped_down`, but nothing is written after the last expert's places."""
+    if step or _reads_most(x_NF.shape[0], weight):
+        return _launch(x_NF, weight, ends_E, None, glu=False)
+    return _library(x_NF, weight, ends_E)
+
+
+def _reads_most(picks: int, weight: Weight) -> bool:
+    """Whether the kernel here is the faster one. (A decode step always takes it: the library's
+    product cannot be captured on every GPU, nor a kernel loaded in a capture.)"""
+    return picks <= READING * weight.data.shape[0]
+
+
+def _library(x_NI: torch.Tensor, weight: Weight, ends_E: torch.Tensor) -> torch.Tensor:
+    return F.grouped_mm(x_NI, matrix(weight, x_NI.dtype).transpose(1, 2), offs=ends_E)
+
+
+def dense(x_TI: torch.Tensor, weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """As `torch_ops.dense`."""
+    if dtype in (None, x_TI.dtype):
+        return F.linear(x_TI, matrix(weight, x_TI.dtype))
+    return torch.mm(x_TI, matrix(weight, x_TI.dtype).T, out_dtype=dtype)

@@ -1,0 +1,284 @@
+"""The plain twins: what each kernel computes, in torch, a line for a line of the theory.
+
+They run anywhere, which is how the engine is tested without a GPU, and they are what the kernels
+must equal. Products and norms are in fp32; what a kernel hands on is rounded to the model's dtype.
+
+Letters: T tokens, D hidden size, H heads, E experts, K experts a token, N = T*K picks, F expert
+width, C the cache's capacity. `position_T` is -1 for a row that holds no token: its picks are
+expert E, which is none, with weight 0.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from ..int_weights import Weight, unpack
+from ..torch_ops import sort_picks, swiglu
+
+__all__ = [
+    "add_norm", "advance", "attend", "attend_prompt", "combine", "dense", "experts_down",
+    "experts_gate_up", "gate_up", "grouped_down", "grouped_gate_up", "linear", "matrix",
+    "pick_experts", "qkv", "rotate", "route", "sort_picks", "swiglu",
+]  # fmt: skip
+
+CosSin = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of each position's angles, fp32 [context, D / 2]."""
+Cache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each [slots, heads, capacity, D]."""
+
+
+def matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """[..., O, I], unpacked."""
+    if weight.scale is None:
+        return weight.data.to(dtype)
+    return unpack(weight.data, weight.scale, weight.bits, dtype)
+
+
+def rms_norm(x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float) -> torch.Tensor:
+    x_TD = x_TD.float()
+    return x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps) * norm_D.float()
+
+
+# A step of few tokens: one kernel for each stage of a layer.
+
+
+def linear(
+    x_TI: torch.Tensor,
+    weight: Weight,
+    norm_I: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual_TO: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """residual + W norm(x) [T, O], in `dtype` or that of x; without norm or residual if None."""
+    x = x_TI.float() if norm_I is None else rms_norm(x_TI, norm_I, eps)
+    out_TO = x @ matrix(weight, torch.float32).T
+    if residual_TO is not None:
+        out_TO = out_TO + residual_TO.float()
+    return out_TO.to(dtype or x_TI.dtype)
+
+
+def qkv(
+    hidden_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+    weight: Weight,
+    cos_sin: CosSin,
+    position_T: torch.Tensor,
+    slot_T: torch.Tensor,
+    cache: Cache,
+    heads: int,
+) -> torch.Tensor:
+    """Rotated queries [T, H * D] of norm(hidden); rotated keys, and values, go into the cache."""
+    qkv_TO = linear(hidden_TD, weight, norm_D, eps, dtype=torch.float32)
+    q_TO = rotate(qkv_TO, cos_sin, position_T, slot_T, cache, heads)
+    return q_TO.to(hidden_TD.dtype)
+
+
+def attend(
+    q_TD: torch.Tensor,
+    cache: Cache,
+    position_T: torch.Tensor,
+    slot_T: torch.Tensor,
+    scale: float,
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of the query of each token over its slot's positions 0 to position; 0 if none."""
+    T = q_TD.shape[0]
+    k_THCD, v_THCD = (part[slot_T].float() for part in cache)
+    q_THD = q_TD.view(T, -1, k_THCD.shape[-1]).float()
+    group = q_THD.shape[1] // k_THCD.shape[1]
+    k_THCD, v_THCD = (x.repeat_interleave(group, dim=1) for x in (k_THCD, v_THCD))
+    score_THC = torch.einsum("thd,thcd->thc", q_THD, k_THCD) * scale
+    later_TC = torch.arange(k_THCD.shape[2], device=q_TD.device) > position_T[:, None]
+    weight_THC = score_THC.masked_fill(later_TC[:, None], float("-inf")).softmax(-1)
+    weight_THC = weight_THC.masked_fill((position_T < 0)[:, None, None], 0.0)
+    v_THCD = v_THCD.masked_fill(later_TC[:, None, :, None], 0.0)
+    return torch.einsum("thc,thcd->thd", weight_THC, v_THCD).reshape(T, -1).to(q_TD.dtype)
+
+
+def route(
+    hidden_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+    gate_ED: torch.Tensor,
+    shared: Weight,
+    position_T: torch.Tensor,
+    top_k: int,
+    norm_topk: bool,
+    counters: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """norm(hidden) [T, D], the shared experts' activations [T, F], and of the router the picks
+    [T, K] (int32) with their weights [T, K] (fp32)."""
+    logits_TE = linear(hidden_TD, Weight(gate_ED), norm_D, eps, dtype=torch.float32)
+    index_TK, weights_TK = pick_experts(logits_TE, position_T, top_k, norm_topk)
+    x_TD = rms_norm(hidden_TD, norm_D, eps).to(hidden_TD.dtype)
+    return x_TD, gate_up(hidden_TD, norm_D, eps, shared), index_TK, weights_TK
+
+
+def gate_up(
+    hidden_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weight: Weight
+) -> torch.Tensor:
+    """silu(G norm(hidden)) * U norm(hidden), [T, F], of a weight [2F, D], G above U."""
+    return swiglu(linear(hidden_TD, weight, norm_D, eps, dtype=torch.float32)).to(hidden_TD.dtype)
+
+
+def experts_gate_up(x_TD: torch.Tensor, weight: Weight, index_TK: torch.Tensor) -> torch.Tensor:
+    """silu(G x) * U x of each pick, [T, K, F]; what stands where the pick is no expert means
+    nothing."""
+    stack_EOD = matrix(weight, torch.float32)
+    picked_TKOD = stack_EOD[index_TK.clamp(max=stack_EOD.shape[0] - 1).long()]
+    return swiglu(torch.einsum("td,tkod->tko", x_TD.float(), picked_TKOD)).to(x_TD.dtype)
+
+
+def experts_down(
+    act_TKF: torch.Tensor,
+    shared_act_TF: torch.Tensor,
+    weight: Weight,
+    shared: Weight,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    residual_TD: torch.Tensor,
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """residual + shared experts' down + weighted sum over the picks of theirs, [T, D]."""
+    stack_EDF = matrix(weight, torch.float32)
+    none_TK = (weights_TK == 0) & (index_TK == stack_EDF.shape[0])
+    act_TKF = act_TKF.float().masked_fill(none_TK[..., None], 0.0)
+    picked_TKDF = stack_EDF[index_TK.clamp(max=stack_EDF.shape[0] - 1).long()]
+    routed_TD = torch.einsum("tk,tkf,tkdf->td", weights_TK, act_TKF, picked_TKDF)
+    shared_TD = linear(shared_act_TF, shared, dtype=torch.float32)
+    return (residual_TD.float() + shared_TD + routed_TD).to(residual_TD.dtype)
+
+
+# A step of many tokens: products by the library, and between them:
+
+
+def add_norm(
+    x_TD: torch.Tensor, residual_TD: torch.Tensor | None, norm_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + residual, and its norm."""
+    sum_TD = x_TD if residual_TD is None else (x_TD.float() + residual_TD.float()).to(x_TD.dtype)
+    return sum_TD, rms_norm(sum_TD, norm_D, eps).to(x_TD.dtype)
+
+
+def rotate(
+    qkv_TO: torch.Tensor,
+    cos_sin: CosSin,
+    position_T: torch.Tensor,
+    slot_T: torch.Tensor,
+    cache: Cache,
+    heads: int,
+) -> torch.Tensor:
+    """Queries [T, H * D] rotated by their positions (Su et al. 2021, arXiv 2104.09864, in the
+    rotate-half arrangement); keys, rotated too, and values go into the cache."""
+    T, (_, kv_heads, _, width) = qkv_TO.shape[0], cache[0].shape
+    x_THD = qkv_TO.view(T, heads + 2 * kv_heads, width)
+    cos_T1D, sin_T1D = (table[position_T.clamp(min=0)][:, None] for table in cos_sin)
+    turned_THD, v_THD = x_THD.split([heads + kv_heads, kv_heads], dim=1)
+    a_THD, b_THD = turned_THD.float().chunk(2, dim=-1)
+    a_THD, b_THD = a_THD * cos_T1D - b_THD * sin_T1D, b_THD * cos_T1D + a_THD * sin_T1D
+    q_THD, k_THD = torch.cat([a_THD, b_THD], dim=-1).to(x_THD.dtype).split([heads, kv_heads], dim=1)
+    real_T = position_T >= 0
+    for part, new_THD in zip(cache, (k_THD, v_THD), strict=True):
+        part[slot_T[real_T], :, position_T[real_T]] = new_THD[real_T].to(part.dtype)
+    return q_THD.reshape(T, -1)
+
+
+def pick_experts(
+    logits_TE: torch.Tensor, position_T: torch.Tensor, top_k: int, norm_topk: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The picks [T, K] (int32) and their weights [T, K] (fp32): `DeepseekGate`."""
+    weights_TK, index_TK = logits_TE.float().softmax(-1).topk(top_k, dim=-1)
+    if norm_topk:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    none_T1 = (position_T < 0)[:, None]
+    weights_TK = weights_TK.masked_fill(none_T1, 0.0)
+    return index_TK.masked_fill(none_T1, logits_TE.shape[-1]).int(), weights_TK
+
+
+def grouped_gate_up(
+    x_TD: torch.Tensor,
+    weight: Weight,
+    token_N: torch.Tensor,
+    ends_E: torch.Tensor,
+    step: bool = False,
+) -> torch.Tensor:
+    """silu(G[e] x) * U[e] x for the places of each expert, [N, F]; 0 after the last. `step`: for a
+    decode step, which a graph may capture."""
+    return swiglu(_grouped(x_TD[token_N], weight, ends_E)).to(x_TD.dtype)
+
+
+def grouped_down(
+    x_NF: torch.Tensor, weight: Weight, ends_E: torch.Tensor, step: bool = False
+) -> torch.Tensor:
+    """W[e] x for the places of each expert, [N, D]; 0 after the last. `step` as above."""
+    return _grouped(x_NF, weight, ends_E).to(x_NF.dtype)
+
+
+def _grouped(x_NI: torch.Tensor, weight: Weight, ends_E: torch.Tensor) -> torch.Tensor:
+    out_NO = x_NI.new_zeros(x_NI.shape[0], weight.data.shape[1], dtype=torch.float32)
+    start = 0
+    for weight_OI, end in zip(matrix(weight, torch.float32), ends_E.tolist(), strict=True):
+        out_NO[start:end] = x_NI[start:end].float() @ weight_OI.T
+        start = end
+    return out_NO
+
+
+def dense(x_TI: torch.Tensor, weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """W x, [T, O], in `dtype` or that of x."""
+    return linear(x_TI, weight, dtype=dtype)
+
+
+def combine(
+    out_ND: torch.Tensor,
+    place_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    shared_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual + shared + weighted sum over the picks, and the norm of that."""
+    picked_TKD = out_ND[place_TK.long()].float()
+    sum_TD = (picked_TKD * weights_TK[..., None]).sum(1) + shared_TD.float() + residual_TD.float()
+    return add_norm(sum_TD.to(residual_TD.dtype), None, norm_D, eps)
+
+
+def advance(
+    new_B: torch.Tensor,
+    ids_B: torch.Tensor,
+    position_B: torch.Tensor,
+    seen_BV: torch.Tensor,
+    last: int,
+) -> None:
+    """After a step, in place: the new ids, which are now seen, and their positions, which stop at
+    `last`; a row of position -1 stays at that."""
+    ids_B.copy_(new_B)
+    seen_BV.scatter_(1, new_B[:, None], True)
+    position_B.add_((position_B >= 0).int()).clamp_(max=last)
+
+
+def attend_prompt(
+    q_TD: torch.Tensor,
+    cache: Cache,
+    ends: torch.Tensor,
+    position_B: torch.Tensor,
+    slot_B: torch.Tensor,
+    longest: int,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of the queries q[ends[b]:ends[b + 1]], up to `longest` of them, of each of
+    several sequences over its slot: the last one, at position[b], sees positions 0 to that."""
+    outs, bounds = [], ends.tolist()
+    for start, end, last, slot in zip(
+        bounds[:-1], bounds[1:], position_B.tolist(), slot_B.tolist(), strict=True
+    ):
+        q_HLD = q_TD[start:end].unflatten(1, (-1, cache[0].shape[-1])).transpose(0, 1).float()
+        k_HCD, v_HCD = (part[slot, :, : last + 1].float() for part in cache)
+        sees_LC = torch.ones(end - start, last + 1, dtype=torch.bool, device=q_TD.device)
+        out_HLD = F.scaled_dot_product_attention(
+            q_HLD[None], k_HCD[None], v_HCD[None], sees_LC.tril(last + 1 - (end - start)),
+            scale=scale, enable_gqa=len(q_HLD) != len(k_HCD),
+        )[0]  # fmt: skip
+        outs.append(out_HLD.transpose(0, 1).flatten(1))
+    return torch.cat(outs).to(q_TD.dtype)

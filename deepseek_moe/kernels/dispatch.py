@@ -1,0 +1,72 @@
+"""The choice of experts for many tokens, and the picks put in the order of the experts.
+
+Plain twin: `torch_ops.sort_picks`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 128  # picks a program places
+
+
+@triton.jit
+def _count(index_ptr, counts_ptr, picks, BLOCK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr):
+    n_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index_N = tl.load(index_ptr + n_N, mask=n_N < picks, other=E)
+    e_E = tl.arange(0, EP)
+    mine_NE = ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
+    tl.store(counts_ptr + tl.program_id(0) * EP + e_E, tl.sum(mine_NE, 0))
+
+
+@triton.jit
+def _place(
+    index_ptr,  # [T * K]
+    counts_ptr,  # [blocks, EP]
+    token_ptr,  # [T * K]
+    place_ptr,  # [T * K]
+    ends_ptr,  # [E]
+    picks,
+    blocks,
+    BLOCK: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    e_E = tl.arange(0, EP)
+    before_E = tl.zeros([EP], tl.int32)
+    total_E = tl.zeros([EP], tl.int32)
+    for b in range(blocks):
+        counts_E = tl.load(counts_ptr + b * EP + e_E)
+        total_E += counts_E
+        before_E += tl.where(b < pid, counts_E, 0)
+    ends_E = tl.cumsum(total_E, 0)
+    if pid == 0:
+        tl.store(ends_ptr + e_E, ends_E, mask=e_E < E)
+    n_N = pid * BLOCK + tl.arange(0, BLOCK)
+    index_N = tl.load(index_ptr + n_N, mask=n_N < picks, other=E)
+    mine_NE = ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
+    rank_NE = tl.cumsum(mine_NE, 0) - 1
+    first_E = ends_E - total_E + before_E
+    place_N = tl.sum(mine_NE * (rank_NE + first_E[None, :]), 1)  # 0 for picks of no expert
+    tl.store(place_ptr + n_N, place_N, mask=n_N < picks)
+    tl.store(token_ptr + place_N, n_N // K, mask=index_N < E)
+
+
+def sort_picks(
+    index_TK: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `torch_ops.sort_picks`."""
+    T, K = index_TK.shape
+    blocks, padded = triton.cdiv(T * K, BLOCK), triton.next_power_of_2(num_experts)
+    counts = index_TK.new_empty(blocks, padded)
+    token_N = index_TK.new_zeros(T * K)
+    place_TK = torch.empty_like(index_TK)
+    ends_E = index_TK.new_empty(num_experts)
+    _count[(blocks,)](index_TK, counts, T * K, BLOCK=BLOCK, E=num_experts, EP=padded)
+    _place[(blocks,)](
+        index_TK, counts, token_N, place_TK, ends_E, T * K, blocks,
+        BLOCK=BLOCK, E=num_experts, EP=padded, K=K, num_warps=4,
+    )  # fmt: skip
+    return token_N, place_TK, ends_E

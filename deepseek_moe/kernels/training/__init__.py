@@ -1,0 +1,1 @@
+"""The kernels of fine-tuning: between the products of experts, 4-bit weights, and AdamW."""

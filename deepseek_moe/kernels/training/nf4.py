@@ -1,0 +1,81 @@
+"""bitsandbytes' 4-bit weights in bf16, in one pass: half a byte is read a weight, 2 are written.
+
+A word of 4 bytes is 8 weights, which one thread writes: 16 bytes. Each word computes the scale of
+its block, and looks its weights up in shared memory.
+
+Plain twin: `torch_ops.unpack_4bit`, the same bit by bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+WORDS = 512  # of 8 weights, a program
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _unpack_4bit(
+    packed_ptr,  # [numel / 2], uint8
+    code_ptr,  # [16], fp32
+    absmax_ptr,  # [numel / BLOCKSIZE], uint8 with NESTED, else fp32
+    code2_ptr,  # [256], fp32; with NESTED this and the next two are read
+    absmax2_ptr,  # [numel / BLOCKSIZE / BLOCKSIZE2], fp32
+    offset_ptr,  # one number, fp32
+    out_ptr,  # [numel]
+    numel,
+    WHOLE: tl.constexpr,  # numel is a multiple of 8 * WORDS
+    NESTED: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    # The scales of a program's blocks share a scale.
+    tl.static_assert(BLOCKSIZE * BLOCKSIZE2 % (8 * WORDS) == 0)
+    first = tl.program_id(0).to(tl.int64) * (8 * WORDS)
+    word_W = tl.arange(0, WORDS)
+    byte_W4 = word_W[:, None] * 4 + tl.arange(0, 4)[None, :]
+    at_W8 = word_W[:, None] * 8 + tl.arange(0, 8)[None, :]
+    # Numbers that are not read can be any: they are indices within the tables all the same.
+    ok_W = None if WHOLE else first + word_W * 8 < numel
+    ok_W4 = None if WHOLE else first + byte_W4 * 2 < numel
+    ok_W8 = None if WHOLE else first + at_W8 < numel
+
+    # The sum is compiled to nothing: what is read is a word, if the address allows it.
+    packed_W4 = tl.load(packed_ptr + first // 2 + byte_W4, mask=ok_W4).to(tl.uint32)
+    packed_W = tl.sum(packed_W4 << (tl.arange(0, 4) * 8)[None, :], 1)
+    scale_W = tl.load(absmax_ptr + first // BLOCKSIZE + word_W // (BLOCKSIZE // 8), mask=ok_W)
+    if NESTED:
+        scale2 = tl.load(absmax2_ptr + first // (BLOCKSIZE * BLOCKSIZE2))
+        scale_W = tl.load(code2_ptr + scale_W.to(tl.int32)) * scale2 + tl.load(offset_ptr)
+
+    shift_8 = (tl.arange(0, 8) ^ 1) * 4  # the high half of a byte is before the low
+    index_W8 = ((packed_W[:, None] >> shift_8[None, :]) & 15).to(tl.int32)
+    code = tl.load(code_ptr + tl.arange(0, 16))
+    value_W8 = tl.gather(code, index_W8.reshape(8 * WORDS), 0).reshape(WORDS, 8)
+    out_W8 = (value_W8 * scale_W[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first + at_W8, out_W8, mask=ok_W8)
+
+
+def unpack_4bit(
+    packed: torch.Tensor,
+    code: torch.Tensor,
+    absmax: torch.Tensor,
+    code2: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    blocksize: int = 64,
+    blocksize2: int = 256,
+) -> torch.Tensor:
+    """As `torch_ops.unpack_4bit`."""
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    numel, nested = out.numel(), code2 is not None
+    # A product and a sum must be rounded twice, as they are by bitsandbytes: no fused multiply-add.
+    _unpack_4bit[(triton.cdiv(numel, 8 * WORDS),)](
+        packed, code, absmax, code2 if nested else code, absmax2 if nested else code,
+        offset if nested else code, out, numel, WHOLE=numel % (8 * WORDS) == 0, NESTED=nested,
+        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WORDS=WORDS, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,475 @@
+"""DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066) on one page.
+
+A Llama decoder whose MLPs, from the second layer on, are mixtures of many small experts:
+
+    gate     a softmax over all routed experts, of which each token keeps the K largest
+    experts  the routed ones, 1408 wide in the 16B model where a dense MLP is 10944
+    shared_experts  two more that see every token, stored as one MLP of twice the width
+
+Parameter names are the official checkpoint's; only the routed experts are stacked while in memory
+(layout.py). Attention, norms and rotary embedding are transformers' own for Llama.
+
+Letters that suffix locals: B batch, L length, T = B*L tokens, K experts a token, E experts,
+D hidden size.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_deepseek import DeepseekConfig
+from .layout import first_few, refuse_wrong_checkpoint
+
+
+@dataclass
+class Routing:
+    """What one MoE layer chose in one forward pass.
+
+    The model hands each layer a new one. Gradient checkpointing calls the layer twice with the same
+    one, so that the recomputed layer finds its picks here instead of choosing again: a tie, or a
+    kernel that rounds differently, would send tokens to other experts than in the first pass.
+
+    `sequence_T` numbers the sequence of each token (-1: padding) where a row of the batch is not
+    one sequence, and `aux_loss_scale` multiplies the balance loss's gradient.
+    """
+
+    index_TK: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    sequence_T: torch.Tensor | None = None
+    num_sequences: int = 0
+    aux_loss_scale: float = 1.0
+
+
+class DeepseekGate(nn.Module):
+    """The router: scores every expert for every token, keeps the best. `weight` is [E, D]."""
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts  # transformers 5.17's expert parallelism asks
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+
+    def forward(
+        self, hidden_TD: torch.Tensor, routing: Routing | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns logits [T, E], the picks' weights [T, K] (both fp32) and the picks [T, K].
+
+        Picks that `routing` holds are taken; while training it is given them to keep. (Here, not
+        from what is returned, in which expert parallelism may replace the picks of other ranks.)
+        """
+        index_TK = routing.index_TK if routing is not None else None
+        # bf16 logits would swap experts whose scores are close; autocast would undo the cast.
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            logits_TE = F.linear(hidden_TD.float(), self.weight.float())
+        scores_TE = logits_TE.softmax(dim=-1)
+        if index_TK is None:
+            index_TK = scores_TE.detach().topk(self.top_k, dim=-1, sorted=False).indices
+        if routing is not None and self.training:
+            routing.index_TK = index_TK
+        weights_TK = scores_TE.gather(-1, index_TK)
+        if self.norm_topk_prob and self.top_k > 1:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits_TE, weights_TK, index_TK
+
+
+@use_experts_implementation
+class DeepseekExperts(nn.Module):
+    """The routed experts: `gate_up_proj` [E, 2F, D] (gate above up) and `down_proj` [E, D, F].
+
+    `forward` is the readable way through them and the reference for every other. By default
+    transformers sends the tokens through "grouped_mm" instead, one product for all experts;
+    `experts_implementation=` of `from_pretrained` chooses ("eager" is this loop).
+    """
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        super().__init__()
+        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = E
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
+
+    def forward(
+        self, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """out[t] = sum_k weights[t, k] * expert(index[t, k])(hidden[t]), in the weights' dtype.
+
+        An index of `num_experts` marks a pick that another rank computes (expert parallelism).
+        """
+        out_TD = torch.zeros_like(hidden_TD, dtype=weights_TK.dtype)
+        for expert in index_TK.unique().tolist():
+            if expert == self.num_experts:
+                continue
+            token, pick = torch.where(index_TK == expert)
+            gate, up = F.linear(hidden_TD[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            out_TD.index_add_(0, token, out * weights_TK[token, pick, None])
+        return out_TD.to(hidden_TD.dtype)
+
+
+class DeepseekMLP(nn.Module):
+    """SwiGLU, for the dense layers and the shared experts."""
+
+    def __init__(self, config: DeepseekConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class DeepseekMoE(nn.Module):
+    """Route, send, add."""
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        super().__init__()
+        self.aux_loss_alpha = config.aux_loss_alpha
+        self.seq_aux = config.seq_aux
+        self.gate = DeepseekGate(config)
+        self.experts = DeepseekExperts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = DeepseekMLP(config, width)
+
+    def forward(self, hidden_BLD: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+        routing = Routing() if routing is None else routing
+        hidden_TD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
+        logits_TE, weights_TK, index_TK = self.gate(hidden_TD, routing)
+        loss = None
+        if self.training and self.aux_loss_alpha > 0:
+            scores_TE = logits_TE.softmax(dim=-1)
+            sequence_T, count = routing.sequence_T, routing.num_sequences
+            if sequence_T is None:  # a row of the batch is a sequence
+                sequence_T, count = _number_rows(hidden_BLD), hidden_BLD.shape[0]
+            if not self.seq_aux:
+                sequence_T, count = sequence_T.clamp(max=0), 1
+            loss = balance_loss(scores_TE, routing.index_TK, sequence_T, count)
+            routing.aux_loss = self.aux_loss_alpha * loss.detach()
+        shared_BLD = self.shared_experts(hidden_BLD) if self.shared_experts is not None else None
+        # Last, since checkpointing computes nothing again after the last tensor that is kept.
+        out_BLD = self.experts(hidden_TD, index_TK, weights_TK).view_as(hidden_BLD)
+        if shared_BLD is not None:
+            out_BLD = out_BLD + shared_BLD
+        if loss is not None:
+            scale = self.aux_loss_alpha * routing.aux_loss_scale
+            out_BLD = _AddLossGradient.apply(out_BLD, scale * loss)
+        return out_BLD
+
+
+def _number_rows(hidden_BLD: torch.Tensor) -> torch.Tensor:
+    B, L = hidden_BLD.shape[:2]
+    return torch.arange(B, device=hidden_BLD.device).repeat_interleave(L)
+
+
+def balance_loss(
+    scores_TE: torch.Tensor, index_TK: torch.Tensor, sequence_T: torch.Tensor, num_sequences: int
+) -> torch.Tensor:
+    """How unevenly the experts are used: 1 when evenly, up to E when all tokens go one way.
+
+    sum_e f_e * P_e, with f_e the picks of expert e over their even share and P_e its mean score
+    (equations 12 to 14 of the paper), counted in each sequence and averaged. Only P carries
+    gradient. `sequence_T` numbers the sequence of each token from 0 to `num_sequences` - 1, none of
+    which may be empty; tokens of a negative number are left out.
+    """
+    with torch.autocast(scores_TE.device.type, enabled=False):
+        return _BalanceLoss.apply(scores_TE, index_TK, sequence_T, num_sequences)
+
+
+class _BalanceLoss(torch.autograd.Function):
+    """Keeps a number for each sequence and expert; autograd would keep which token is in which
+    sequence, with many short ones in a batch more than everything else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores_TE: torch.Tensor,
+        index_TK: torch.Tensor,
+        sequence_T: torch.Tensor,
+        num_sequences: int,
+    ) -> torch.Tensor:
+        E, K = scores_TE.shape[-1], index_TK.shape[-1]
+        numbers_G1 = torch.arange(num_sequences, device=scores_TE.device)[:, None]
+        member_GT = (sequence_T == numbers_G1).to(scores_TE.dtype)
+        length_G1 = member_GT.sum(dim=1, keepdim=True)
+        picked_TE = torch.zeros_like(scores_TE).scatter_(1, index_TK, 1.0)
+        f_GE = member_GT @ picked_TE * (E / K) / length_G1
+        P_GE = member_GT @ scores_TE / length_G1
+        ctx.save_for_backward(f_GE / (length_G1 * num_sequences), sequence_T)
+        return (f_GE * P_GE).sum(dim=1).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        share_GE, sequence_T = ctx.saved_tensors
+        share_TE = share_GE[sequence_T.clamp(min=0)]
+        return grad * share_TE * (sequence_T >= 0)[:, None], None, None, None
+
+
+class _AddLossGradient(torch.autograd.Function):
+    """Passes `hidden` through and gives `loss` the gradient that adding it to the model's loss
+    would: the published model's way to train its router from inside the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.loss_dtype = loss.dtype
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad, torch.ones((), dtype=ctx.loss_dtype, device=grad.device)
+
+
+class DeepseekDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        self.mlp = (
+            DeepseekMoE(config)
+            if config.is_moe_layer(layer_idx)
+            else DeepseekMLP(config, config.intermediate_size)
+        )
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_BLD: torch.Tensor, routing: Routing | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        hidden_BLD = hidden_BLD + self.self_attn(self.input_layernorm(hidden_BLD), **kwargs)[0]
+        return hidden_BLD + self.mlp(self.post_attention_layernorm(hidden_BLD), routing)
+
+
+class DeepseekPreTrainedModel(PreTrainedModel):
+    config: DeepseekConfig
+    config_class = DeepseekConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(DeepseekGate, index=0),
+        "hidden_states": DeepseekDecoderLayer,
+        "attentions": LlamaAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DeepseekGate):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' own, but every tensor must be there, no other, and of the right shape.
+
+        Raises:
+            ValueError: names the missing, surplus or misshapen tensors. transformers would warn,
+                fill the missing ones with random numbers and go on.
+        """
+        path = pretrained_model_name_or_path
+        local = path is not None and Path(path).is_dir()
+        if local:
+            refuse_wrong_checkpoint(path, kwargs, DeepseekForCausalLM)
+        try:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        finally:  # a hub id's files are here now; an error that names tensors is the better one
+            if path is not None and not local:
+                refuse_wrong_checkpoint(path, kwargs, DeepseekForCausalLM)
+        wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
+        wrong += [f"{key} is not of this model" for key in sorted(info["unexpected_keys"])]
+        if wrong:
+            raise ValueError(f"{path} does not hold this model: {first_few(wrong)}")
+        return (model, info) if output_loading_info else model
+
+
+class DeepseekModel(DeepseekPreTrainedModel):
+    """The decoder without its head: ids in, hidden states out."""
+
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"^lm_head\."]
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        super().__init__(config)
+        # No padding_idx: pad equals eos, and eos must be able to learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [DeepseekDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        sequence_ids: torch.LongTensor | None = None,
+        aux_loss_scale: float = 1.0,
+        **kwargs: Any,
+    ) -> "DeepseekModelOutput":
+        """For training: `sequence_ids` [B, L] numbers the sequences in the batch from 0 (-1:
+        padding), so that the balance loss counts each by itself also in padded or packed rows; else
+        a row is a sequence. `aux_loss_scale` multiplies the gradient of the balance loss: the share
+        of this batch in the step's sequences, where gradients are accumulated."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            length = inputs_embeds.shape[1]
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        hidden_BLD = inputs_embeds
+        cos_sin = self.rotary_emb(hidden_BLD, position_ids=position_ids)
+        aux_losses = []
+        sequence_T, num_sequences = None, 0
+        if sequence_ids is not None:
+            sequence_T, num_sequences = sequence_ids.flatten(), int(sequence_ids.max()) + 1
+        for layer in self.layers:
+            routing = Routing(None, None, sequence_T, num_sequences, aux_loss_scale)
+            hidden_BLD = layer(
+                hidden_BLD,
+                routing=routing,
+                attention_mask=mask,
+                position_ids=position_ids,
+                position_embeddings=cos_sin,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if routing.aux_loss is not None:
+                aux_losses.append(routing.aux_loss.to(inputs_embeds.device))
+        return DeepseekModelOutput(
+            last_hidden_state=self.norm(hidden_BLD),
+            past_key_values=past_key_values,
+            aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
+        )
+
+
+@dataclass
+class DeepseekModelOutput(MoeModelOutputWithPast):
+    """transformers' output, with the balance loss summed over the layers (training only)."""
+
+    aux_loss: torch.Tensor | None = None
+
+
+class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    head_has_loss = False
+    """Whether training has made `lm_head` take labels too, and give the loss without logits."""
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        super().__init__(config)
+        self.model = DeepseekModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """`loss` is the language loss of `labels` (shifted inside; -100 is not counted).
+
+        While training, the balance loss reaches the gradients from inside the layers, as in the
+        published model; it is not part of `loss`, and `aux_loss` shows its value.
+        `logits_to_keep` > 0 computes the logits of that many last positions only. Where
+        `head_has_loss`, there are none.
+        """
+        # All named above: generate and Trainer read this signature to see what the model takes.
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_BLD = outputs.last_hidden_state[:, keep]
+        loss = logits = None
+        if labels is not None and self.training and self.head_has_loss:
+            loss = self.lm_head(hidden_BLD, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_BLD)
+        if labels is not None and logits is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=outputs.aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+__all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekPreTrainedModel"]

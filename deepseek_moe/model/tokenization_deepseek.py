@@ -1,0 +1,138 @@
+"""The tokenizer, with the BOS token that the published files lose on transformers 5.
+
+The model has never seen text without BOS and writes worse after none, or after two. The published
+files ask for it by `add_bos_token` in tokenizer_config.json, which transformers 5 does not read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import BatchEncoding, TokenizersBackend
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+
+# The format of the chat models; chat.py tells it once more in Python.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role == "user" -%}
+{{- "User: " + message.content + "\n\n" -}}
+{%- elif message.role == "assistant" -%}
+{{- "Assistant: " + message.content + eos_token -}}
+{%- elif message.role == "system" -%}
+{{- message.content + "\n\n" -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- "Assistant:" -}}
+{%- endif -%}"""
+
+
+class DeepseekTokenizer(TokenizersBackend):
+    """transformers' tokenizer with BOS in front exactly once, left padding, and the chat template.
+
+    Which tokens are BOS and EOS is what tokenizer_config.json says. Where it says nothing, or is
+    missing, they are this family's own tokens, if tokenizer.json has them, else those with the ids
+    in config.json. PAD is EOS, if nothing else is said.
+
+    BOS is added to plain text, kept single where the text already begins with it (a rendered chat),
+    and left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json, so that
+    every reader of that file adds it too.
+    """
+
+    padding_side = "left"  # a batch is continued at its right end
+    model_input_names = ["input_ids", "attention_mask"]
+
+    @classmethod
+    def convert_to_native_format(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What `from_pretrained` hands to the constructor; here the defaults come in.
+
+        Raises:
+            ValueError: there is no BOS or EOS, or the files name one that tokenizer.json lacks.
+        """
+        file = kwargs.get("tokenizer_file")
+        kwargs = super().convert_to_native_format(*args, **kwargs)
+        kwargs.setdefault("add_bos_token", True)
+        if file is not None:
+            # Before 5.23 transformers has read the file by now.
+            vocabulary = kwargs.get("tokenizer_object") or Tokenizer.from_file(str(file))
+            kwargs |= _find_special_tokens(Path(file), vocabulary, kwargs)
+        if not kwargs.get("chat_template"):
+            kwargs["chat_template"] = CHAT_TEMPLATE
+        return kwargs
+
+    def _encode_plus(
+        self, text: Any, *args: Any, add_special_tokens: bool = True, **kwargs: Any
+    ) -> BatchEncoding:
+        if add_special_tokens and self.add_bos_token:
+            text = _without_bos(text, self.bos_token)
+        return super()._encode_plus(text, *args, add_special_tokens=add_special_tokens, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """As transformers' own, with a class name and fields that other readers know too, and
+        without the `auto_map` of the files that it was loaded from, whose code stays behind."""
+        self.backend_tokenizer.no_truncation()  # the last call's limits would be saved with it
+        self.backend_tokenizer.no_padding()
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        prefix = kwargs.get("filename_prefix")
+        path = Path(save_directory) / f"{prefix + '-' if prefix else ''}tokenizer_config.json"
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("auto_map", "is_local", "local_files_only"):  # of how it was loaded
+            fields.pop(key, None)
+        fields |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.add_bos_token,
+            "add_eos_token": self.add_eos_token,
+            "padding_side": self.padding_side,
+        }
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
+        return files
+
+
+def _find_special_tokens(
+    file: Path, vocabulary: Tokenizer, named: dict[str, Any]
+) -> dict[str, Any]:
+    """BOS, EOS and PAD, which all are in the `vocabulary` of tokenizer.json (`file`): transformers
+    would give others new ids, which the model has never seen. `named` are those of the files."""
+    found: dict[str, Any] = {}
+    for name, own in (("bos_token", BOS), ("eos_token", EOS)):
+        token = named.get(name)
+        if token is None and vocabulary.token_to_id(own) is not None:
+            token = own
+        if token is None:
+            token = _token_of_config(file.with_name("config.json"), f"{name}_id", vocabulary)
+        if token is None:
+            raise ValueError(
+                f"{file} has no {own}, and neither tokenizer_config.json nor config.json beside it "
+                f"says which of its tokens is {name}; name {name} in tokenizer_config.json"
+            )
+        if vocabulary.token_to_id(str(token)) is None:
+            raise ValueError(
+                f"{file} lacks {token}, which tokenizer_config.json names as {name}; get both "
+                "files of one checkpoint"
+            )
+        found[name] = token
+    if named.get("pad_token") is None:
+        found["pad_token"] = found["eos_token"]
+    return found
+
+
+def _token_of_config(config: Path, field: str, vocabulary: Tokenizer) -> str | None:
+    """The token whose id the config gives in `field`, the first of several."""
+    try:
+        ids = json.loads(config.read_text(encoding="utf-8")).get(field)
+    except (OSError, ValueError, AttributeError):  # no config, or none that can be used
+        return None
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return vocabulary.id_to_token(first) if type(first) is int and first >= 0 else None
+
+
+def _without_bos(text: Any, bos: str) -> Any:
+    if isinstance(text, str):
+        return text.removeprefix(bos)
+    if isinstance(text, (list, tuple)):
+        return [_without_bos(one, bos) for one in text]
+    return text

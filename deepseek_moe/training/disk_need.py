@@ -1,0 +1,132 @@
+"""The room on a disk that a fine-tuning run needs, reckoned before any weight is loaded."""
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import UserError
+from ..files import free_bytes_at, readable_size
+from .arguments import FineTuningArguments, ModelArguments, zero_stage
+from .dry_run import optimizer_bytes
+from .quantized_base import full_shape
+from .saving import INCOMPLETE
+
+
+@dataclass
+class DiskNeed:
+    """Bytes that a run writes: each checkpoint, how many it saves and keeps, and its result."""
+
+    checkpoint: float
+    saved: int
+    kept: int
+    result: float
+
+    def least(self, resumes: bool = False) -> float:
+        """What must be free at the start, if old checkpoints are moved elsewhere in good time.
+
+        Where only the newest is kept, the one before it stays until the newest is complete. A run
+        that `resumes` has one already.
+        """
+        one = self.checkpoint * min(1, self.saved)
+        if self.kept > 1:
+            return one + self.result
+        if resumes:
+            return max(one, self.result)
+        return max(self.checkpoint * min(2, self.saved), one + self.result)
+
+    @property
+    def total(self) -> float:
+        """The most that is there at once if nothing is moved."""
+        while_saving = self.checkpoint * min(self.saved, self.kept + 1)
+        return max(while_saving, self.checkpoint * self.kept + self.result)
+
+    def compared_with(self, output: Path) -> str:
+        """One line: what the run needs, and what the disk of `output` has."""
+        kept = "no checkpoint"
+        if self.kept:
+            kept = f"{self.kept} x {readable_size(self.checkpoint)} of checkpoints"
+        result, total, free = map(readable_size, (self.result, self.total, free_bytes(output)))
+        return f"{kept} and {result} of result, at most {total} at once; {free} are free"
+
+    def refuse_too_small(self, output: Path, resumes: bool = False) -> None:
+        """
+        Raises:
+            UserError: the disk of `output` cannot hold a checkpoint and the result, or two
+                checkpoints where only the newest is kept.
+        """
+        free = free_bytes(output)
+        least = self.least(resumes)
+        if least > free:
+            one, result, run, there = map(
+                readable_size, (self.checkpoint, self.result, least, free)
+            )
+            raise UserError(
+                f"the disk of {output} is too small: a checkpoint takes {one}, the result "
+                f"{result}, the run at least {run}, and {there} are free; make room, or give "
+                "another --output_dir"
+            )
+
+
+def disk_need(
+    model: nn.Module,
+    options: ModelArguments,
+    training: FineTuningArguments,
+    steps: int,
+    steps_in_epoch: int,
+) -> DiskNeed:
+    """What a run of `steps` steps over `model` (on meta, with its adapters) writes.
+
+    A checkpoint holds the weights (of LoRA those of the adapters) as training keeps them, and the
+    optimizer's states. Under DeepSpeed it also holds fp32 copies of what trains and, below stage 3,
+    what computes a second time. The result is the adapter, or the whole model in the base's dtype,
+    which is taken to be bf16.
+    """
+    low = 2 if training.bf16 else 4
+    number = sum(full_shape(p).numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    keeps_fp32 = not (training.deepspeed or training.single_gpu_full)
+    weights = float(trained * (4 if keeps_fp32 else low))
+    states = trained * (12.0 if training.deepspeed else optimizer_bytes(training))
+    if training.deepspeed and zero_stage(training) < 3:
+        states += low * (trained if options.use_lora else number)
+    whole = 2.0 * _numbers_of_base(model)
+    if options.use_lora:
+        result = weights + (whole if options.merge_on_save else 0)
+    else:
+        weights += low * (number - trained)
+        result = whole
+    saved = _checkpoints(training, steps, steps_in_epoch)
+    kept = min(saved, training.save_total_limit or saved)
+    return DiskNeed(weights + states, saved, kept, result)
+
+
+def _numbers_of_base(model: nn.Module) -> int:
+    """Without adapters, and without the copies that train in the place of saved modules."""
+    return sum(
+        full_shape(parameter).numel()
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    )
+
+
+def _checkpoints(training: FineTuningArguments, steps: int, steps_in_epoch: int) -> int:
+    """How many checkpoints a run saves; the last step has one too."""
+    if training.save_strategy == "no":
+        return 0
+    every = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
+    if training.save_strategy == "epoch":
+        every = steps_in_epoch
+    return math.ceil(steps / max(1, math.ceil(every)))
+
+
+def free_bytes(output: Path) -> int:
+    """Bytes that a run in `output`, which need not be there yet, can write."""
+    # What an interrupted save has left is removed before anything is written.
+    left_over = 0
+    for file in (output / INCOMPLETE).rglob("*"):
+        with suppress(FileNotFoundError):  # the first process removes it meanwhile
+            left_over += file.stat().st_size
+    return free_bytes_at(output) + left_over

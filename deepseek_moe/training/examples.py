@@ -1,0 +1,365 @@
+"""Checked rows -> examples -> padded or packed batches.
+
+What the model reads is made by `chat.render`, for training as for chatting.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from .. import chat
+from ..errors import UserError
+from ..model.configuration_deepseek import DeepseekConfig
+from .rows import column, digest, good_rows, read_rows, unwrap_cache_error
+
+IGNORED = -100  # the label that no loss counts
+ROWS_PER_PROCESS = 2000  # below, starting a process takes longer than it saves
+MAX_PROCESSES = 16
+
+TOKENS = {"input_ids": List(Value("int32")), "trained": List(Value("int8"))}
+EXAMPLES = Features(TOKENS | {"length": Value("int32"), "source": Value("string")})
+PACKED = Features(
+    TOKENS
+    | {"lengths": List(Value("int32")), "length": Value("int32"), "sources": List(Value("string"))}
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows: rows = bad + dropped + kept, and cut ones are among the kept."""
+
+    rows: int
+    bad: int  # left out because of an error
+    dropped: int  # left out because the prompt fills max_length: nothing to train on remains
+    cut: int  # longer than max_length: their end, the EOS with it, is gone
+    kept: int
+    tokens: int
+    trained: int  # tokens of answers, their EOS included
+    max_length: int
+
+    def __str__(self) -> str:
+        said = f"{self.kept:,} of {self.rows:,} rows, "
+        said += f"{self.trained:,} of {self.tokens:,} tokens trained on"
+        if self.bad:
+            said += f"; {self.bad:,} bad rows skipped"
+        if self.cut:
+            said += f"; {self.cut:,} cut to {self.max_length:,} tokens, so without EOS"
+        if self.dropped:
+            said += f"; {self.dropped:,} dropped (no answer within {self.max_length:,} tokens)"
+        return said
+
+
+def load_examples(
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    skip_bad_rows: bool = False,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+) -> tuple[Dataset, Report]:
+    """All rows of all paths, checked, rendered and cut to `max_length` ids, on disk.
+
+    The same files and tokenizer are read and encoded once and then found in the cache, so in a
+    launch of several processes let one go first.
+
+    Args:
+        paths, cache_dir: as for `rows.read_rows`.
+        skip_bad_rows: leave bad rows out instead of stopping.
+        num_proc: processes that encode; by default as many as the rows are worth.
+
+    Returns:
+        The examples (input_ids, trained: 1 where trained on, length, source: "FILE line N"), and
+        the report.
+
+    Raises:
+        UserError: bad rows (the first few, with their place), unreadable files, nothing to train
+            on.
+    """
+    if max_length < 1:
+        raise UserError(f"model_max_length is {max_length}; it must be 1 or more")
+    rows = read_rows(paths, cache_dir)
+    good = good_rows(rows, skip_bad_rows)
+    code = [Path(module).read_text(encoding="utf-8") for module in (__file__, chat.__file__)]
+    # _fingerprint is what `datasets` itself names its cache files by: here of the files' identity
+    # and the code that read them.
+    key = digest(rows._fingerprint, code, tokenizer.backend_tokenizer.to_str(), max_length)
+    encoded = _encode(good, tokenizer, max_length, key, num_proc)
+    answer = column(encoded, "answer")
+    kept = np.flatnonzero(answer)
+    if not len(kept):
+        raise UserError(
+            f"no row has an answer within model_max_length {max_length}: their prompts alone are "
+            "as long; raise --model_max_length or shorten them"
+        )
+    report = Report(
+        rows=len(rows),
+        bad=len(rows) - len(good),
+        dropped=len(good) - len(kept),
+        cut=int(column(encoded, "cut")[kept].sum()),
+        kept=len(kept),
+        tokens=int(column(encoded, "length")[kept].sum(dtype=np.int64)),
+        trained=int(answer.sum(dtype=np.int64)),
+        max_length=max_length,
+    )
+    examples = encoded.select_columns(list(EXAMPLES))
+    return (examples if len(kept) == len(encoded) else examples.select(kept)), report
+
+
+def _encode(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    key: str,
+    num_proc: int | None,
+) -> Dataset:
+    """Checked rows as EXAMPLES, with answer (how many ids are trained on) and cut."""
+    if num_proc is None:
+        num_proc = min(os.cpu_count() or 1, MAX_PROCESSES, len(rows) // ROWS_PER_PROCESS)
+    with unwrap_cache_error():
+        return rows.map(
+            _encode_batch,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+            remove_columns=["messages", "problem"],
+            features=Features(EXAMPLES | {"answer": Value("int32"), "cut": Value("bool")}),
+            num_proc=num_proc if num_proc > 1 else None,
+            new_fingerprint=key,
+            desc="Encoding",
+        )
+
+
+def _encode_batch(
+    rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[Any]]:
+    encoded: dict[str, list[Any]] = defaultdict(list)
+    for messages in rows["messages"]:
+        ids, trained = chat.render(tokenizer, json.loads(messages))
+        encoded["cut"].append(len(ids) > max_length)
+        encoded["input_ids"].append(ids[:max_length])
+        encoded["trained"].append(trained[:max_length])
+        encoded["length"].append(len(encoded["input_ids"][-1]))
+        encoded["answer"].append(sum(encoded["trained"][-1]))
+    return encoded
+
+
+def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and evaluation examples: `fraction` of them, drawn with `seed`, are the latter.
+
+    Raises:
+        UserError: no such fraction, or one side would have no example.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"eval_fraction is {fraction}; it must be above 0 and below 1")
+    count = math.ceil(fraction * len(dataset))
+    if count == len(dataset):
+        raise UserError(
+            f"eval_fraction {fraction} of {len(dataset)} examples leaves none to train on; "
+            "lower it or add data"
+        )
+    parts = dataset.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def refuse_longer(train: Dataset, evaluation: Dataset | None, config: DeepseekConfig) -> None:
+    """A UserError if an example has positions that the model was not made for."""
+    longest = max(int(column(some, "length").max()) for some in (train, evaluation) if some)
+    context = config.max_position_embeddings
+    if longest > context:
+        raise UserError(
+            f"a row has {longest:,} tokens, but the model's context is {context:,}; "
+            f"--model_max_length {context} cuts such rows"
+        )
+
+
+def refuse_fewer(train: Dataset, batch: int) -> None:
+    """A UserError if the rows are no whole batch, where only whole ones train."""
+    if len(train) < batch:
+        raise UserError(
+            f"{len(train)} rows are less than a batch of {batch}, which --dataloader_drop_last "
+            "drops; leave that out, or lower --per_device_train_batch_size"
+        )
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of the ids and masks in their order: equal wherever and however they were loaded."""
+    digest = hashlib.blake2b(digest_size=8)
+    tables = dataset.select_columns(["input_ids", "trained"]).with_format("arrow")
+    for table in tables.iter(batch_size=1000):
+        for name in ("input_ids", "trained"):
+            column = table[name].combine_chunks()
+            digest.update(column.value_lengths().to_numpy().astype("<i4").tobytes())
+            digest.update(column.flatten().to_numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def show(
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Sequence[int],
+    trained: Sequence[int],
+    colour: bool,
+) -> str:
+    """The text with special tokens; what is trained on green, the rest red.
+
+    Without colour, what is trained on stands between ⟦ and ⟧.
+    """
+    marks = {1: ("\033[32m", "\033[0m"), 0: ("\033[31m", "\033[0m")}
+    if not colour:
+        marks = {1: ("⟦", "⟧"), 0: ("", "")}
+    mask = np.asarray(trained)
+    starts = [0, *np.flatnonzero(np.diff(mask)) + 1, len(mask)]
+    pieces = []
+    for start, end in pairwise(starts):
+        before, after = marks[int(mask[start])]
+        pieces.append(before + tokenizer.decode(list(input_ids[start:end])) + after)
+    return "".join(pieces)
+
+
+# --- Batches
+
+
+def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Which examples go into one row: each exactly once, at most `max_length` together.
+
+    Best fit, longest first: an example joins the row that it leaves the least room in.
+    """
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = defaultdict(list)  # room -> rows
+    rooms = 0  # bit n: some row has room for n more
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = lengths[index]
+        assert 0 < length <= max_length
+        fitting = rooms >> length
+        if fitting:
+            room = (fitting & -fitting).bit_length() - 1 + length
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = max_length, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    return rows
+
+
+def pack(dataset: Dataset, max_length: int) -> Dataset:
+    """Rows of several whole examples, at most `max_length` ids together, on disk as `dataset` is.
+
+    Returns:
+        input_ids and trained one after another, lengths (of each example), length (of the row),
+        sources (of each example).
+    """
+    lengths = column(dataset, "length").tolist()
+    plan = Dataset.from_dict({"examples": pack_lengths(lengths, max_length)}).with_format("arrow")
+    key = digest(dataset._fingerprint, max_length, Path(__file__).read_text(encoding="utf-8"))
+    beside = [Path(file["filename"]).parent for file in dataset.cache_files]
+    with unwrap_cache_error():
+        packed = plan.map(
+            _join,
+            batched=True,
+            fn_kwargs={"dataset": dataset.with_format("arrow")},
+            remove_columns=["examples"],
+            features=PACKED,
+            cache_file_name=str(beside[0] / f"packed-{key}.arrow") if beside else None,
+            new_fingerprint=key,
+            desc="Packing",
+        )
+    return packed.with_format(None)
+
+
+def _join(plan: pa.Table, dataset: Dataset) -> pa.Table:
+    """Packed rows, by moving arrow arrays: through Python's lists it would take minutes."""
+    rows = plan["examples"].combine_chunks()
+    table = dataset[rows.flatten().to_pylist()].combine_chunks()
+    examples = np.cumsum([0, *rows.value_lengths().to_pylist()])
+    ids = np.cumsum([0, *table["length"].to_pylist()])[examples]
+
+    def lists(offsets: np.ndarray, values: pa.ChunkedArray) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values.combine_chunks())
+
+    columns = {
+        "input_ids": lists(ids, pc.list_flatten(table["input_ids"])),
+        "trained": lists(ids, pc.list_flatten(table["trained"])),
+        "lengths": lists(examples, table["length"]),
+        "length": pa.array(np.diff(ids), pa.int32()),
+        "sources": lists(examples, table["source"]),
+    }
+    return pa.table(columns)
+
+
+class Collator:
+    """Examples, or packed rows of them, as a batch: padded on the right to the longest row.
+
+    There is no attention mask: under causal attention nothing real sees what is right of it.
+    Packed rows need a model that uses no cache (`use_cache=False`, which Trainer sets): with one,
+    transformers overlooks that positions begin anew, and examples see those before them.
+    """
+
+    def __init__(
+        self, pad_token_id: int, packing: bool, pad_to_multiple_of: int | None = None
+    ) -> None:
+        self.pad_token_id = pad_token_id
+        self.packing = packing
+        self.pad_to_multiple_of = pad_to_multiple_of or 1
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tensors [B, L], int64, from rows of `load_examples` or (when packing) of `pack`.
+
+        Returns:
+            input_ids; labels, -100 where not trained on; sequence_ids, the number of the example
+            in this batch, -1 in padding; sources, one for each example. When packing also
+            position_ids from 0 in each example, and what varlen attention takes of them:
+            cu_seq_lens_q and cu_seq_lens_k (int32, where each begins in B*L, then B*L) and
+            max_length_q and max_length_k. A row's padding counts as one more example there.
+        """
+        width = max(len(row["input_ids"]) for row in features)
+        width = math.ceil(width / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(features), width)
+        ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORED, dtype=np.int64)
+        sequences = np.full(shape, -1, dtype=np.int64)
+        segments: list[int] = []
+        sources: list[str] = []
+        for i, row in enumerate(features):
+            lengths, length = row.get("lengths", [row["length"]]), row["length"]
+            assert self.packing or len(lengths) == 1
+            trained = np.asarray(row["trained"], dtype=bool)
+            # Or the last token of the example before would be taught to predict it.
+            assert not trained[np.cumsum([0, *lengths[:-1]])].any()
+            ids[i, :length] = row["input_ids"]
+            labels[i, :length] = np.where(trained, ids[i, :length], IGNORED)
+            sequences[i, :length] = np.repeat(np.arange(len(lengths)) + len(sources), lengths)
+            sources += row.get("sources") or [row["source"]]
+            segments += [*lengths, width - length] if length < width else lengths
+        batch = {"input_ids": ids, "labels": labels, "sequence_ids": sequences}
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return batch | {"sources": sources} | (_varlen(segments, shape) if self.packing else {})
+
+
+def _varlen(segments: list[int], shape: tuple[int, int]) -> dict[str, Any]:
+    ends = np.cumsum([0, *segments])
+    positions = np.arange(ends[-1]) - np.repeat(ends[:-1], segments)
+    bounds, longest = torch.from_numpy(ends.astype(np.int32)), max(segments)
+    return {
+        "position_ids": torch.from_numpy(positions.reshape(shape)),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -1,0 +1,237 @@
+"""The frozen base of QLoRA: 4-bit or 8-bit linears, and the routed experts with them.
+
+bitsandbytes replaces nn.Linear only, which leaves 91 % of this model, the stacked experts, as they
+were. Here transformers' quantizer for it is told about the experts too: each stack is quantised on
+its device as soon as it is read, so no more than one is ever there in full. The router, the norms,
+the embedding and the head are left alone.
+"""
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+from ..errors import UserError
+from ..kernels import has_triton
+from ..kernels.training.nf4 import unpack_4bit
+
+QUANTIZATION_FILE = "base_quantization.json"
+STACKS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the base is stored: `bits` 4 (`quant_type` nf4 or fp4, scales quantised again with
+    `double_quant`) or 8 (one scale a row). `dtype` is what the weights were before, and are again
+    for computing."""
+
+    bits: int
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise UserError(f"bits is {self.bits}; use 4, 8, or 16 for none")
+        if self.quant_type not in ("nf4", "fp4"):
+            raise UserError(f"quant_type is {self.quant_type!r}; use nf4 or fp4")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Quantization | None":
+        """What an adapter in `folder` was trained over; None for an unquantised base."""
+        file = folder / QUANTIZATION_FILE
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def save(self, folder: Path) -> None:
+        (folder / QUANTIZATION_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    def config(self, skip: list[str]) -> "ExpertsToo4bit | ExpertsToo8bit":
+        """For `from_pretrained(quantization_config=)`; leaves alone the linears and the experts
+        whose full names are in `skip`."""
+        skip = ["lm_head", *skip]
+        if self.bits == 8:
+            return ExpertsToo8bit(load_in_8bit=True, llm_int8_skip_modules=skip)
+        return ExpertsToo4bit(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=self.dtype,
+            llm_int8_skip_modules=skip,
+        )
+
+    def quantize(self, weight: torch.Tensor) -> nn.Parameter:
+        """A weight [out, in], or a stack of them [E, out, in], in bitsandbytes' own storage."""
+        if self.bits == 4:
+            options = {"quant_type": self.quant_type, "compress_statistics": self.double_quant}
+            parameter = bnb.nn.Params4bit(weight.detach().contiguous(), False, **options)
+            return parameter.to(weight.device)
+        rows = weight.detach().half().flatten(0, -2)  # in fp16, as bitsandbytes does for linears
+        data, scale, _ = bnb.functional.int8_vectorwise_quant(rows)
+        data, scale = data.view(weight.shape), scale.view(*weight.shape[:-1], 1)
+        return bnb.nn.Int8Params(data, False, has_fp16_weights=False, CB=data, SCB=scale)
+
+    def roundtrip(self, weight: torch.Tensor) -> torch.Tensor:
+        """What a quantised module computes with, in `dtype`."""
+        dtype = getattr(torch, self.dtype)
+        return dequantize(self.quantize(weight.to(dtype)), dtype)
+
+
+def dequantize(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers of a parameter, quantised or not, as a tensor of its full shape."""
+    if isinstance(parameter, bnb.nn.Params4bit):
+        packed = parameter.as_subclass(torch.Tensor)  # theirs is slow to ask for anything
+        return _unpack(packed, parameter.quant_state).to(dtype)
+    if isinstance(parameter, bnb.nn.Int8Params):
+        return parameter.data.to(dtype) * (parameter.SCB / 127).to(dtype)
+    return parameter.to(dtype)
+
+
+def _unpack(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Tensor:
+    """`bnb.functional.dequantize_4bit`, which takes three kernels and long to start them."""
+    if not (packed.is_cuda and torch.version.hip is None and has_triton()):
+        return _dequantize_by_blocks(packed, state)
+
+    scales, blocksize2 = (None, None, None), 256
+    if state.nested:
+        scales = (state.state2.code, state.state2.absmax, state.offset)
+        blocksize2 = state.state2.blocksize
+    shape, dtype, blocksize = state.shape, state.dtype, state.blocksize
+    return unpack_4bit(
+        packed, state.code, state.absmax, *scales, shape, dtype, blocksize, blocksize2
+    )
+
+
+def _dequantize_by_blocks(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Tensor:
+    """`bnb.functional.dequantize_4bit` with one row for each scale.
+
+    A scale belongs to a block of 64 numbers, and a block may begin in one row of a weight and end
+    in the next. On CPUs with AVX-512, bitsandbytes 0.50.2 starts every row with a new scale, so
+    that weights whose rows are a multiple of 16 long, but not of 64, come out wrong by a quarter.
+    """
+    numbers, size = state.shape.numel(), state.blocksize
+    blocks = copy.copy(state)
+    blocks.shape = torch.Size((numbers,) if numbers % size else (numbers // size, size))
+    return bnb.functional.dequantize_4bit(packed, blocks).reshape(state.shape)
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """bitsandbytes' layer, which on a CPU computes with `dequantize`, in evaluation too.
+
+    On CPUs with AVX512-BF16 the original's `forward` (bitsandbytes 0.50.2, nn/modules.py, line 613)
+    packs its weight anew in the first evaluation and rounds the scales to bf16 for good: training
+    would go on over another base. It also fails if the widths are no multiples of 32 and 64.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        dtype = self.compute_dtype or x.dtype
+        out = _FrozenLinear.apply(x.to(dtype), self.weight)
+        return (out if self.bias is None else out + self.bias.to(dtype)).to(x.dtype)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x [..., I] times W^T [I, O]. The quantised W is unpacked here and, for the gradient of x, in
+    the backward pass once more, so that it is never kept in full."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_OI: nn.Parameter) -> torch.Tensor:
+        ctx.weight_OI = weight_OI  # the module's own parameter, not a copy
+        return nn.functional.linear(x, dequantize(weight_OI, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad @ dequantize(ctx.weight_OI, grad.dtype), None
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape before it was packed (4 bits) or partitioned (ZeRO-3)."""
+    if isinstance(parameter, bnb.nn.Params4bit):
+        return parameter.quant_state.shape
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters with the scales of those that are quantised."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.numel() * parameter.element_size()
+        state, scale = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
+        parts = [] if state is None else [state.absmax]
+        if state is not None and state.nested:
+            parts.append(state.state2.absmax)
+        if isinstance(scale, torch.Tensor):
+            parts.append(scale)
+        total += sum(part.numel() * part.element_size() for part in parts)
+    return total
+
+
+class _QuantizeExperts(ConversionOps):
+    """A step of transformers' loading: the experts our way, everything else bitsandbytes' own."""
+
+    def __init__(self, quantization: Quantization, linears: ConversionOps) -> None:
+        self.quantization, self.linears = quantization, linears
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
+        [(name, value)] = input_dict.items()
+        if not name.endswith(STACKS):
+            return self.linears.convert(input_dict, **kwargs)
+        return {name: self.quantization.quantize(value[0] if isinstance(value, list) else value)}
+
+
+class _ExpertsToo:
+    """Makes a quantizer of transformers take the stacked experts as well as the linears."""
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        if param_name.endswith(STACKS):
+            return param_name.rpartition(".")[0] not in self.modules_to_not_convert
+        return super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        config = self.quantization_config
+        quantization = Quantization(
+            4 if config.load_in_4bit else 8,
+            config.bnb_4bit_quant_type,
+            config.bnb_4bit_use_double_quant,
+        )
+        return _QuantizeExperts(quantization, super().get_quantize_ops())
+
+
+@register_quantization_config("experts_too_4bit")
+class ExpertsToo4bit(BitsAndBytesConfig):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.quant_method = "experts_too_4bit"
+
+
+@register_quantization_config("experts_too_8bit")
+class ExpertsToo8bit(BitsAndBytesConfig):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**({"bnb_4bit_quant_type": "nf4"} | kwargs))
+        self.quant_method = "experts_too_8bit"
+
+
+@register_quantizer("experts_too_4bit")
+class ExpertsToo4bitQuantizer(_ExpertsToo, Bnb4BitHfQuantizer):
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        for module in model.modules():
+            if type(module) is bnb.nn.Linear4bit:  # made by transformers, without its weight yet
+                module.__class__ = Linear4bit
+
+
+@register_quantizer("experts_too_8bit")
+class ExpertsToo8bitQuantizer(_ExpertsToo, Bnb8BitHfQuantizer):
+    pass

@@ -1,0 +1,336 @@
+"""Files -> rows that are checked: each a conversation, or what is wrong with it and where.
+
+A row is `{"instruction": ..., "output": ...}`, perhaps with an `input`, which follows the
+instruction on a new line; or `{"messages": [{"role": ..., "content": ...}, ...]}`, whose last
+message is the assistant's. `messages` wins where a row has both, null counts as absent, other
+fields are ignored.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import reprlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import parquet
+
+from ..chat import Message
+from ..checkpoint import HUB_ID
+from ..errors import UserError
+
+SHOWN = 3  # bad rows that an error names
+
+CHECKED = Features({name: Value("string") for name in ("source", "messages", "problem")})
+
+Rows = Iterator[tuple[str, Any]]
+"""The place in the file, and the row as parsed; or the _BadRow why it could not be parsed."""
+
+
+def read_rows(paths: Sequence[str], cache_dir: str | None = None) -> Dataset:
+    """Every row of all paths, parsed and checked, on disk.
+
+    The same files are read once and then found in the cache. Bad rows stay in, so that they are
+    found there again.
+
+    Args:
+        paths: files (JSON array, JSON lines, CSV, also .gz or .xz; parquet), folders of them (not
+            their subfolders), or hub ids of datasets, of which the train split is taken.
+        cache_dir: as for `datasets.load_dataset`.
+
+    Returns:
+        source ("FILE line N"), messages (a conversation, as JSON) and problem ("" if there is
+        none).
+
+    Raises:
+        UserError: a path that is not there, or a file that cannot be read or has no rows.
+    """
+    found = [source for path in paths for source in _locate(path, cache_dir)]
+    code = Path(__file__).read_text(encoding="utf-8")
+    with unwrap_cache_error():
+        return Dataset.from_generator(
+            _checked_rows,
+            features=CHECKED,
+            cache_dir=cache_dir,
+            gen_kwargs={"found": tuple(found)},  # a list would be divided among processes
+            fingerprint=digest(code, [_identity(source) for _, source in found]),
+        )
+
+
+def good_rows(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
+    """Those of `read_rows` that have no problem.
+
+    Raises:
+        UserError: there are bad ones that are not to be skipped, or no others. Names the first
+            few with their place.
+    """
+    problems = column(rows, "problem")
+    bad = np.flatnonzero(problems != "")
+    if not len(bad):
+        return rows
+    if not skip_bad_rows or len(bad) == len(rows):
+        raise _bad_rows(rows, bad)
+    return rows.select(np.flatnonzero(problems == ""))
+
+
+def _bad_rows(rows: Dataset, bad: np.ndarray) -> UserError:
+    some = rows.select(bad[:SHOWN])
+    named = [
+        f"{place}: {problem}"
+        for place, problem in zip(some["source"], some["problem"], strict=True)
+    ]
+    more = f"; and {len(bad) - len(some):,} more" if len(bad) > len(some) else ""
+    remedy = "mend them or skip them with --skip_bad_rows True"
+    if len(bad) == len(rows):
+        remedy = "give rows with instruction and output, or with messages"
+    return UserError(
+        f"{len(bad):,} of {len(rows):,} rows are bad: {'; '.join(named)}{more}; {remedy}"
+    )
+
+
+# --- From files to rows
+
+
+def _locate(path: str, cache_dir: str | None) -> list[tuple[str, Path | Dataset]]:
+    """The files of a path, or the dataset of a hub id, each with its name in messages."""
+    file = Path(path).expanduser()
+    kinds = ", ".join(READERS)
+    if file.is_dir():
+        files = [one for one in sorted(file.iterdir()) if one.is_file() and _reader(one)]
+        if not files:
+            raise UserError(f"{path} has no data files; give a folder with files of {kinds}")
+        return [(str(one), one) for one in files]
+    if not file.exists() and (_reader(file) or not HUB_ID.fullmatch(path)):
+        raise UserError(f"{path} does not exist; give a file, a folder or a hub id OWNER/NAME")
+    if file.exists():
+        if not _reader(file):
+            raise UserError(f"{path} is of no known kind; give {kinds}, or these with .gz or .xz")
+        return [(path, file)]
+    try:
+        return [(path, datasets.load_dataset(path, split="train", cache_dir=cache_dir))]
+    except Exception as error:  # of many libraries, and of any class
+        raise UserError(
+            f"{path} is no file here and could not be loaded as a dataset of the hub: "
+            f"{_first_line(error)}; check the name and the network"
+        ) from error
+
+
+def _identity(source: Path | Dataset) -> tuple[Any, ...]:
+    if isinstance(source, Dataset):
+        return ("hub", source._fingerprint)
+    status = source.stat()
+    return (str(source.resolve()), status.st_size, status.st_mtime_ns)
+
+
+def _checked_rows(found: Sequence[tuple[str, Path | Dataset]]) -> Iterator[dict[str, str]]:
+    for name, source in found:
+        empty = True
+        for place, row in _rows_of(name, source):
+            empty, messages, problem = False, [], ""
+            try:
+                if isinstance(row, _BadRow):
+                    raise row
+                messages = _messages(row)
+            except _BadRow as error:
+                problem = str(error)
+            text = json.dumps(messages, ensure_ascii=False)
+            yield {"source": f"{name} {place}", "messages": text, "problem": problem}
+        if empty:
+            raise UserError(f"{name} has no rows; give a file with some")
+
+
+def _rows_of(name: str, source: Path | Dataset) -> Rows:
+    if isinstance(source, Dataset):
+        yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
+        return
+    broken = (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, zlib.error, csv.Error)
+    reader = _reader(source)
+    assert reader
+    try:
+        with OPENERS.get(source.suffix.lower(), open)(source, "rb") as stream:
+            yield from reader(stream)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 ({error.reason}); convert it") from error
+    except (*broken, pa.ArrowException) as error:
+        raise UserError(
+            f"{name} cannot be read: {_first_line(error)}; mend or replace it"
+        ) from error
+
+
+def _json_rows(stream: BinaryIO) -> Rows:
+    """Of one array, or of lines with an object each: the first character tells."""
+    first = True
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows puts before UTF-8
+        if not line.strip():
+            continue
+        if first and line.lstrip().startswith(b"["):
+            whole = b"\n" * (number - 1) + line + stream.read()  # errors name the line
+            for row_number, row in enumerate(json.loads(whole.decode()), 1):
+                yield f"row {row_number}", row
+            return
+        first = False
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            row = _BadRow(f"byte {error.start + 1} is not UTF-8 (convert it), wanted a JSON object")
+        except json.JSONDecodeError as error:
+            row = _BadRow(
+                f"invalid JSON ({error.msg} at column {error.colno}), wanted an object on one line"
+            )
+        except (ValueError, RecursionError) as error:  # a huge number, or too deep
+            row = _BadRow(f"invalid JSON ({error}), wanted an object on one line")
+        yield f"line {number}", row
+
+
+def _csv_rows(stream: BinaryIO) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # for all of Python; the default refuses long answers
+    reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+    header = next(reader, [])
+    line = reader.line_num + 1
+    for fields in reader:
+        if len(fields) == len(header):
+            yield f"line {line}", dict(zip(header, fields, strict=True))
+        elif fields:
+            found = f"found {len(fields)} fields, wanted {len(header)} as in the header"
+            yield f"line {line}", _BadRow(f"{found} (fields with commas need quotes)")
+        line = reader.line_num + 1
+
+
+def _parquet_rows(stream: BinaryIO) -> Rows:
+    number = 0
+    for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1000):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"row {number}", row
+
+
+OPENERS: dict[str, Callable[..., BinaryIO]] = {".gz": gzip.open, ".xz": lzma.open}
+READERS: dict[str, Callable[[BinaryIO], Rows]] = {
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _reader(file: Path) -> Callable[[BinaryIO], Rows] | None:
+    inner = Path(file.stem) if file.suffix.lower() in OPENERS else file
+    return READERS.get(inner.suffix.lower())
+
+
+# --- Is the row good?
+
+
+class _BadRow(ValueError):
+    """What was found in a row, and what was wanted."""
+
+
+def _messages(row: Any) -> list[Message]:
+    """The row as a conversation that `chat.render` takes, or a _BadRow."""
+    if not isinstance(row, dict):
+        raise _BadRow(f"found {_name(row)}, wanted an object with instruction and output")
+    if row.get("messages") is not None:
+        return _checked_messages(row["messages"])
+    for field in ("instruction", "output"):
+        if field not in row:
+            fields = ", ".join(map(str, row)) or "no field"
+            raise _BadRow(f"no {field}: found {fields}, wanted instruction and output, or messages")
+        _check_text(row[field], field)
+    question, extra = row["instruction"], row.get("input")
+    if extra is not None:
+        _check_text(extra, "input")
+        question += f"\n{extra}" if extra.strip() else ""
+    _check_answer(row["output"], "output")
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": row["output"]},
+    ]
+
+
+def _checked_messages(messages: Any) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise _BadRow(f"messages is {_name(messages)}, wanted a list of role and content")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise _BadRow(f"message {number} is {_name(message)}, wanted role and content")
+        role = message.get("role")
+        if role not in ("user", "assistant", "system"):
+            raise _BadRow(
+                f"message {number} has role {reprlib.repr(role)}, wanted user, assistant or system"
+            )
+        _check_text(message.get("content"), f"content of message {number}")
+        if role == "assistant":
+            _check_answer(message["content"], f"content of message {number}")
+    if role != "assistant":
+        raise _BadRow(f"the last message has role {reprlib.repr(role)}, wanted assistant")
+    return [{key: message[key] for key in ("role", "content")} for message in messages]
+
+
+def _check_text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise _BadRow(f"{what} is {_name(value)}, wanted text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRow(
+            f"{what} has half a character ({value[error.start]!a}), wanted text"
+        ) from None
+
+
+def _check_answer(value: str, what: str) -> None:
+    if not value.strip():
+        raise _BadRow(f"{what} is empty, wanted an answer")
+
+
+def _name(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds = {str: "text", bool: "truth value", int: "number", float: "number", dict: "object"}
+    return f"{kinds.get(type(value), type(value).__name__)} {reprlib.repr(value)}"
+
+
+# --- What examples.py needs too
+
+
+@contextmanager
+def unwrap_cache_error() -> Iterator[None]:
+    """Brings out the UserError that `datasets` wraps, and makes one of a full or closed disk."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"the examples cannot be written to the cache: {_first_line(cause)}; "
+                "make room or give another --cache_dir"
+            ) from error
+        raise
+
+
+def column(dataset: Dataset, name: str) -> np.ndarray:
+    """A whole column, by way of arrow: row by row it would take long."""
+    return dataset.select_columns(name).with_format("arrow")[:][name].to_numpy()
+
+
+def digest(*parts: object) -> str:
+    """A name for a cache file, equal for equal `parts`."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;:")

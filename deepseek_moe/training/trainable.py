@@ -1,0 +1,204 @@
+"""What trains: everything, chosen modules, or low-rank adapters on linears and routed experts.
+
+Adapters are PEFT's own, in its own format. Only the way they are computed on the routed experts is
+ours: PEFT adds B A to the whole stack of experts in every forward pass; here each token goes
+through its experts' A and B, which costs the rank instead of the width and allows dropout.
+"""
+
+from collections.abc import Sequence
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError, as_user_error
+from ..model.modeling_deepseek import DeepseekExperts
+from .arguments import ALL_LINEARS, ModelArguments, split_commas
+from .expert_lora import ExpertsLora
+from .quantized_base import full_shape
+
+EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def targets(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Linears and stacked expert tensors that `--trainable` names.
+
+    `gate_proj` and `up_proj` are the same names in dense, shared and routed experts, and mean all
+    of them; a longer name (`shared_experts.down_proj`) means the ones that end in it.
+    """
+    stacks = ("gate_up_proj", *EXPERT_PARAMETERS)
+    parameters = [name for name in names if any(_ends(name, stack) for stack in stacks)]
+    modules = [name for name in names if name not in parameters]
+    if {"gate_proj", "up_proj"} <= set(modules):
+        parameters.append(EXPERT_PARAMETERS[0])
+    elif {"gate_proj", "up_proj"} & set(modules):
+        raise UserError(
+            "--trainable names one of gate_proj and up_proj, which the routed experts hold in one "
+            "tensor; name both, or for the others only: shared_experts.gate_proj"
+        )
+    if "down_proj" in modules:
+        parameters.append(EXPERT_PARAMETERS[1])
+    return modules, sorted(set(parameters))
+
+
+def add_lora(
+    model: PreTrainedModel,
+    trainable: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    modules_to_save: Sequence[str] = (),
+) -> PeftModel:
+    """`model` with new adapters, which alone train (and whole copies of `modules_to_save`).
+
+    Raises:
+        UserError: a name that no module has, or values that no adapter has.
+    """
+    if rank < 1:
+        raise UserError(f"lora_rank is {rank}; it must be 1 or more")
+    if not 0 <= dropout < 1:
+        raise UserError(f"lora_dropout is {dropout}; it must be from 0 to below 1")
+    modules, parameters = targets(trainable)
+    _refuse_unknown(model, [*modules, *parameters, *modules_to_save])
+    _refuse_other_than_linear(model, modules)
+    saved_whole(model, modules_to_save)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        modules_to_save=list(modules_to_save) or None,
+    )
+    config._register_custom_module({DeepseekExperts: ExpertsLora})
+    with as_user_error("these adapters cannot be added", "change --trainable or --modules_to_save"):
+        adapted = get_peft_model(model, config)
+    for name, _ in adapted.named_parameters():
+        if ".modules_to_save." in name and ".lora_" in name:  # no merge could know both
+            raise UserError(
+                f"--modules_to_save {','.join(modules_to_save)} has in it what --trainable adapts "
+                f"({name}); leave it out of one of them"
+            )
+    # In the saved file: plain PEFT refuses dropout on experts, and nobody drops out after training.
+    config.lora_dropout = 0.0
+    return adapted
+
+
+def freeze_all_but(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Lets only the parameters train that `names` name, or whose modules, at any depth.
+
+    `gate_proj`, `up_proj` and `down_proj` mean what they mean to `targets`.
+    """
+    modules, parameters = targets(names)
+    _refuse_unknown(model, [*modules, *parameters])
+    for name, parameter in model.named_parameters():
+        parts = name.removesuffix(".weight").split(".")
+        within = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        parameter.requires_grad_(any(_ends(w, n) for w in within for n in [*modules, *parameters]))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"--trainable {','.join(names)} has no parameters; name what has")
+
+
+def saved_whole(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The full names of the modules that PEFT takes `--modules_to_save` for: they end like it.
+
+    Raises:
+        UserError: there is none with weights, or one is inside of another.
+    """
+    found = [
+        one
+        for one, module in model.named_modules()
+        if one.endswith(tuple(names)) and any(True for _ in module.parameters())
+    ]
+    for name in names:
+        if not any(one.endswith(name) for one in found):
+            raise UserError(
+                f"--modules_to_save {name} is no module with weights; name one, such as experts, "
+                "shared_experts, gate, embed_tokens or lm_head"
+            )
+    for one in found:
+        if one.startswith(tuple(f"{other}." for other in found)):
+            raise UserError(
+                f"--modules_to_save {','.join(names)} means {one} twice; leave out what is inside "
+                "of another"
+            )
+    return found
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:
+    known = [name for name, _ in model.named_modules()]
+    known += [name for name, _ in model.named_parameters()]
+    for name in names:
+        if not any(_ends(one, name) for one in known):
+            weights = {one.removesuffix(".weight") for one, _ in model.named_parameters()}
+            last = sorted({one.rsplit(".", 1)[-1] for one in weights})
+            raise UserError(f"this model has no module {name!r}; it has {', '.join(last)}")
+
+
+def _refuse_other_than_linear(model: nn.Module, names: Sequence[str]) -> None:
+    """PEFT would adapt an embedding, which `export` cannot merge, and fails on all else."""
+    for one, module in model.named_modules():
+        for name in names:
+            if _ends(one, name) and not isinstance(module, nn.Linear):
+                raise UserError(
+                    f"{name} is no linear layer, which adapters need; name linear layers, or train "
+                    "it whole: --modules_to_save"
+                )
+
+
+KINDS = {
+    "embedding and head": ("embed_tokens", "lm_head"),
+    "attention": ("self_attn",),
+    "routed experts": (".experts.",),
+    "shared experts": ("shared_experts",),
+    "router": ("mlp.gate.",),
+    "dense layers": (".mlp.",),
+    "norms": ("norm",),
+}
+
+
+def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
+    """(kind, parameters, of these trainable) of each kind there is, and "all"."""
+    counts = {kind: [0, 0] for kind in [*KINDS, "all"]}
+    for name, parameter in model.named_parameters():
+        kind = next(k for k, marks in KINDS.items() if any(mark in name for mark in marks))
+        size = full_shape(parameter).numel()
+        for key in (kind, "all"):
+            counts[key][0] += size
+            counts[key][1] += size * parameter.requires_grad
+    return [(kind, total, trains) for kind, (total, trains) in counts.items() if total]
+
+
+def weights_passed(model: nn.Module) -> float:
+    """The weights, adapters' too, that a token passes; the embedding multiplies nothing, unless it
+    is the head too."""
+    share = (model.config.num_experts_per_tok or 0) / (model.config.n_routed_experts or 1)
+    unused = ["original_module"]  # frozen, beside the copy that trains
+    if not model.config.tie_word_embeddings:
+        unused.append("embed_tokens")
+    return sum(
+        full_shape(parameter).numel() * (share if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+        if not any(part in name for part in unused)
+    )
+
+
+def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:
+    """`model` with what `options` let train."""
+    if options.use_lora:
+        return add_lora(
+            model,
+            split_commas(options.trainable or ALL_LINEARS),
+            options.lora_rank,
+            options.lora_alpha,
+            options.lora_dropout,
+            split_commas(options.modules_to_save),
+        )
+    if options.trainable:
+        freeze_all_but(model, split_commas(options.trainable))
+    return model

@@ -1,0 +1,441 @@
+"""A model that changes after its Generator was made: the next call computes what it is now.
+
+The engine runs on the CPU here, by the plain twins. The reference is always a new Generator without
+an engine.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.decode.decoder import as_one
+from deepseek_moe.decode.engine import Engine, UnknownModel
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.int_quantizer import PackingConfig
+from deepseek_moe.decode.sampling import greedy
+from deepseek_moe.decode.supported import signature_of, unknown_in
+from deepseek_moe.errors import UserError
+from deepseek_moe.model.modeling_deepseek import DeepseekMLP
+
+peft = pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
+
+PROMPTS = [[5, 17, 44, 70, 2], [33, 8, 61]]
+NEW = 8
+LINEARS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+Model = DeepseekForCausalLM
+Change = Callable[[Model], object]
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Model]) -> Model:
+    return tiny_model(hidden_size=64, num_attention_heads=2)
+
+
+@pytest.fixture(params=[16, 8, 4], ids=["16 bits", "int8", "int4"])
+def any_model(request: pytest.FixtureRequest, model: Model, tmp_path: Path) -> Model:
+    if request.param == 16:
+        return model
+    model.save_pretrained(tmp_path)
+    return Model.from_pretrained(tmp_path, quantization_config=PackingConfig(request.param))
+
+
+def with_engine(model: Model, fast: bool | None = None) -> Generator:
+    return Generator(model, fast, Engine(model))
+
+
+def computed(generator: Generator, new: int = NEW) -> tuple[list[list[int]], torch.Tensor]:
+    """New ids, and the logits before each [steps, prompts, vocabulary]."""
+    logits: list[torch.Tensor] = []
+
+    def noting(logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
+        logits.append(logits_BV.clone())
+        return greedy(logits_BV, seen_BV)
+
+    ids = generator.generate(PROMPTS, new, noting)
+    return ids, torch.stack(logits)
+
+
+def check_equals_plain(generator: Generator, new: int = NEW) -> torch.Tensor:
+    """The logits, after they and the ids were found to be those of the model as it is."""
+    ids, logits = computed(generator, new)
+    plain_ids, plain_logits = computed(Generator(generator.model, fast=False), new)
+    torch.testing.assert_close(logits, plain_logits, atol=1e-3, rtol=1e-3)
+    assert ids == plain_ids
+    return logits
+
+
+def other(x: torch.Tensor) -> torch.Tensor:
+    """Other numbers of the same kind: words turned by a bit, or all rows one further."""
+    return x.bitwise_not() if x.dtype == torch.int32 else x.roll(1, 0) * 1.25
+
+
+def other_state(model: Model) -> dict[str, torch.Tensor]:
+    return {name: other(x) for name, x in model.state_dict().items()}
+
+
+def wrap_forward(module: nn.Module) -> None:
+    own = type(module).forward
+    module.forward = MethodType(lambda self, *args, **kwargs: -own(self, *args, **kwargs), module)
+
+
+def lora(**options: object) -> "peft.LoraConfig":
+    return peft.LoraConfig(r=4, target_modules=LINEARS, init_lora_weights=False, **options)
+
+
+def replace_head(model: Model, bias: bool = False) -> None:
+    torch.manual_seed(3)
+    model.lm_head = nn.Linear(64, model.config.vocab_size, bias=bias)
+
+
+def replace_parameters(model: Model) -> None:
+    """Each Parameter by a new object."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(other(parameter.detach())))
+
+
+def set_all(model: Model, name: str, value: object) -> None:
+    for module in model.modules():
+        if hasattr(module, name):
+            setattr(module, name, value)
+
+
+def replace_rotary(model: Model) -> None:
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+
+
+def layer(model: Model) -> nn.Module:
+    return model.model.layers[1]
+
+
+REBUILT: dict[str, Change] = {
+    "head": replace_head,
+    "state assigned": lambda m: m.load_state_dict(other_state(m), assign=True),
+    "parameters": replace_parameters,
+    "more embeddings": lambda m: m.resize_token_embeddings(160),
+    "fewer embeddings": lambda m: m.resize_token_embeddings(80),
+    "cast there and back": lambda m: m.bfloat16().float(),
+    "top_k": lambda m: set_all(m, "top_k", 1),
+    "top_k of a layer": lambda m: setattr(layer(m).mlp.gate, "top_k", 2),
+    "norm_topk_prob": lambda m: set_all(m, "norm_topk_prob", True),
+    "epsilon": lambda m: set_all(m, "variance_epsilon", 0.5),
+    "angles": lambda m: m.model.rotary_emb.inv_freq.mul_(0.3),
+    "attention_scaling": lambda m: setattr(m.model.rotary_emb, "attention_scaling", 0.5),
+    "rotary embedding": replace_rotary,
+    "layers swapped": lambda m: m.model.layers.insert(1, m.model.layers.pop(2)),
+    "layer removed": lambda m: m.model.layers.pop(2),
+    "layer's module": lambda m: setattr(layer(m), "mlp", copy.deepcopy(m.model.layers[2].mlp)),
+    "whole decoder": lambda m: setattr(m, "model", copy.deepcopy(m.model).apply(wiggle)),
+}
+"""Into a model that the engine computes too."""
+
+
+def wiggle(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data = other(parameter.data)
+
+
+UNKNOWN: dict[str, Change] = {
+    "get_peft_model": lambda m: peft.get_peft_model(m, lora()),
+    "add_adapter": lambda m: m.add_adapter(lora()),
+    "adapter on experts": lambda m: peft.get_peft_model(
+        m,
+        peft.LoraConfig(r=4, target_parameters=["mlp.experts.down_proj"], init_lora_weights=False),
+    ),
+    "head with a bias": lambda m: replace_head(m, bias=True),
+    "hook": lambda m: layer(m).mlp.register_forward_hook(lambda _, args, out: -out),
+    "pre-hook": lambda m: layer(m).mlp.register_forward_pre_hook(lambda _, args: (-args[0],)),
+    "forward": lambda m: wrap_forward(layer(m).self_attn.o_proj),
+    "forward of the model": lambda m: setattr(m, "forward", MethodType(negated, m)),
+    "epsilon of a norm": lambda m: setattr(layer(m).input_layernorm, "variance_epsilon", 0.5),
+    "scaling": lambda m: set_all(m, "scaling", 0.5),
+    "not causal": lambda m: setattr(layer(m).self_attn, "is_causal", False),
+    "max_norm": lambda m: setattr(m.model.embed_tokens, "max_norm", 0.1),
+    "no shared experts": lambda m: setattr(layer(m).mlp, "shared_experts", None),
+    "another activation": lambda m: setattr(layer(m).mlp.experts, "act_fn", nn.Tanh()),
+    "wrapped": lambda m: m.set_submodule("lm_head", nn.Sequential(m.lm_head, nn.Tanh())),
+}
+"""Into a model that only its own forward computes."""
+
+
+def negated(self: Model, **kwargs: object) -> object:
+    output = type(self).forward(self, **kwargs)
+    output.logits = -output.logits
+    return output
+
+
+@pytest.mark.parametrize("name", [*REBUILT, *UNKNOWN])
+def test_a_changed_model_is_computed_as_it_is(model: Model, name: str) -> None:
+    generator = with_engine(model)
+    before = check_equals_plain(generator)
+    (REBUILT | UNKNOWN)[name](model)
+    after = check_equals_plain(generator)
+    if name != "not causal":  # which counts only where no mask is given
+        assert before.shape != after.shape or not torch.allclose(before, after, atol=1e-2)
+    assert (generator.engine.decoder is not None) == (name in REBUILT)
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_model_that_only_the_plain_way_computes_is_refused_in_one_line(
+    model: Model, name: str
+) -> None:
+    generator = with_engine(model, fast=True)
+    generator.generate(PROMPTS, 2)
+    UNKNOWN[name](model)
+    with pytest.raises(UserError, match=r"does not take this model: .* leave `fast` out") as error:
+        generator.generate(PROMPTS, 2)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UnknownModel):
+        Engine(model)
+
+
+def test_what_is_unknown_is_named(model: Model) -> None:
+    assert unknown_in(model) is None
+    model.add_adapter(peft.LoraConfig(target_modules=["k_proj"]))
+    assert unknown_in(model) == (
+        "model.layers.0.self_attn.k_proj is a peft.tuners.lora.layer.Linear"
+    )
+
+
+@pytest.fixture
+def global_hook() -> Iterator[None]:
+    turn = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: -out if isinstance(module, nn.Linear) else None
+    )
+    yield
+    turn.remove()
+
+
+def test_what_is_changed_outside_of_the_model(
+    model: Model, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    generator = with_engine(model)
+    first = check_equals_plain(generator)
+    with monkeypatch.context() as patch:
+        own = DeepseekMLP.forward
+        patch.setattr(DeepseekMLP, "forward", lambda self, *args: -own(self, *args))
+        second = check_equals_plain(generator)
+        patch.setattr(LlamaRMSNorm, "forward", lambda self, x: x * self.weight)
+        third = check_equals_plain(generator)
+    assert torch.equal(check_equals_plain(generator), first)
+    request.getfixturevalue("global_hook")
+    fourth = check_equals_plain(generator)
+    for one, two in ((first, second), (second, third), (first, fourth)):
+        assert not torch.allclose(one, two, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "rms_norm_eps",
+        "num_experts_per_tok",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "norm_topk_prob",
+        "hidden_act",
+    ],
+)
+def test_fields_of_the_config(model: Model, field: str) -> None:
+    """Modules have read most of them when they were made, and go by what they have read."""
+    generator = with_engine(model)
+    generator.generate(PROMPTS, 2)
+    others = {"hidden_act": "gelu", "rms_norm_eps": 0.5, "norm_topk_prob": True}
+    setattr(model.config, field, others.get(field, 1))
+    plain = Generator(copy.deepcopy(model), fast=False)
+    assert generator.generate(PROMPTS, NEW) == plain.generate(PROMPTS, NEW)
+    again = with_engine(model) if unknown_in(model) is None else plain
+    assert again.generate(PROMPTS, NEW) == plain.generate(PROMPTS, NEW)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["engine", "plain"])
+@pytest.mark.parametrize("context", [10, 200])
+def test_the_context_is_the_present_one(model: Model, context: int, fast: bool) -> None:
+    generator = with_engine(model) if fast else Generator(model, fast=False)
+    generator.generate(PROMPTS, 2)
+    model.config.max_position_embeddings = context
+    assert generator.context == context
+    made = generator.generate(PROMPTS, 250)
+    assert [len(ids) for ids in made] == [context - len(prompt) for prompt in PROMPTS]
+    assert made == Generator(model, fast=False).generate(PROMPTS, 250)
+    with pytest.raises(UserError, match=f"context is {context}"):
+        generator.generate([[5] * context], 2)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["engine", "plain"])
+def test_the_vocabulary_is_the_present_one(model: Model, fast: bool) -> None:
+    generator = with_engine(model) if fast else Generator(model, fast=False)
+    generator.generate(PROMPTS, 2)
+    model.resize_token_embeddings(70)
+    with pytest.raises(UserError, match="the id 70, but the model's ids are 0 to 69"):
+        generator.generate(PROMPTS, 2)
+    model.resize_token_embeddings(300)
+    assert len(generator.generate([[5, 299]], 3)[0]) == 3
+
+
+def test_every_parameter_replaced_or_changed_in_place(any_model: Model) -> None:
+    """A replaced one is noticed, whichever it is; a changed one is read where it is."""
+    generator = with_engine(any_model)
+    last = check_equals_plain(generator, 2)
+    for name, parameter in any_model.named_parameters():
+        if name.startswith("model.layers.2"):  # which has the same as the layer before
+            continue
+        built, before = generator.engine.decoder, parameter.data.clone()
+        parameter.data.copy_(other(before))
+        changed = check_equals_plain(generator, 2)
+        assert generator.engine.decoder is built, name
+        assert not torch.equal(changed, last), name
+        parameter.data = before
+        last = check_equals_plain(generator, 2)
+        assert generator.engine.decoder not in (built, None), name
+        assert not torch.equal(changed, last), name
+
+
+def test_training_between_calls_is_read_where_it_is(model: Model) -> None:
+    generator = with_engine(model)
+    built, before = generator.engine.decoder, check_equals_plain(generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    ids = torch.tensor([PROMPTS[0]])
+    for _ in range(2):
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = check_equals_plain(generator)
+        assert model.training
+        assert not torch.allclose(before, after, atol=1e-2)
+        before = after
+    model.load_state_dict(other_state(model))
+    assert not torch.allclose(before, check_equals_plain(generator), atol=1e-2)
+    assert generator.engine.decoder is built
+
+
+def test_a_second_generator_moves_nothing(any_model: Model) -> None:
+    first = with_engine(any_model)
+    built, places = first.engine.decoder, [p.data_ptr() for p in any_model.parameters()]
+    second = with_engine(any_model)
+    assert [p.data_ptr() for p in any_model.parameters()] == places
+    for one, two in zip(built.layers, second.engine.decoder.layers, strict=True):
+        for name in ("qkv", "gate_up"):
+            assert getattr(one, name).data.data_ptr() == getattr(two, name).data.data_ptr()
+    for parameter in any_model.parameters():
+        parameter.data.copy_(other(parameter.data))
+    check_equals_plain(first), check_equals_plain(second)
+    assert first.engine.decoder is built
+    layer(any_model).self_attn.k_proj.weight.data = other(
+        layer(any_model).self_attn.k_proj.weight.data
+    )
+    check_equals_plain(second)  # lays them side by side anew
+    check_equals_plain(first)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_weights_are_not_torn_out_of_the_memory_of_an_optimizer(
+    model: Model, in_order: bool
+) -> None:
+    """One that writes its steps into a flat tensor, of which the parameters are parts."""
+    generator = with_engine(model)
+    parameters = list(model.parameters())
+    if not in_order:
+        parameters.reverse()
+    flat = torch.cat([parameter.data.flatten() for parameter in parameters])
+    pieces = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.data = piece.view(parameter.shape)
+    before = check_equals_plain(generator)
+    assert (generator.engine.decoder is not None) == in_order
+    flat.mul_(torch.linspace(0.5, 1.5, len(flat)))
+    assert not torch.allclose(before, check_equals_plain(generator), atol=1e-2)
+
+
+def test_tensors_in_one_memory_are_one_only_if_they_follow_each_other() -> None:
+    whole = torch.arange(24.0).view(6, 4)
+    a, b, c = whole.split([1, 2, 3])
+    assert torch.equal(as_one([a, b, c]), whole)
+    assert as_one([a, b, c]).data_ptr() == whole.data_ptr()
+    assert torch.equal(as_one([b, c]), whole[1:])
+    for parts in ([b, a], [a, c], [a, b.clone()], [whole[:, :2], whole[:, 2:]], [a, b.view(1, 8)],
+                  [whole[::2], whole[1::2]], [a, b.view(torch.int32)]):  # fmt: skip
+        assert as_one(parts) is None
+
+
+def test_the_engine_comes_back_with_the_model_that_it_knows(model: Model) -> None:
+    generator = with_engine(model)
+    before = check_equals_plain(generator)
+    adapted = peft.get_peft_model(model, lora())
+    assert not torch.allclose(check_equals_plain(generator), before, atol=1e-2)
+    assert generator.engine.decoder is generator.engine.cache is None  # no memory is kept for it
+    adapted.unload()
+    assert torch.equal(check_equals_plain(generator), before)
+    assert generator.engine.decoder is not None
+
+
+def test_a_stream_goes_on_with_the_weights_that_it_began_with(model: Model) -> None:
+    generator = with_engine(model)
+    whole = generator.generate(PROMPTS, NEW)
+    stream = generator.stream(PROMPTS, NEW)
+    steps = [next(stream), next(stream)]
+    replace_parameters(model)
+    steps += stream
+    assert [list(ids) for ids in zip(*steps, strict=True)] == whole
+    assert generator.generate(PROMPTS, NEW) == Generator(model, fast=False).generate(PROMPTS, NEW)
+
+
+def test_a_stream_is_over_when_a_later_call_finds_another_model(model: Model) -> None:
+    generator = with_engine(model)
+    stream = generator.stream(PROMPTS, NEW)
+    next(stream)
+    model.add_adapter(lora())
+    generator.generate(PROMPTS, 2)
+    with pytest.raises(UserError, match="another generation has begun"):
+        next(stream)
+
+
+def test_a_model_that_was_rebuilt_in_inference_mode_can_be_trained(model: Model) -> None:
+    generator = with_engine(model)
+    replace_parameters(model)
+    with torch.inference_mode():
+        check_equals_plain(generator)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(torch.tensor(PROMPTS[:1])).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    check_equals_plain(generator)
+
+
+def test_the_signature_tells_apart_what_has_the_address_of_what_is_gone(model: Model) -> None:
+    """An engine keeps the memory that it knows by address, and so does it keep the modules."""
+    generator = with_engine(model)
+    for _ in range(5):
+        for name in ("q_proj", "o_proj"):
+            linear = getattr(layer(model).self_attn, name)
+            linear.weight.data = torch.randn_like(linear.weight)
+        check_equals_plain(generator)
+        layer(model).mlp.shared_experts = copy.deepcopy(layer(model).mlp.shared_experts)
+        layer(model).mlp.shared_experts.apply(wiggle)
+        check_equals_plain(generator)
+
+
+def test_the_signature_of_an_untouched_model_stays(model: Model) -> None:
+    Engine(model)
+    signature = signature_of(model)
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)  # transformers' own hooks
+    model.train(), model.eval()
+    model.config.use_cache = False
+    assert signature_of(model) == signature
+
+
+def test_modules_that_swap_their_names(model: DeepseekForCausalLM) -> None:
+    """In the same order: two norms take each other's place."""
+    before = signature_of(model)
+    layer = model.model.layers[0]
+    one, other = layer.input_layernorm, layer.post_attention_layernorm
+    modules = {n: {one: other, other: one}.get(m, m) for n, m in layer._modules.items()}
+    layer._modules = {n: modules[n] for n in sorted(modules, key=lambda n: n != "self_attn")}
+    assert signature_of(model) != before

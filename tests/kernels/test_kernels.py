@@ -1,0 +1,85 @@
+"""Every kernel equals its plain twin: in Triton's interpreter here, on a GPU by check_gpu.py."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if torch.cuda.is_available():
+    pytest.skip("on a GPU, benchmarks/check_gpu.py checks them", allow_module_level=True)
+
+from kernel_cases import CASES, Case, agree
+
+from deepseek_moe.kernels.decode import torch_ops, triton_ops
+from deepseek_moe.kernels.training import torch_ops as plain
+from deepseek_moe.kernels.training import triton_ops as fused
+
+BITS = [16, 8, 4]
+NAMES = sorted(CASES)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_its_plain_twin(name: str, bits: int, tokens: int) -> None:
+    case = Case(tokens=tokens, bits=bits, dtype=torch.float32, device="cpu", seed=tokens)
+    # One token's packed weights are unpacked in a way that costs a fortieth of bf16's rounding.
+    agree(name, case, tolerance=5e-4 if bits < 16 and tokens == 1 else 2e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_choice_among_scores_that_are_no_numbers_shows(value: float) -> None:
+    """The weights of that token are NaN, so that its logits will be; its picks are experts."""
+    logits_TE, position_T = torch.randn(3, 6), torch.arange(3, dtype=torch.int32)
+    logits_TE[1, 4] = value
+    for norm_topk in (False, True):
+        want = torch_ops.pick_experts(logits_TE, position_T, 2, norm_topk)
+        index_TK, weights_TK = triton_ops.pick_experts(logits_TE, position_T, 2, norm_topk)
+        assert weights_TK[1].isnan().all()
+        assert ((index_TK >= 0) & (index_TK < 6)).all()
+        for token in (0, 2):
+            assert set(index_TK[token].tolist()) == set(want[0][token].tolist())
+            torch.testing.assert_close(weights_TK[token].sort()[0], want[1][token].sort()[0])
+
+
+def test_dropout_of_an_adapter() -> None:
+    """What is dropped is zero, the rest larger; the backward pass drops the same."""
+    gate_up, weights, p = torch.randn(60, 256), torch.rand(60), 0.25
+    act, dropped = fused.weighted_swiglu(gate_up, None, weights, p, 7)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], act[kept] / (1 - p))
+    assert abs(kept.float().mean() - (1 - p)) < 0.02
+    assert kept.float().mean(0).max() < 1
+    assert not torch.equal(kept, fused.weighted_swiglu(gate_up, None, weights, p, 8)[1] != 0)
+    low_grad, none = torch.randn(60, 128), torch.zeros(60, 128)
+    have = fused.weighted_swiglu_backward(none, low_grad, gate_up, weights, True, p, 7)
+    want = plain.weighted_swiglu_backward(
+        low_grad * kept / (1 - p), None, gate_up, weights, True, 0.0, 0
+    )
+    torch.testing.assert_close(have[0], want[0])
+    torch.testing.assert_close(have[1], want[1])
+    torch.testing.assert_close(none, dropped)  # in its place
+
+
+# No rows of 16, 32, 48, 80... numbers: with AVX-512, bitsandbytes 0.50.2 takes the scales of other
+# blocks for those.
+@pytest.mark.parametrize("shape", [(64, 64), (3, 96, 128), (5, 100), (3, 127, 85), (7,)], ids=str)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_unpacks_as_bitsandbytes(
+    quant_type: str, double_quant: bool, shape: tuple[int, ...]
+) -> None:
+    """Bit by bit. (In bf16 the twin alone: Triton's interpreter does not round to the nearest.)"""
+    functional = pytest.importorskip("bitsandbytes", reason="it quantises").functional
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=random) ** 3  # of scales that differ
+    options = {"quant_type": quant_type, "compress_statistics": double_quant}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        packed, state = functional.quantize_4bit(weight.to(dtype), **options)
+        with torch.compiler.set_stance("force_eager"):  # what it compiles takes seconds to
+            want = functional.dequantize_4bit(packed, state)
+        second = [None, None, None]
+        if double_quant:
+            second = [state.state2.code, state.state2.absmax, state.offset]
+        args = [packed, state.code, state.absmax, *second, state.shape, state.dtype]
+        for ops in (plain,) if dtype == torch.bfloat16 else (plain, fused):
+            torch.testing.assert_close(ops.unpack_4bit(*args), want, rtol=0, atol=0)

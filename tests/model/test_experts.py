@@ -1,0 +1,232 @@
+"""The MoE layer and its balance loss against per-token loops: every value and every gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_moe import DeepseekConfig
+from deepseek_moe.model.modeling_deepseek import DeepseekMoE, Routing, balance_loss
+from deepseek_moe.training.compute.grouped_experts import GROUPED
+
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", GROUPED]
+
+
+def plain_picks(scores: torch.Tensor, how_many: int) -> list[list[int]]:
+    """For each token the numbers of its best experts."""
+    return [sorted(range(len(row)), key=row.tolist().__getitem__)[-how_many:] for row in scores]
+
+
+def plain_moe(
+    config: DeepseekConfig, weights: dict[str, torch.Tensor], tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
+    """The layer, one token and one pick after the other: output, scores, picks."""
+
+    def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor):
+        opened = gate @ x
+        return down @ (opened / (1 + torch.exp(-opened)) * (up @ x))
+
+    exps = torch.stack([torch.exp(weights["gate.weight"] @ x) for x in tokens])
+    scores = exps / exps.sum(-1, keepdim=True)
+    picks = plain_picks(scores, config.num_experts_per_tok)
+    width = config.moe_intermediate_size
+    rows = []
+    for x, row, experts in zip(tokens, scores, picks, strict=True):
+        out = torch.zeros_like(x)
+        total = 1.0
+        if config.norm_topk_prob and len(experts) > 1:
+            total = sum(row[e] for e in experts)
+        for e in experts:
+            gate_up, down = weights["experts.gate_up_proj"][e], weights["experts.down_proj"][e]
+            out = out + row[e] / total * swiglu(x, gate_up[:width], gate_up[width:], down)
+        if config.n_shared_experts:
+            names = (f"shared_experts.{matrix}_proj.weight" for matrix in ("gate", "up", "down"))
+            out = out + swiglu(x, *(weights[name] for name in names))
+        rows.append(out)
+    return torch.stack(rows), scores, picks
+
+
+def plain_balance_loss(
+    scores: torch.Tensor, picks: list[list[int]], batch_size: int, per_sequence: bool
+) -> torch.Tensor:
+    """Straight from the formula, with the loops written out."""
+    tokens, experts = scores.shape
+    length = tokens // batch_size if per_sequence else tokens
+    losses = []
+    for start in range(0, tokens, length):
+        members = range(start, start + length)
+        loss = scores.new_zeros(())
+        for e in range(experts):
+            count = sum(picks[t].count(e) for t in members)
+            f = count / (length * len(picks[0]) / experts)
+            loss = loss + f * sum(scores[t, e] for t in members) / length
+        losses.append(loss)
+    return sum(losses) / len(losses)
+
+
+def steer(moe: DeepseekMoE, hidden: torch.Tensor, push: dict[int, float]) -> None:
+    """Adds `push` to the logits of experts, by a feature that is 1 in every token."""
+    hidden[..., 0] = 1.0
+    with torch.no_grad():
+        for expert, much in push.items():
+            moe.gate.weight[expert, 0] = much
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "loss_over_all_tokens": {"seq_aux": False},
+    "no_balance_loss": {"aux_loss_alpha": 0.0},
+    "expert_without_token": {"push": {5: -30.0}},
+    "one_expert_has_all_others_none": {"push": {2: 9.0}, "num_experts_per_tok": 1},
+    "all_tokens_to_the_same": {"push": {1: 9.0, 4: 9.0, 6: 9.0}},
+    "one_token": {"shape": (1, 1)},
+    "one_token_each": {"shape": (4, 1)},
+    "top_1": {"num_experts_per_tok": 1},
+    "top_1_is_not_normed": {"num_experts_per_tok": 1, "norm_topk_prob": True},
+    "normed": {"norm_topk_prob": True},
+    "no_shared": {"n_shared_experts": None},
+    "one_shared": {"n_shared_experts": 1},
+    "all_experts": {"num_experts_per_tok": 8},
+    "one_routed_expert": {"n_routed_experts": 1, "num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_moe_layer_equals_the_loops(
+    case: str, implementation: str, tiny_config: Callable[..., DeepseekConfig]
+) -> None:
+    torch.manual_seed(1)
+    changes = dict(CASES[case])
+    shape, push = changes.pop("shape", (2, 7)), changes.pop("push", {})
+    config = tiny_config(experts_implementation=implementation, **changes)
+    moe = DeepseekMoE(config)
+    for weight in moe.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    hidden = torch.randn(*shape, config.hidden_size)
+    steer(moe, hidden, push)
+    probe = torch.randn_like(hidden)  # the gradient that comes from the layers above
+
+    exact = {name: w.detach().double().requires_grad_() for name, w in moe.named_parameters()}
+    exact["hidden"] = hidden.double().requires_grad_()
+    want, scores, picks = plain_moe(config, exact, exact["hidden"].flatten(0, 1))
+    balance = plain_balance_loss(scores, picks, shape[0], config.seq_aux)
+    loss = (want.view_as(probe) * probe).sum() + config.aux_loss_alpha * balance
+    loss.backward()
+
+    hidden.requires_grad_()
+    routing = Routing()
+    out = moe.train()(hidden, routing)
+    (out * probe).sum().backward()
+
+    torch.testing.assert_close(out.flatten(0, 1), want.float(), atol=1e-5, rtol=1e-5)
+    assert [sorted(row) for row in routing.index_TK.tolist()] == [sorted(row) for row in picks]
+    if config.aux_loss_alpha:
+        expected = (config.aux_loss_alpha * balance).float()
+        torch.testing.assert_close(routing.aux_loss, expected, atol=1e-6, rtol=1e-5)
+    else:
+        assert routing.aux_loss is None
+    for name, weight in [*moe.named_parameters(), ("hidden", hidden)]:
+        assert weight.grad is not None, name
+        scale = max(1.0, exact[name].grad.abs().max().item())
+        # 2e-5: a softmax with one logit near 9 above the rest loses a digit, more on some CPUs
+        assert (weight.grad - exact[name].grad).abs().max() <= 2e-5 * scale, name
+    unused = sorted(set(range(config.n_routed_experts)) - {e for row in picks for e in row})
+    assert not moe.experts.gate_up_proj.grad[unused].any()
+    if push:
+        assert unused
+
+
+def numbered(batch: int, length: int, per_sequence: bool) -> tuple[torch.Tensor, int]:
+    """The sequence of each token, and how many there are."""
+    if per_sequence:
+        return torch.arange(batch).repeat_interleave(length), batch
+    return torch.zeros(batch * length, dtype=torch.long), 1
+
+
+@pytest.mark.parametrize("per_sequence", [True, False])
+def test_balance_loss_equals_the_formula(per_sequence: bool) -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(3 * 5, 8, dtype=torch.float64, requires_grad=True)
+    scores = logits.softmax(-1)
+    picks = plain_picks(scores, 3)
+    want = plain_balance_loss(scores, picks, 3, per_sequence)
+    have = balance_loss(scores, torch.tensor(picks), *numbered(3, 5, per_sequence))
+    torch.testing.assert_close(have, want)
+    (grad_want,) = torch.autograd.grad(want, logits, retain_graph=True)
+    (grad_have,) = torch.autograd.grad(have, logits)
+    torch.testing.assert_close(grad_have, grad_want)
+    assert grad_have.any()
+
+
+@pytest.mark.parametrize("per_sequence", [True, False])
+def test_balance_loss_is_1_when_even_and_grows_to_E(per_sequence: bool) -> None:
+    even, one_way = torch.full((8, 4), 0.25), torch.eye(4)[[2] * 8]
+    sequences = numbered(2, 4, per_sequence)
+    assert balance_loss(even, torch.tensor([[0], [1], [2], [3]] * 2), *sequences) == 1
+    assert balance_loss(one_way, torch.full((8, 1), 2), *sequences) == 4
+
+
+def test_each_sequence_is_counted_alone() -> None:
+    """Two sequences, each all to one expert: uneven within, even over both."""
+    scores, picks = torch.eye(2)[[0, 0, 1, 1]], torch.tensor([[0], [0], [1], [1]])
+    assert balance_loss(scores, picks, *numbered(2, 2, per_sequence=True)) == 2
+    assert balance_loss(scores, picks, *numbered(2, 2, per_sequence=False)) == 1
+
+
+def test_many_short_sequences_keep_little_for_the_backward_pass() -> None:
+    """Not which token is in which sequence; and padding has no gradient."""
+    sequences = torch.arange(200) // 2  # a hundred
+    sequences[-20:] = -1
+    scores, kept = torch.rand(200, 4, requires_grad=True), []
+    picks = torch.zeros(200, 1, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
+        balance_loss(scores, picks, sequences, 90)
+    assert sum(kept) == 90 * 4 + 200
+    (grad,) = torch.autograd.grad(balance_loss(scores, picks, sequences, 90), scores)
+    assert grad[:180, 0].all() and not grad[180:].any() and not grad[:, 1:].any()
+
+
+def test_no_balance_loss_outside_training(tiny_config: Callable[..., DeepseekConfig]) -> None:
+    moe = DeepseekMoE(tiny_config(experts_implementation="eager")).eval()
+    for weight in moe.parameters():
+        torch.nn.init.normal_(weight)
+    routing, hidden = Routing(), torch.randn(2, 3, 32)
+    moe(hidden, routing).sum().backward()
+    assert routing.aux_loss is None
+    assert routing.index_TK is None
+
+
+def test_experts_skip_the_mark_of_another_rank(tiny_config: Callable[..., DeepseekConfig]) -> None:
+    """Expert parallelism gives the picks of other ranks the number after the last expert."""
+    experts = DeepseekMoE(tiny_config(experts_implementation="eager")).experts
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    hidden, index = torch.randn(2, 32), torch.tensor([[0, 8], [8, 8]])
+    out = experts(hidden, index, torch.ones(2, 2))
+    torch.testing.assert_close(out[0], experts(hidden[:1], index[:1, :1], torch.ones(1, 1))[0])
+    assert not out[1].any()
+
+
+def test_with_several_threads_the_gradient_repeats_bit_for_bit(
+    tiny_config: Callable[..., DeepseekConfig],
+) -> None:
+    """Each token's gradient is a sum over its picks, which threads must add in a fixed order."""
+    config = tiny_config(hidden_size=64, moe_intermediate_size=32)
+    torch.manual_seed(0)
+    moe = DeepseekMoE(config)
+    moe.experts.config._experts_implementation = GROUPED
+    for parameter in moe.parameters():
+        parameter.data.normal_(0, 0.1)
+    hidden_BLD = torch.randn(2, 256, 64, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(moe(hidden_BLD).square().sum(), hidden_BLD)[0]
+
+    torch.set_num_threads(4)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(20))
+    finally:
+        torch.set_num_threads(1)

@@ -1,0 +1,271 @@
+"""The whole model: its variants, training, checkpointing, decoding and outputs."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe.model.modeling_deepseek import (
+    DeepseekExperts,
+    DeepseekGate,
+    DeepseekMoE,
+    balance_loss,
+)
+
+# transformers 5.23 says activation checkpointing; 5.17 and its Trainer do not know that name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*_checkpointing_:FutureWarning")
+
+MakeModel = Callable[..., DeepseekForCausalLM]
+IDS = torch.tensor([[0, 17, 5, 44, 80, 9, 31, 62, 23], [0, 3, 3, 71, 12, 95, 50, 28, 6]])
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped_heads": {"num_key_value_heads": 2},
+    "one_kv_head": {"num_key_value_heads": 1},
+    "attention_bias": {"attention_bias": True},
+    "tied_head": {"tie_word_embeddings": True},
+    "every_other_layer": {"moe_layer_freq": 2, "num_hidden_layers": 4, "first_k_dense_replace": 0},
+    "two_dense_layers_first": {"first_k_dense_replace": 2},
+    "dense": {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None},
+    "no_shared": {"n_shared_experts": None},
+    "normed": {"norm_topk_prob": True},
+    "loss_over_all_tokens": {"seq_aux": False},
+    "dynamic_rope": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_trains_and_survives_the_disk(
+    variant: str, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    model = tiny_model(**deepcopy(VARIANTS[variant]))
+    out = model.train()(IDS, labels=IDS)
+    assert out.logits.shape == (*IDS.shape, 96)
+    assert (out.aux_loss is None) == (variant == "dense")
+    out.loss.backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.isfinite().all(), name
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    place = {"_name_or_path": str(tmp_path)}
+    assert again.config.to_dict() | place == model.config.to_dict() | place
+    assert state(again).keys() == state(model).keys()
+    assert all(torch.equal(x, state(model)[name]) for name, x in state(again).items())
+    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
+
+
+def state(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in model.state_dict().items() if "inv_freq" not in name}
+
+
+def test_moe_layers_are_where_the_config_says(tiny_model: MakeModel) -> None:
+    model = tiny_model(num_hidden_layers=6, first_k_dense_replace=1, moe_layer_freq=2)
+    kinds = [isinstance(layer.mlp, DeepseekMoE) for layer in model.model.layers]
+    assert kinds == [False, False, True, False, True, False]
+
+
+def gradients(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.train()(IDS, labels=IDS).loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(
+    use_reentrant: bool, tiny_model: MakeModel
+) -> None:
+    model = tiny_model()
+    want = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls = count_calls(model.model.layers[1].mlp)
+    have = gradients(model)
+    assert len(calls) == 2, "nothing was recomputed"
+    for name, grad in want.items():
+        torch.testing.assert_close(have[name], grad, msg=name)
+
+
+def count_calls(module: torch.nn.Module) -> list[None]:
+    calls: list[None] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(None))
+    return calls
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_keeps_the_first_routing(
+    use_reentrant: bool, tiny_model: MakeModel
+) -> None:
+    """A router that would choose otherwise when the layer is recomputed is not asked again."""
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    picks: dict[DeepseekExperts, list[torch.Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, DeepseekExperts):
+            module.register_forward_pre_hook(
+                lambda experts, args: picks.setdefault(experts, []).append(args[1])
+            )
+    loss = model(IDS, labels=IDS).loss
+    for module in model.modules():
+        if isinstance(module, DeepseekGate):
+            module.weight.data.neg_()  # from now on the worst experts look best
+    loss.backward()
+    assert len(picks) == 2
+    for first, recomputed in picks.values():
+        assert torch.equal(first, recomputed)
+    kept = [first for first, _ in picks.values()]
+    model(IDS)
+    chosen_now = [seen[2] for seen in picks.values()]
+    assert not any(torch.equal(a, b) for a, b in zip(kept, chosen_now, strict=True))
+
+
+def test_each_forward_routes_anew(tiny_model: MakeModel) -> None:
+    """The saved routing belongs to one pass: two passes before one backward do not mix."""
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    other = IDS.flip(0)
+    (model(IDS, labels=IDS).loss + model(other, labels=other).loss).backward()
+    both = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.gradient_checkpointing_disable()
+    once = gradients(model)
+    for name, grad in once.items():
+        torch.testing.assert_close(both[name], 2 * grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_router_computes_in_fp32(
+    autocast: bool, tiny_config: Callable[..., DeepseekConfig]
+) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    gate = DeepseekGate(tiny_config()).to(dtype)
+    torch.nn.init.normal_(gate.weight)
+    hidden = torch.randn(50, 32).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, weights, picks = gate(hidden)
+    want = hidden.float() @ gate.weight.float().T
+    assert logits.dtype == weights.dtype == torch.float32
+    torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+    scores = want.softmax(-1).gather(-1, picks)
+    torch.testing.assert_close(weights, scores, atol=1e-6, rtol=1e-5)
+    assert torch.equal(picks.sort().values, want.topk(3).indices.sort().values)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_lower_precision_runs_forward_and_backward(autocast: bool, tiny_model: MakeModel) -> None:
+    model = tiny_model().train()
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(IDS, labels=IDS, output_router_logits=True)
+    assert {x.dtype for x in out.router_logits} == {torch.float32}
+    assert out.aux_loss.dtype == torch.float32
+    out.loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_left_padding_equals_no_padding(attention: str, tiny_model: MakeModel) -> None:
+    model = tiny_model(attn_implementation=attention)
+    padding = torch.full((2, 4), model.config.pad_token_id)
+    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(IDS)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(torch.cat([padding, IDS], dim=1), attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(padded.logits[:, 4:], model(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_generate_continues_a_padded_prompt_like_the_bare_one(tiny_model: MakeModel) -> None:
+    model = tiny_model(eos_token_id=None, pad_token_id=1)
+    batch = torch.cat([torch.cat([torch.full((1, 4), 1), IDS[:1, :5]], dim=1), IDS[1:]])
+    mask = (batch != 1).long()
+    padded = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    for row, prompt in zip(padded, (IDS[:1, :5], IDS[1:]), strict=True):
+        alone = model.generate(prompt, max_new_tokens=8, do_sample=False)
+        assert torch.equal(row[9:], alone[0, prompt.shape[1] :])
+
+
+@torch.no_grad()
+def test_cached_decoding_equals_full_forward(tiny_model: MakeModel) -> None:
+    model = tiny_model(num_key_value_heads=2)
+    full = model(IDS).logits
+    out = model(IDS[:, :4], use_cache=True)
+    steps = [out.logits]
+    for token in IDS[:, 4:].split(1, dim=1):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        steps.append(out.logits)
+    assert out.past_key_values.get_seq_length() == IDS.shape[1]
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_logits_to_keep(tiny_model: MakeModel) -> None:
+    model = tiny_model()
+    full = model(IDS).logits
+    torch.testing.assert_close(model(IDS, logits_to_keep=2).logits, full[:, -2:])
+    places = torch.tensor([1, 5])
+    torch.testing.assert_close(model(IDS, logits_to_keep=places).logits, full[:, places])
+
+
+@torch.no_grad()
+def test_embeddings_can_be_given_instead_of_ids(tiny_model: MakeModel) -> None:
+    model = tiny_model()
+    embedded = model.get_input_embeddings()(IDS)
+    torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(IDS).logits)
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model(IDS, inputs_embeds=embedded)
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model()
+
+
+def test_eos_learns_though_it_pads(tiny_model: MakeModel) -> None:
+    model = tiny_model().train()
+    assert model.config.pad_token_id == model.config.eos_token_id == 1
+    ids = torch.tensor([[0, 7, 1, 9]])
+    model(ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad[1].any()
+
+
+@torch.no_grad()
+def test_router_logits_hidden_states_and_attentions(tiny_model: MakeModel) -> None:
+    model = tiny_model(attn_implementation="eager")
+    wanted = ("output_router_logits", "output_hidden_states", "output_attentions")
+    out = model(IDS, **dict.fromkeys(wanted, True))
+    assert [x.shape for x in out.router_logits] == [(IDS.numel(), 8)] * 2  # the MoE layers
+    assert [x.shape for x in out.hidden_states] == [(*IDS.shape, 32)] * 4
+    assert [x.shape for x in out.attentions] == [(2, 4, 9, 9)] * 3
+    assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(IDS))
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert out.attentions[0].triu(1).count_nonzero() == 0
+    bare = model(IDS)
+    assert bare.router_logits is bare.hidden_states is bare.attentions is bare.aux_loss is None
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_aux_loss_is_the_sum_over_layers_and_not_in_loss(
+    seq_aux: bool, tiny_model: MakeModel
+) -> None:
+    model = tiny_model(seq_aux=seq_aux)
+    silent = model(IDS, labels=IDS)
+    out = model.train()(IDS, labels=IDS, output_router_logits=True)
+    want = 0.0
+    for logits in out.router_logits:
+        scores = logits.softmax(-1)
+        rows = torch.arange(2).repeat_interleave(len(scores) // 2)
+        sequences = (rows, 2) if seq_aux else (rows * 0, 1)
+        want += 0.1 * balance_loss(scores, scores.topk(3).indices, *sequences)
+    torch.testing.assert_close(out.aux_loss, want)
+    torch.testing.assert_close(out.loss, silent.loss)
+    assert not out.aux_loss.requires_grad  # its gradient is already on its way
+
+
+def test_labels_of_minus_100_do_not_count(tiny_model: MakeModel) -> None:
+    model = tiny_model()
+    labels = IDS.masked_fill(torch.arange(9) < 5, -100)
+    want = torch.nn.functional.cross_entropy(
+        model(IDS).logits[:, 4:-1].flatten(0, 1), IDS[:, 5:].flatten()
+    )
+    torch.testing.assert_close(model(IDS, labels=labels).loss, want)

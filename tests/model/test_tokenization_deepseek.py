@@ -1,0 +1,354 @@
+"""The tokenizer: BOS exactly once on every path, left padding, the chat template."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from text_fixtures import (
+    BUNDLED,
+    OFFICIAL,
+    assistant,
+    both_tokenizers,
+    needs_official,
+    system,
+    tokenizer_of,
+    user,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+
+from deepseek_moe.model import configuration_deepseek
+from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
+
+TALK = [user("Hi!"), assistant("Hello, who are you?"), user("Me?\nNobody.")]
+CONVERSATIONS = {
+    "question": [user("Hi!")],
+    "answered": TALK[:2],
+    "three turns": TALK,
+    "system": [system("Be short."), *TALK],
+    "system alone": [system("Be short.")],
+    "two answers": [user("a"), assistant("b"), assistant("c")],
+    "empty answer": [user("a"), assistant("")],
+    "spaces": [user("  a \n"), assistant("\n b  ")],
+}
+
+
+def rendered_again(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    text = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert text.startswith(BOS)
+    return [tokenizer(text).input_ids, tokenizer([text]).input_ids[0]]
+
+
+PATHS = {
+    "plain": lambda t: [t("Hello world").input_ids],
+    "encode": lambda t: [t.encode("Hello world")],
+    "empty text": lambda t: [t("").input_ids],
+    "batch": lambda t: t(["Hello", "Hello world, here we are"]).input_ids,
+    "padded batch": lambda t: t(["Hello", "Hello world, here we are"], padding=True).input_ids,
+    "tensor": lambda t: t("Hello", return_tensors="pt").input_ids.tolist(),
+    "truncated": lambda t: [t("Hello world, here we are", truncation=True, max_length=3).input_ids],
+    "words": lambda t: [t(["Hello", "world"], is_split_into_words=True).input_ids],
+    "BOS in the text": lambda t: [t(BOS + "Hello world").input_ids],
+    "BOS in the encoded text": lambda t: [t.encode(BOS + "Hello world")],
+    "BOS in a batch": lambda t: t([BOS + "Hello", "Hello, world"], padding=True).input_ids,
+    "rendered chat": rendered_again,
+    "chat template": lambda t: [t.apply_chat_template(TALK).input_ids],
+    "batch of chats": lambda t: t.apply_chat_template([TALK, TALK[:1]], padding=True).input_ids,
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@both_tokenizers
+def test_bos_is_there_exactly_once(folder: Path, path: str) -> None:
+    tokenizer = tokenizer_of(folder)
+    for ids in PATHS[path](tokenizer):
+        real = ids[next(i for i, token in enumerate(ids) if token != tokenizer.pad_token_id) :]
+        assert real[0] == tokenizer.bos_token_id
+        assert real.count(tokenizer.bos_token_id) == 1
+
+
+@both_tokenizers
+def test_bos_in_the_text_changes_nothing_else(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder)
+    assert tokenizer.encode(BOS + "Hello world") == tokenizer.encode("Hello world")
+
+
+@both_tokenizers
+def test_no_bos_without_special_tokens(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder)
+    ids = tokenizer("Hello world").input_ids
+    assert tokenizer("Hello world", add_special_tokens=False).input_ids == ids[1:]
+    assert tokenizer.encode("Hello world", add_special_tokens=False) == ids[1:]
+    # Who asks for the text as it is gets it as it is.
+    assert tokenizer.encode(BOS + "Hello world", add_special_tokens=False) == ids
+
+
+@both_tokenizers
+def test_no_bos_where_it_is_switched_off(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=False)
+    assert tokenizer("Hello").input_ids == tokenizer_of(folder)("Hello").input_ids[1:]
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [100000, 17464, 1843]),
+        ("", [100000]),
+        (EOS, [100000, 100001]),
+        # Single letters that are tokens of their own: a quirk of the official files.
+        ("ü", [100000, 100014]),
+    ],
+)
+@needs_official
+def test_official_ids(text: str, ids: list[int]) -> None:
+    assert tokenizer_of(OFFICIAL)(text).input_ids == ids
+
+
+@both_tokenizers
+def test_special_tokens(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+@both_tokenizers
+def test_a_batch_is_padded_on_the_left(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder)
+    short, long = tokenizer("Hello").input_ids, tokenizer("Hello world, here we are").input_ids
+    batch = tokenizer(["Hello", "Hello world, here we are"], padding=True)
+    pads = len(long) - len(short)
+    assert batch.input_ids == [[tokenizer.pad_token_id] * pads + short, long]
+    assert batch.attention_mask == [[0] * pads + [1] * len(short), [1] * len(long)]
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello world", " a  b\n\n\tc ", "naïve café", "你好，世界 🎉", ""]
+)
+@both_tokenizers
+def test_text_survives_the_round_trip(folder: Path, text: str) -> None:
+    tokenizer = tokenizer_of(folder)
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
+WITHOUT_NAMES: dict[str, Callable[[Path], Any]] = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_text("{}"),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "null": lambda file: file.write_text('{"bos_token": null, "eos_token": null}'),
+    "another class": lambda file: file.write_text('{"tokenizer_class": "BertTokenizer"}'),
+}
+
+
+@pytest.mark.parametrize("door", [DeepseekTokenizer, AutoTokenizer])
+@pytest.mark.parametrize("change", WITHOUT_NAMES)
+@both_tokenizers
+def test_bos_and_eos_are_known_where_the_files_name_none(
+    folder: Path, change: str, door: Any, tmp_path: Path
+) -> None:
+    copy(folder, tmp_path, without="")
+    WITHOUT_NAMES[change](tmp_path / "tokenizer_config.json")
+    tokenizer = door.from_pretrained(tmp_path)
+    assert type(tokenizer) is DeepseekTokenizer
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, EOS, EOS)
+    for path in ("plain", "BOS in the text", "padded batch", "chat template"):
+        assert PATHS[path](tokenizer) == PATHS[path](tokenizer_of(folder))
+    assert tokenizer.get_vocab() == tokenizer_of(folder).get_vocab()
+
+
+def with_other_names(folder: Path, adds_bos: bool = False, **config: Any) -> None:
+    """A tokenizer as other checkpoints of this architecture have one, of which no file says more
+    than config.json does."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "hi": 3}, unk_token="<unk>"))
+    words.add_special_tokens(["<s>", "</s>"])
+    if adds_bos:
+        words.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    fields = {"model_type": "deepseek", "vocab_size": 8} | config
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("eos", [2, [2, 3]])
+@pytest.mark.parametrize("door", [DeepseekTokenizer, AutoTokenizer])
+def test_bos_and_eos_are_those_of_the_config_where_the_vocabulary_has_not_ours(
+    door: Any, eos: Any, adds_bos: bool, tmp_path: Path
+) -> None:
+    with_other_names(tmp_path, adds_bos, bos_token_id=1, eos_token_id=eos)
+    tokenizer = door.from_pretrained(tmp_path)
+    assert tokenizer("hi").input_ids == tokenizer("<s>hi").input_ids == [1, 3]
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "</s>")
+    assert len(tokenizer) == 4
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("hi").input_ids == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("config", "named", "said"),
+    [
+        ({}, {}, "says which of its tokens is bos_token"),
+        ({"bos_token_id": 4}, {}, "says which of its tokens is bos_token"),
+        ({"bos_token_id": "1"}, {}, "says which of its tokens is bos_token"),
+        ({"bos_token_id": 1, "eos_token_id": []}, {}, "says which of its tokens is eos_token"),
+        ({"bos_token_id": 1, "eos_token_id": 2}, {"bos_token": "<bos>"}, "lacks <bos>"),
+        ({"bos_token_id": 1, "eos_token_id": 2}, {"eos_token": EOS}, f"lacks {EOS}"),
+    ],
+)
+def test_a_tokenizer_without_bos_or_eos_is_refused(
+    config: dict[str, Any], named: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    """Not given a new id, which the model has never seen."""
+    with_other_names(tmp_path, **config)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{said}.*; ") as caught:
+        DeepseekTokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [["tok.T", "tok.T"], {"AutoTokenizer": ["tok.T", None]}])
+def test_code_that_the_files_name_makes_autotokenizer_warn(
+    code: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers then takes the class that is named beside it, whatever is registered."""
+    copy(BUNDLED, tmp_path, without="")
+    file, said = tmp_path / "tokenizer_config.json", []
+    monkeypatch.setattr(configuration_deepseek.logger, "warning_once", said.append)
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    AutoTokenizer.from_pretrained(tmp_path)
+    assert not said
+    fields |= {"auto_map": code, "tokenizer_class": "LlamaTokenizerFast"}
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is LlamaTokenizer
+    (warning,) = said
+    assert "LlamaTokenizerFast" in warning and "adds no BOS" in warning
+    tokenizer = DeepseekTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("Hello").input_ids == tokenizer_of(BUNDLED)("Hello").input_ids
+
+
+def test_template_is_built_in_where_the_files_have_none(tmp_path: Path) -> None:
+    copy(BUNDLED, tmp_path, without="chat_template.jinja")
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATE
+
+
+def test_template_of_the_files_is_kept(tmp_path: Path) -> None:
+    copy(BUNDLED, tmp_path, without="chat_template.jinja")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.apply_chat_template([user("mine")], tokenize=False) == "mine"
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@needs_official
+def test_our_template_renders_what_the_official_one_renders(name: str, asks: bool) -> None:
+    official = (OFFICIAL / "chat_template.jinja").read_text(encoding="utf-8")
+    ours, theirs = (
+        tokenizer_of(OFFICIAL).apply_chat_template(
+            CONVERSATIONS[name], chat_template=it, tokenize=False, add_generation_prompt=asks
+        )
+        for it in (CHAT_TEMPLATE, official)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@both_tokenizers
+def test_saved_files_give_the_same_ids(folder: Path, with_config: bool, tmp_path: Path) -> None:
+    """Also without config.json, where transformers cannot know that the tokenizer is ours."""
+    tokenizer = tokenizer_of(folder)
+    tokenizer.save_pretrained(tmp_path)
+    paths = list(PATHS)
+    if with_config:
+        shutil.copy(folder / "config.json", tmp_path)
+    else:  # only the class itself keeps a BOS of the text single
+        paths = [path for path in paths if "BOS in" not in path and path != "rendered chat"]
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    expected = {path: PATHS[path](tokenizer) for path in paths}
+    assert {path: PATHS[path](reloaded) for path in paths} == expected
+
+
+@both_tokenizers
+def test_saved_file_carries_bos_for_other_readers(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path)
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert plain.encode("Hello world").ids == tokenizer.encode("Hello world")
+
+
+def test_saved_file_does_not_carry_the_limits_of_the_last_call(tmp_path: Path) -> None:
+    """transformers leaves them in the tokenizer, and other readers would truncate for ever."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    tokenizer(["Hello world", "a"], truncation=True, padding="max_length", max_length=3)
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
+@both_tokenizers
+def test_saved_config_has_what_other_readers_look_for(folder: Path, tmp_path: Path) -> None:
+    tokenizer_of(folder).save_pretrained(tmp_path)
+    expected = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "padding_side": "left",
+    }
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert {name: saved[name] for name in expected} == expected
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+
+
+def test_saved_config_does_not_name_code_that_stays_behind(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        copy(BUNDLED, folder, without="tokenizer_config.json")
+    fields = json.loads((BUNDLED / "tokenizer_config.json").read_text(encoding="utf-8"))
+    fields |= {
+        "tokenizer_class": "DeepseekTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]},
+    }
+    (old / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
+    for folder in (old, new):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert type(tokenizer) is DeepseekTokenizer
+        tokenizer.save_pretrained(new)
+        saved = json.loads((new / "tokenizer_config.json").read_text(encoding="utf-8"))
+        assert "auto_map" not in saved
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, None], ids=["llama", "no config"])
+@pytest.mark.parametrize("add_bos_token", [True, False])
+def test_other_tokenizers_load_as_ever(
+    add_bos_token: bool, config: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "h": 4, "i": 5, "▁h": 6}
+    llama = LlamaTokenizer(
+        vocab=vocabulary, merges=[("▁", "h")], add_bos_token=add_bos_token, padding_side="right"
+    )
+    llama.save_pretrained(tmp_path)
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is LlamaTokenizer
+    assert loaded("hi").input_ids == llama("hi").input_ids
+    assert loaded("<s>hi").input_ids == llama("<s>hi").input_ids
+    assert (loaded.padding_side, loaded.chat_template) == ("right", None)
+
+
+def copy(folder: Path, to: Path, without: str) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if name != without and (folder / name).exists():
+            shutil.copy(folder / name, to)

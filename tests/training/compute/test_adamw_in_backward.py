@@ -1,0 +1,450 @@
+"""Full fine-tuning on one GPU: what it learns beside fp32, what it keeps, and when it is chosen.
+
+On the CPU, by the plain twin of the kernel.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_fixtures import (
+    assert_same,
+    checkpoints,
+    kill_at,
+    logged,
+    options,
+    run,
+    weights,
+    write_base,
+    write_rows,
+)
+from text_fixtures import BUNDLED, tokenizer_of
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.checkpoint import own_tokenizer
+from deepseek_moe.errors import RunError, UserError
+from deepseek_moe.kernels.training import torch_ops as plain
+from deepseek_moe.training.arguments import (
+    STEP_IN_BACKWARD,
+    FineTuningArguments,
+    parse_arguments,
+)
+from deepseek_moe.training.build import build_model
+from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
+from deepseek_moe.training.examples import Collator, load_examples
+from deepseek_moe.training.trainer import FineTuner
+
+MODE = {"single_gpu_full": True, "bf16": True}
+
+# --- The optimizer by itself
+
+
+def fit(dtype: torch.dtype, make: Callable[..., torch.optim.Optimizer], steps: int = 8) -> float:
+    """The loss in fp32 after some steps at a rate of 2e-5 on a fixed batch; steps 0: before."""
+    text = (BUNDLED.parents[1] / "LICENSE-MODEL").read_text(encoding="utf-8")
+    ids = torch.tensor(own_tokenizer(BUNDLED)(text[:2000]).input_ids[:128]).view(4, 32)
+    torch.manual_seed(0)
+    model = DeepseekForCausalLM.from_pretrained(BUNDLED, dtype=dtype).train()
+    optimizer = make(model.parameters(), lr=2e-5, weight_decay=0.0)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return model.float().eval()(input_ids=ids, labels=ids).loss.item()
+
+
+@pytest.mark.slow
+def test_learning_at_2e_5_is_not_lost_to_rounding() -> None:
+    before = fit(torch.float32, torch.optim.AdamW, steps=0)
+    exact = before - fit(torch.float32, torch.optim.AdamW)
+    ours = before - fit(torch.bfloat16, StepInBackward)
+    nearest = before - fit(torch.bfloat16, torch.optim.AdamW)
+    assert exact > 0.5
+    assert abs(ours / exact - 1) < 0.05
+    assert nearest / exact < 0.5  # so this batch and these steps tell the two apart
+
+
+@pytest.mark.parametrize("start", [1.0, -1.0])
+def test_rounding_is_right_on_average(start: float) -> None:
+    """A step of 1e-4 from 1, where bf16 has nothing between 1 and 1 - 1/256."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.full((256, 256), start, dtype=torch.bfloat16))
+    StepInBackward([weight], lr=1e-4)
+    (weight * math.copysign(1, start)).sum().backward()
+    moved = 1 - weight.detach().double().abs()
+    assert moved.unique().tolist() == [0, 1 / 256]
+    error = (1e-4 / 256 / weight.numel()) ** 0.5  # standard, of the mean
+    assert abs(moved.mean() - 1e-4) < 4 * error < 1e-5
+    for other in (0.0, 1.0):  # what has nothing to be rounded stays
+        weight = nn.Parameter(torch.full((500,), other, dtype=torch.bfloat16))
+        StepInBackward([weight], lr=0.0)
+        weight.sum().backward()
+        assert (weight == other).all()
+
+
+def test_steps_are_those_of_adamw_with_its_groups_and_schedule() -> None:
+    """But for what averages of 8 bits and weights of 16 cost."""
+    torch.manual_seed(0)
+    start = [torch.randn(64, 256) * 0.01, torch.randn(100) * 0.01]
+    inputs = [torch.randn(4, 64), torch.randn(4, 100)]
+
+    def steps(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> list[Any]:
+        own = [nn.Parameter(one.to(dtype, copy=True)) for one in start]
+        groups = [{"params": own[:1], "weight_decay": 50.0}, {"params": own[1:], "weight_decay": 0}]
+        optimizer = make(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-6)
+        schedule = LambdaLR(optimizer, lambda step: (step + 1) / 4)
+        for step in range(4):
+            x, y = (one * (1 + step) for one in inputs)
+            near, far = (x @ own[0].float() - 1).square().sum(), (y * own[1].float() - 1).square()
+            (near + far.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        return [one.detach().float() for one in own]
+
+    ours = steps(StepInBackward, torch.bfloat16)
+    exact = steps(torch.optim.AdamW, torch.float32)
+    for one, other, before in zip(ours, exact, start, strict=True):
+        moved = (other - before).norm()
+        assert moved > 0.5 * before.norm()
+        assert (one - other).norm() < 0.08 * moved
+        assert abs((one - other).mean()) < 0.005 * moved / moved.numel() ** 0.5
+
+
+def test_gradients_are_let_go_one_by_one() -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))).to(torch.bfloat16)
+    there: list[int] = []
+
+    def count(_: torch.Tensor) -> None:
+        there.append(sum(one.grad is not None for one in model.parameters()))
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    optimizer = StepInBackward(model.parameters(), lr=1e-3)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    before = [one.detach().clone() for one in model.parameters()]
+    model(torch.randn(3, 16, dtype=torch.bfloat16)).square().sum().backward()
+    assert there == [1, 0] * 10
+    stepped = [one.detach().clone() for one in model.parameters()]
+    assert not any(torch.equal(*two) for two in zip(before, stepped, strict=True))
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(torch.equal(*two) for two in zip(model.parameters(), stepped, strict=True))
+
+
+def test_a_weight_that_is_still_needed_must_not_be_stepped() -> None:
+    """autograd says so, as it does of other changes in place."""
+    weight = nn.Parameter(torch.randn(8, 8, dtype=torch.bfloat16))
+    StepInBackward([weight], lr=1e-3)
+    x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    first, second = (x @ weight).sum(), (x @ weight).sum()
+    first.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+def test_what_is_no_number_stays_so() -> None:
+    weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    StepInBackward([weight], lr=1e-3)
+    (weight * torch.tensor([math.nan] + [1.0] * 7)).sum().backward()
+    assert weight[0].isnan()
+
+
+def test_the_norm_is_that_of_all_gradients_of_a_step() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).to(torch.bfloat16)
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    model(x).square().sum().backward()
+    wanted = torch.cat([one.grad.float().flatten() for one in model.parameters()]).norm()
+    model.zero_grad()
+    optimizer = StepInBackward(model.parameters(), lr=0.0)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        assert optimizer.grad_norm().item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert optimizer.grad_norm().dtype == torch.float32
+        optimizer.step()
+
+
+def test_averages_are_bytes_and_come_back_as_they_were(tmp_path: Path) -> None:
+    def make() -> tuple[list[nn.Parameter], StepInBackward]:
+        torch.manual_seed(0)
+        own = [nn.Parameter(torch.randn(n, dtype=torch.bfloat16)) for n in (1000, 48)]
+        return own, StepInBackward([{"params": own[:1]}, {"params": own[1:]}], lr=1e-2)
+
+    def step(own: list[nn.Parameter]) -> None:
+        sum(one.square().sum() for one in own).backward()
+
+    own, optimizer = make()
+    state = optimizer.state[own[0]]
+    assert state["m"].dtype == state["v"].dtype == torch.uint8
+    assert state["m_scale"].numel() == state["v_scale"].numel() == 4
+    step(own)
+    assert state["v_scale"].min() > 0 and state["m"].max() > 0
+    optimizer.param_groups[1]["lr"] = 2e-2
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    other, resumed = make()
+    for one, two in zip(other, own, strict=True):
+        one.data.copy_(two.data)
+    places = [one["m"].data_ptr() for one in resumed.state.values()]
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert places == [one["m"].data_ptr() for one in resumed.state.values()]
+    for parameters in (own, other):
+        for _ in range(3):
+            step(parameters)
+    assert all(torch.equal(*two) for two in zip(own, other, strict=True))
+
+
+def test_averages_follow_fp32_without_bias() -> None:
+    """Also v, whose steps of a thousandth rounding to the nearest would all lose."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.ones(40, 256, dtype=torch.bfloat16))
+    optimizer = StepInBackward([weight], lr=0.0, betas=(0.9, 0.99))
+    size = torch.logspace(0, -3, 40)[:, None]
+    m, v = torch.zeros(40, 256), torch.zeros(40, 256)
+    for _ in range(150):
+        grad = (torch.randn(40, 256) + 0.5) * size
+        (weight * grad).sum().backward()
+        m, v = 0.9 * m + 0.1 * grad, 0.99 * v + 0.01 * grad.square()
+    state = optimizer.state[weight]
+    kept = plain.read_averages(*(state[name] for name in ("m", "v", "m_scale", "v_scale")))
+    for have, want in zip(kept, (m, v), strict=True):
+        ratio = have.view(40, 256).mean(1) / want.mean(1)
+        assert (ratio - 1).abs().mean() < 0.03
+        assert abs(ratio.mean() - 1) < 0.01
+
+
+def test_other_weights_than_bf16_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"float32; these are steps of bf16"):
+        StepInBackward([nn.Parameter(torch.ones(3))], lr=1e-3)
+
+
+# --- In the trainer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model and 24 rows."""
+    folder = tmp_path_factory.mktemp("optimizer")
+    write_base(folder / "base")
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture
+def argv(place: Path) -> Callable[..., list[str]]:
+    """A command of 6 steps with a checkpoint every 2; keywords change it."""
+
+    def argv(output: Path, **changes: Any) -> list[str]:
+        plain = {
+            "model_name_or_path": place / "base",
+            "data_path": place / "rows.jsonl",
+            "cache_dir": place / "cache",
+            "output_dir": output,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "save_steps": 2,
+        }
+        return options(**(plain | MODE | changes))
+
+    return argv
+
+
+@pytest.fixture
+def tuner(place: Path, argv: Callable[..., list[str]], tmp_path: Path) -> Callable[..., FineTuner]:
+    def tuner(**changes: Any) -> FineTuner:
+        plain = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+        model, data, args = parse_arguments(argv(tmp_path / "out", **(plain | changes)))
+        tokenizer = tokenizer_of(BUNDLED)
+        rows, _ = load_examples(data.data_path, tokenizer, 256, cache_dir=str(place / "cache"))
+        return FineTuner(
+            model=build_model(place / "base", model, args),
+            args=args,
+            train_dataset=rows,
+            data_collator=Collator(tokenizer.pad_token_id, data.packing),
+            processing_class=tokenizer,
+        )
+
+    return tuner
+
+
+def test_groups_rate_and_weights_are_those_of_a_usual_run(tuner: Callable[..., FineTuner]) -> None:
+    usual, ours = tuner(single_gpu_full=False, max_grad_norm=0), tuner()
+    groups = []
+    for trainer in (usual, ours):
+        trainer.train()
+        names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        groups.append(
+            [([names[p] for p in g["params"]], g["weight_decay"], g["betas"], g["eps"])
+             for g in trainer.optimizer.param_groups]
+        )  # fmt: skip
+    assert groups[0] == groups[1]
+    assert [decay for _, decay, _, _ in groups[1]] == [0.1, 0.0]
+    assert all("norm" in name for name in groups[1][1][0])
+
+    def curve(trainer: FineTuner, key: str) -> list[float]:
+        return [line[key] for line in trainer.state.log_history if key in line]
+
+    assert len(curve(ours, "learning_rate")) == 6
+    assert curve(ours, "learning_rate") == curve(usual, "learning_rate")
+    for key in ("loss", "grad_norm"):  # the first before any step
+        assert curve(ours, key)[0] == pytest.approx(curve(usual, key)[0], rel=0.02)
+        assert curve(ours, key) == pytest.approx(curve(usual, key), rel=0.2)
+    assert {p.dtype for p in ours.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in usual.model.parameters()} == {torch.float32}
+    assert all(p.grad is None for p in ours.model.parameters())
+
+
+def test_a_loss_that_is_not_a_number_stops_before_any_weight_is_touched(
+    tuner: Callable[..., FineTuner],
+) -> None:
+    trainer = tuner()
+    with torch.no_grad():
+        trainer.model.lm_head.weight[5, 0] = math.nan
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(RunError, match=r"step 1: the loss is nan, in rows .*jsonl line"):
+        trainer.train()
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_the_next_checkpoint(
+    tuner: Callable[..., FineTuner], tmp_path: Path
+) -> None:
+    trainer = tuner(save_steps=1)
+    trainer.model.lm_head.weight.register_hook(
+        lambda grad: grad * (math.inf if trainer.state.global_step == 2 else 1)
+    )
+    with pytest.raises(
+        RunError, match=r"step 3: the gradient norm is (nan|inf), in rows .*out/checkpoint-2:"
+    ):
+        trainer.train()
+    assert checkpoints(tmp_path / "out") == [1, 2]
+    saved = weights(tmp_path / "out" / "checkpoint-2")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+# --- The script
+
+
+def test_killed_and_repeated_it_ends_with_the_same_weights(
+    argv: Callable[..., list[str]], place: Path, tmp_path: Path
+) -> None:
+    whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
+    done = run(argv(whole), log)
+    assert done.code == 0, done.err
+    assert done.err.count("gradients are not clipped") == 1
+    assert done.out == f"{whole}\n"
+    killed = run(
+        argv(output), log, kill_at("deepseek_moe.training.trainer.FineTuner", "compute_loss", 4)
+    )
+    assert killed.code < 0 and checkpoints(output) == [2]
+    refused = run(argv(output, single_gpu_full=False, max_grad_norm=0), log)
+    assert refused.code == 2 and f"optim: {STEP_IN_BACKWARD} there, adamw" in refused.error
+    again = run(argv(output), log)
+    assert again.code == 0, again.err
+    assert "step 3/6" in again.err and "step 2/6" not in again.err
+    assert_same(output, whole)
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert len(logged(whole, key)) == 6 and logged(output, key) == logged(whole, key)
+
+    losses = logged(whole, "loss")
+    assert sum(losses[3:]) < sum(losses[:3])
+    assert {value.dtype for value in weights(whole).values()} == {torch.bfloat16}
+    result, last, base = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+        for folder in (whole, whole / "checkpoint-6", place / "base")
+    )
+    assert [name for name in last if not torch.equal(result[name], last[name])] == []
+    assert [name for name in last if torch.equal(result[name], base[name])] == []
+
+
+# --- When it is chosen
+
+
+def parse(words: str) -> FineTuningArguments:
+    return parse_arguments(["--data_path", "x", "--output_dir", "out", *words.split()])[2]
+
+
+def on_gpus(monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> None:
+    """As there, for all that parsing asks."""
+    found = {"device": torch.device("cuda"), "world_size": processes}
+    for name, value in found.items():
+        monkeypatch.setattr(FineTuningArguments, name, property(lambda self, value=value: value))
+
+
+AGAINST = {
+    "--use_lora True": "--use_lora True",
+    "--gradient_accumulation_steps 2": "--gradient_accumulation_steps 2",
+    "--optim sgd": "--optim sgd",
+    "--optim_args betas=1": "--optim_args",
+    "--max_grad_norm 1.0": "--max_grad_norm 1",
+    "--max-grad-norm=0.5": "--max_grad_norm 0.5",
+    "--bf16 False": "add --bf16 True",
+}
+
+
+@pytest.mark.parametrize("words", AGAINST)
+def test_what_does_not_work_with_it_is_refused_or_decides_against_it(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_gpus(monkeypatch)
+    with pytest.raises(UserError) as caught:
+        parse(f"--bf16 True --single_gpu_full True {words}")
+    assert AGAINST[words] in str(caught.value) and "\n" not in str(caught.value)
+    usual = parse(f"--bf16 True {words}")
+    assert usual.single_gpu_full is False and usual.optim != STEP_IN_BACKWARD
+    assert capsys.readouterr().err == ""
+
+
+def test_it_is_for_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus(monkeypatch, processes=2)
+    with pytest.raises(UserError, match="2 devices; start it with python"):
+        parse("--bf16 True --single_gpu_full True")
+    assert parse("--bf16 True").single_gpu_full is False
+
+
+def test_a_process_uses_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For several transformers takes torch's DataParallel."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    on_gpus(monkeypatch)
+    training = parse("--bf16 True --per_device_train_batch_size 3")
+    assert training.n_gpu == 1 and training.train_batch_size == 3
+    assert training.single_gpu_full is True
+
+
+def test_deepspeed_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")  # as under its launcher
+    config = Path(__file__).parents[3] / "configs/ds_config_zero3.json"
+    with pytest.raises(UserError, match="--deepspeed"):
+        parse(f"--bf16 True --single_gpu_full True --deepspeed {config}")
+
+
+def test_it_is_chosen_where_all_weights_train_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse("--bf16 True").single_gpu_full is False  # on the CPU
+    assert parse("--bf16 True").max_grad_norm == 1
+    assert capsys.readouterr().err == ""
+    for words in ("--single_gpu_full --bf16 True", "--single_gpu_full True --bf16 True"):
+        assert parse(words).single_gpu_full is True
+    capsys.readouterr()
+    on_gpus(monkeypatch)
+    assert parse("--bf16 True --trainable q_proj").single_gpu_full is False
+    assert parse("--bf16 True --single_gpu_full False").single_gpu_full is False
+    assert capsys.readouterr().err == ""
+    for words in ("--bf16 True", "--bf16 True --max_grad_norm 0"):
+        chosen = parse(words)
+        assert chosen.single_gpu_full is True
+        assert (chosen.optim, chosen.max_grad_norm) == (STEP_IN_BACKWARD, 0)
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1
+        assert "gradients are not clipped" in said.err

@@ -1,0 +1,186 @@
+"""Adapted linear layers computed together equal PEFT's own: outputs and every gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from deepseek_moe.training.compute.fused_experts import drop_again, drop_out
+from deepseek_moe.training.compute.fused_lora import linears
+from deepseek_moe.training.quantized_base import Quantization
+
+WIDTH, OUTS, P = 64, {"q": 48, "k": 64, "v": 32}, 0.4
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, out in OUTS.items():
+            self.add_module(name, nn.Linear(WIDTH, out, bias=False))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [getattr(self, name)(x) for name in OUTS]
+
+
+def make(bits: int = 16, dropout: float = 0.0, targets: str = "qkv", **options: Any) -> Any:
+    torch.manual_seed(1)
+    layers = Layers()
+    config = LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=dropout, target_modules=list(targets), **options
+    )
+    model = get_peft_model(layers, config).base_model.model.train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+        elif bits == 4 and "lora" not in name:
+            parent = model.get_submodule(name.rsplit(".", 1)[0])
+            parent.weight = Quantization(4, dtype="float32").quantize(parameter)
+    return model
+
+
+def run(forward: Any, model: Any, of_input: bool = True) -> tuple[list, dict[str, torch.Tensor]]:
+    """Outputs, and the gradients of the adapters and of the input."""
+    torch.manual_seed(2)
+    x = torch.randn(2, 7, WIDTH, requires_grad=of_input)
+    probes = [torch.randn(2, 7, out) for out in OUTS.values()]
+    torch.manual_seed(3)
+    outs = forward(x)
+    leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    leaves |= {"x": x} if of_input else {}
+    loss = sum((out * probe).sum() for out, probe in zip(outs, probes, strict=True))
+    return outs, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def agree(have: Any, want: Any) -> None:
+    for mine, other in zip(have[0], want[0], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    assert have[1].keys() == want[1].keys()
+    for name, other in want[1].items():
+        assert other.any(), name
+        assert (have[1][name] - other).abs().max() <= 1e-5 * max(1, other.abs().max()), name
+
+
+def together(model: Any) -> Any:
+    return lambda x: linears(x, model.q, model.k, model.v)
+
+
+def unpacked(model: Any) -> Any:
+    """The same over the weights that 4 bits stand for, by PEFT."""
+    plain = make()
+    for name in OUTS:
+        weight = Quantization(4, dtype="float32").roundtrip(getattr(plain, name).base_layer.weight)
+        getattr(plain, name).base_layer.weight.data = weight
+    return plain
+
+
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of `FusedLinears` takes from now on."""
+    from deepseek_moe.training.compute import fused_lora as fused_linears
+
+    counts, apply = [], fused_linears.FusedLinears.apply
+
+    def noted(*args: Any) -> Any:
+        counts.append(len(args[2]))
+        return apply(*args)
+
+    monkeypatch.setattr(fused_linears.FusedLinears, "apply", noted)
+    return counts
+
+
+@pytest.mark.parametrize("of_input", [True, False])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_three_layers_are_one(bits: int, of_input: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, model = fused(monkeypatch), make(bits)
+    plain = model if bits == 16 else unpacked(model)
+    agree(run(together(model), model, of_input), run(plain, plain, of_input))
+    assert counts == [3]
+
+
+def test_what_drops_out_does_so_in_both_passes() -> None:
+    model = make(dropout=P)
+
+    def written_out(x: torch.Tensor) -> list[torch.Tensor]:
+        dropped, _ = torch.native_dropout(x, P, True)
+        outs = []
+        for name in OUTS:
+            layer = getattr(model, name)
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            outs.append(layer.base_layer(x) + 1.5 * (dropped @ a.T) @ b.T)
+        return outs
+
+    agree(run(together(model), model), run(written_out, model))
+    model.eval()
+    agree(run(together(model), model), run(model, model))
+
+
+def test_dropout_is_repeated_to_the_bit() -> None:
+    x = torch.randn(500, 7)
+    dropped, kept = drop_out(x, P)
+    assert torch.equal(drop_again(x, kept, P), dropped)
+    assert 0.3 < (dropped == 0).float().mean() < 0.5
+    assert drop_out(x, 0.0)[0] is x is drop_again(x, None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"targets": "q"}, [1]),
+        ({"targets": "qv", "rank_pattern": {"v": 8}, "alpha_pattern": {"v": 12}}, [1, 1]),
+        ({"rank_pattern": {"v": 8}}, [1, 1, 1]),  # and so another scale
+        ({"use_dora": True}, []),
+        ({"lora_bias": True}, []),
+    ],
+)
+def test_layers_that_differ_are_apart(
+    changes: dict[str, Any], wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, model = fused(monkeypatch), make(**changes)
+    agree(run(together(model), model), run(model, model))
+    assert counts == wanted
+
+
+def test_ranks_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(rank_pattern={"v": 8}, alpha_pattern={"v": 12})
+    counts = fused(monkeypatch)
+    agree(run(together(model), model), run(model, model))
+    assert counts == [3]
+
+
+def test_adapters_that_are_off_or_merged_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, model = fused(monkeypatch), make()
+    x = torch.randn(3, WIDTH)
+    for change in ("enable_adapters", "merge"):
+        for name in OUTS:
+            layer = getattr(model, name)
+            layer.enable_adapters(False) if change == "enable_adapters" else layer.merge()
+        for have, want in zip(together(model)(x), model(x), strict=True):
+            assert torch.equal(have, want)
+        for name in OUTS:
+            getattr(model, name).enable_adapters(True)
+    assert counts == []
+
+
+def test_the_input_is_kept_once_and_no_weight() -> None:
+    model, kept = make(4, dropout=P), []
+    x = torch.randn(14, WIDTH, requires_grad=True)
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        together(model)(x)
+    wanted = [(14, WIDTH), (14, WIDTH), (14, 12), (12, WIDTH), (48, 4), (64, 4), (32, 4)]
+    assert sorted(tuple(one.shape) for one in kept) == sorted(wanted)
+    [mask] = [one for one in kept if one.dtype == torch.bool]
+    assert mask.shape == x.shape and any(one.data_ptr() == x.data_ptr() for one in kept)
+
+
+def test_gradients_have_the_dtype_of_the_factors() -> None:
+    """DeepSpeed keeps adapters in bf16."""
+    model = make(dropout=P).bfloat16()
+    outs = together(model)(torch.randn(7, WIDTH, dtype=torch.bfloat16, requires_grad=True))
+    sum(out.sum() for out in outs).backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}

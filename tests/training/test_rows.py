@@ -1,0 +1,332 @@
+"""Files to rows: every format, and every way in which a row or a file can be wrong."""
+
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from text_fixtures import assistant, system, user
+
+from deepseek_moe.errors import UserError
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS
+from deepseek_moe.training.rows import good_rows, read_rows
+
+datasets.disable_progress_bars()
+
+ROWS = [
+    {"instruction": "Say hello.", "input": "", "output": "Hello, you!"},
+    {"instruction": "Count,\nplease", "input": '1, 2, "3"', "output": "4\n5"},
+    {"instruction": "Führer?", "input": "  ", "output": "你好 🎉"},
+    {"instruction": f"type {EOS}", "input": "", "output": f"{BOS}no{EOS}"},
+]
+GOOD = {"instruction": "a", "output": "b"}
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., datasets.Dataset]:
+    """The good rows of files in `tmp_path`, with a cache of their own."""
+
+    def read(*names: str, skip_bad_rows: bool = False, cache: str = "cache") -> datasets.Dataset:
+        paths = [str(tmp_path / name) for name in names]
+        return good_rows(read_rows(paths, str(tmp_path / cache)), skip_bad_rows)
+
+    return read
+
+
+def lines_of(rows: list[Any]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_jsonl(file: Path, rows: list[Any]) -> None:
+    file.write_text(lines_of(rows), encoding="utf-8")
+
+
+def write_csv(file: Path, rows: list[dict[str, str]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+WRITERS: dict[str, Callable[[Path, list[Any]], object]] = {
+    "array.json": lambda file, rows: file.write_text(json.dumps(rows, indent=1)),
+    "array.jsonl": lambda file, rows: file.write_text("\n " + json.dumps(rows)),
+    "lines.json": write_jsonl,
+    "lines.jsonl": write_jsonl,
+    "blank.jsonl": lambda f, rows: f.write_text("\n" + lines_of(rows).replace("\n", "\r\n\r\n")),
+    "marked.jsonl": lambda file, rows: file.write_text(lines_of(rows), encoding="utf-8-sig"),
+    "lines.jsonl.xz": lambda f, rows: f.write_bytes(lzma.compress(lines_of(rows).encode())),
+    "LINES.JSONL.GZ": lambda f, rows: f.write_bytes(gzip.compress(lines_of(rows).encode())),
+    "array.json.xz": lambda f, rows: f.write_bytes(lzma.compress(json.dumps(rows).encode())),
+    "table.parquet": lambda f, rows: parquet.write_table(pa.Table.from_pylist(rows), f),
+    "table.csv": write_csv,
+}
+
+
+def contents(rows: datasets.Dataset) -> list[list[dict[str, str]]]:
+    return [json.loads(messages) for messages in rows["messages"]]
+
+
+def conversations(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    questions = [
+        row["instruction"] + ("\n" + row["input"] if row.get("input", "").strip() else "")
+        for row in rows
+    ]
+    return [
+        [user(question), assistant(row["output"])]
+        for question, row in zip(questions, rows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_conversations(name: str, read: Any, tmp_path: Path) -> None:
+    rows = [row | {"story": "of no account", "id": str(n)} for n, row in enumerate(ROWS)]
+    WRITERS[name](tmp_path / name, rows)
+    found = read(name)
+    assert contents(found) == conversations(ROWS)
+    assert found.column_names == ["source", "messages", "problem"]
+
+
+def test_a_folder_and_several_paths(read: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    write_jsonl(folder / "b.jsonl", ROWS[2:])
+    WRITERS["lines.jsonl.xz"](folder / "a.jsonl.xz", ROWS[:2])
+    write_jsonl(folder / "below" / "c.jsonl", ROWS)
+    (folder / "LICENSE").write_text("not data")
+    write_csv(tmp_path / "x.csv", ROWS[:1])
+    rows = read("folder", "x.csv")
+    assert contents(rows) == conversations([*ROWS, ROWS[0]])
+    assert [source.removeprefix(str(tmp_path)) for source in rows["source"]] == [
+        "/folder/a.jsonl.xz line 1",
+        "/folder/a.jsonl.xz line 2",
+        "/folder/b.jsonl line 1",
+        "/folder/b.jsonl line 2",
+        "/x.csv line 2",
+    ]
+
+
+def test_conversations(read: Any, tmp_path: Path) -> None:
+    talks = [
+        [user("a"), assistant("b")],
+        [system("Hm."), user("a"), assistant("b"), user("c"), assistant("d")],
+    ]
+    extra = [[message | {"weight": 1} for message in talk] for talk in talks]
+    # `messages` wins, and null is absent: a table has all columns in all rows.
+    rows = [
+        {"messages": extra[0], "instruction": None, "output": None},
+        {"messages": extra[1], "instruction": "x", "output": "y"},
+        {"messages": None, "instruction": "x", "output": "y"},
+    ]
+    write_jsonl(tmp_path / "talks.jsonl", rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "talks.parquet")
+    for name in ("talks.jsonl", "talks.parquet"):
+        assert contents(read(name)) == [*talks, [user("x"), assistant("y")]]
+
+
+def test_a_dataset_of_the_hub(read: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str, cache_dir: str) -> datasets.Dataset:
+        asked.append((name, split, cache_dir))
+        return datasets.Dataset.from_list([*ROWS, ROWS[0] | {"output": " "}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    cache = str(tmp_path / "cache")
+    with pytest.raises(UserError, match="1 of 5 rows are bad: own/data row 5: output is empty"):
+        good_rows(read_rows(["own/data"], cache))
+    rows = good_rows(read_rows(["own/data"], cache), skip_bad_rows=True)
+    assert asked == 2 * [("own/data", "train", cache)]
+    assert contents(rows) == conversations(ROWS)
+    assert rows["source"][3] == "own/data row 4"
+
+
+def test_a_dataset_that_the_hub_does_not_give(
+    read: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load_dataset(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("two\nlines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"^own/data is no file here and .*: two; check the name"):
+        read_rows(["own/data"])
+
+
+def talk(*messages: Any) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+BAD_ROWS: list[tuple[Any, str]] = [
+    ({"question": "a", "answer": "b"}, "no instruction: found question, answer, wanted"),
+    ({"instruction": "a", "response": "b"}, "no output: found instruction, response, wanted"),
+    ({}, "no instruction: found no field, wanted"),
+    ({"instruction": "a", "output": None}, "output is null, wanted text"),
+    ({"instruction": "a", "output": ""}, "output is empty, wanted an answer"),
+    ({"instruction": "a", "output": " \n\t"}, "output is empty, wanted an answer"),
+    ({"instruction": "a", "output": 3}, "output is number 3, wanted text"),
+    ({"instruction": True, "output": "b"}, "instruction is truth value True, wanted text"),
+    ({"instruction": ["a"], "output": "b"}, "instruction is list ['a'], wanted text"),
+    ({"instruction": "a", "input": 1.5, "output": "b"}, "input is number 1.5, wanted text"),
+    ({"instruction": "a", "output": "b\ud800"}, "output has half a character ('\\ud800'), wanted"),
+    (["a", "b"], "found list ['a', 'b'], wanted an object"),
+    ("a", "found text 'a', wanted an object"),
+    (talk(), "messages is list [], wanted a list of role and content"),
+    ({"messages": "hello"}, "messages is text 'hello', wanted a list"),
+    ({"messages": {"role": "user"}}, "messages is object {'role': 'user'}, wanted a list"),
+    (talk("hello"), "message 1 is text 'hello', wanted role and content"),
+    (talk(user("a")), "the last message has role 'user', wanted assistant"),
+    (talk(user("a"), {"role": "gpt", "content": "b"}), "message 2 has role 'gpt', wanted user"),
+    (talk({"content": "b"}), "message 1 has role None, wanted user, assistant or system"),
+    (talk({"role": ["user"], "content": "b"}), "message 1 has role ['user'], wanted"),
+    (talk(user("a"), {"role": "assistant"}), "content of message 2 is null, wanted text"),
+    (talk(user("a"), assistant(7)), "content of message 2 is number 7, wanted text"),
+    (talk(user("a"), assistant(" "), user("c"), assistant("d")), "content of message 2 is empty"),
+    (talk(user([{"type": "text"}]), assistant("b")), "content of message 1 is list [{'type"),
+]
+
+
+def escaped(row: Any) -> str:
+    return json.dumps(row)  # a lone surrogate only exists as an escape
+
+
+@pytest.mark.parametrize(("row", "said"), BAD_ROWS)
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_a_bad_row_is_named_with_its_place(
+    form: str, row: Any, said: str, read: Any, tmp_path: Path
+) -> None:
+    if form == "lines":
+        text, place = f"{escaped(GOOD)}\n\n{escaped(row)}\n{escaped(GOOD)}\n", "line 3"
+    else:
+        text, place = f"[{escaped(GOOD)},\n{escaped(GOOD)},{escaped(row)}]", "row 3"
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read("x.json")
+    message = str(caught.value)
+    assert message.startswith(f"1 of 3 rows are bad: {tmp_path}/x.json {place}: {said}")
+    assert message.endswith("; mend them or skip them with --skip_bad_rows True")
+    assert "\n" not in message
+    assert contents(read("x.json", skip_bad_rows=True)) == conversations([GOOD, GOOD])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"instruction": "a", "output": "b"', "invalid JSON (Expecting ',' delimiter at column"),
+        (b"{'instruction': 'a'}", "invalid JSON (Expecting property name enclosed in double"),
+        (b"hello", "invalid JSON (Expecting value at column 1), wanted an object on one line"),
+        (
+            b'{"instruction": "a", "output": "\xff"}',
+            "byte 33 is not UTF-8 (convert it), wanted",
+        ),
+        (b"[" * 100_000, "invalid JSON (maximum recursion depth exceeded"),
+        (b"9" * 5_000, "invalid JSON (Exceeds the limit"),
+    ],
+)
+def test_a_line_that_is_not_json(line: bytes, said: str, read: Any, tmp_path: Path) -> None:
+    good = json.dumps(GOOD).encode()
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, line, good]))
+    with pytest.raises(UserError) as caught:
+        read("x.jsonl")
+    assert f"1 of 3 rows are bad: {tmp_path}/x.jsonl line 2: {said}" in str(caught.value)
+    assert len(read("x.jsonl", skip_bad_rows=True)) == 2
+
+
+def test_bad_rows_of_tables(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(
+        'instruction,output\n"two\nlines",b\n\na,b, and c\nq, \na\na,"b, and c"\n'
+    )
+    with pytest.raises(UserError) as caught:
+        read("x.csv")
+    file = f"{tmp_path}/x.csv"
+    wanted = "wanted 2 as in the header (fields with commas need quotes)"
+    assert f"3 of 5 rows are bad: {file} line 5: found 3 fields, {wanted}; " in str(caught.value)
+    assert f"{file} line 6: output is empty, wanted an answer; " in str(caught.value)
+    assert f"{file} line 7: found 1 fields, {wanted}; mend" in str(caught.value)
+    rows = read("x.csv", skip_bad_rows=True)
+    assert rows["source"][:] == [f"{file} line 2", f"{file} line 8"]
+    table = pa.table({"instruction": ["a"] * 2000, "output": range(2000)})
+    parquet.write_table(table, f"{file}.parquet")
+    with pytest.raises(UserError, match=r"2,000 of 2,000 .*\.parquet row 1: output is number 0"):
+        read("x.csv.parquet")
+
+
+def test_a_long_field_of_a_table(read: Any, tmp_path: Path) -> None:
+    row = GOOD | {"output": "word " * 40_000}
+    write_csv(tmp_path / "x.csv", [row])
+    assert contents(read("x.csv")) == conversations([row])  # csv's own limit is 131,072 characters
+
+
+def test_the_first_bad_rows_are_named_and_all_counted(read: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [GOOD, *[{"n": n} for n in range(1200)]])
+    with pytest.raises(UserError) as caught:
+        read("x.jsonl")
+    message = str(caught.value)
+    assert message.startswith("1,200 of 1,201 rows are bad: ")
+    assert [f"line {n}:" in message for n in (1, 2, 3, 4, 5)] == [False, True, True, True, False]
+    assert "; and 1,197 more; " in message
+
+
+def test_rows_that_are_all_bad_cannot_be_skipped(read: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "b"}] * 2)
+    with pytest.raises(
+        UserError, match=r"^2 of 2 rows are bad: .*found question, answer"
+    ) as caught:
+        read("x.jsonl", skip_bad_rows=True)
+    assert "--skip_bad_rows" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", b"", "has no rows"),
+        ("x.jsonl", b" \n\n", "has no rows"),
+        ("x.json", b"[]", "has no rows"),
+        ("x.csv", b"", "has no rows"),
+        ("x.csv", b"instruction,output\n", "has no rows"),
+        ("x.json", b'\n[{"instruction": "a",\n "output": }]', "Expecting value: line 3 column 12"),
+        ("x.json", b"[1]\n[2]", "Extra data: line 2 column 1"),
+        ("x.json", b'["\xff"]', "is not UTF-8 (invalid start byte); convert it"),
+        ("x.json", b"[" * 100_000, "cannot be read: maximum recursion depth"),
+        ("x.csv", "instruction,output\nü,b".encode("latin-1"), "is not UTF-8"),
+        ("x.csv", b'instruction,output\n"a,b', "cannot be read: unexpected end of data"),
+        ("x.parquet", b"no table at all", "cannot be read: Parquet magic bytes not found"),
+        ("x.jsonl.xz", b"not compressed", "cannot be read: Input format not supported"),
+        ("x.jsonl.gz", b"not compressed", "cannot be read: Not a gzipped file"),
+        ("x.jsonl.xz", lzma.compress(b"{}\n" * 999)[:-20], "cannot be read: Compressed file ended"),
+        ("x.jsonl.gz", gzip.compress(b"{}\n" * 999)[:-9], "cannot be read: Compressed file ended"),
+        ("x.txt", b"hello", "is of no known kind; give .json, .jsonl, .csv, .parquet, or"),
+        ("x", b"hello", "is of no known kind"),
+    ],
+)
+def test_a_file_that_cannot_be_read(
+    name: str, content: bytes, said: str, read: Any, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(name, skip_bad_rows=True)
+    assert str(caught.value).startswith(f"{tmp_path / name} ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_that_hold_nothing(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no data files"):
+        read("empty")
+    for name in ("data/train.jsonl", "no such thing", str(tmp_path / "a" / "b")):
+        with pytest.raises(UserError, match=f"^{name} does not exist; give a file"):
+            read_rows([name])
+
+
+def test_a_cache_that_cannot_be_written(read: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=r"cannot be written to the cache: .*--cache_dir"):
+        read("x.jsonl", cache="taken")
