@@ -103,7 +103,7 @@ def refuse_damaged(checkpoint: Path, layout: Layout) -> None:
     """Looks at a checkpoint before anything of it is loaded. Called by all processes.
 
     Raises:
-        EveryProcess: in one line: the first file that is missing or damaged, what is wrong with it,
+        CollectiveRunError: in one line: the first file that is missing or damaged, what is wrong with it,
             and what to remove to go on from the last checkpoint before it that is whole.
     """
     if found := damage(checkpoint, layout):
