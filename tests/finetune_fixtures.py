@@ -285,19 +285,19 @@ def accelerate_on_a_cpu() -> None:
     from liger_kernel.transformers import functional
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    from deepseek_moe.training.trainer import trainable as adapters
+    from deepseek_moe.training import build
 
     functional.liger_rope = apply_rotary_pos_emb
     for name, function in liger_in_torch().items():
         setattr(functional, name, function)
-    build = adapters.build_model
+    build_model = build.build_model
 
-    def build_model(*args: Any) -> torch.nn.Module:
-        model = build(*args)
+    def build_for_a_gpu(*args: Any) -> torch.nn.Module:
+        model = build_model(*args)
         build.use_fused_forwards(model)
         return model
 
-    adapters.build_model = build_model
+    build.build_model = build_for_a_gpu
 
 
 def be_process(rank: str) -> None:
