@@ -17,10 +17,10 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..checkpoint import fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
 from ..errors import UserError
 from ..files import lock
-from ..fingerprint import fingerprint, is_outdated
 from ..model.layout import first_few
 from . import examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
