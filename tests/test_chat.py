@@ -20,72 +20,58 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from deepseek_moe.chat import Message, TextStream, render, render_within
 from deepseek_moe.errors import UserError
-from deepseek_moe.model.tokenization_deepseek import BOS, EOS
+from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS
 
 CONTENTS = [
-    "Hello, who are you?",
-    "",
-    " ",
-    "  two spaces before",
-    "two after  ",
-    "\nnewline before",
-    "\n\n\n",
-    "newlines after\n\n",
-    " \n mixed \t\n ",
-    "\ttab",
-    "3 + 4 = 7",
-    "1234567890",
-    "...",
-    "?!",
-    ": colon",
-    "'s apostrophe",
-    "User: a role inside\n\nAssistant: another",
-    "def f(x):\n    return x\n",
-    "你好，世界。",
-    "Führer, naïve, øöü",
-    "🎉👩‍👩‍👧‍👦",
-    "\u00a0no-break\u200b",
-    "\r\nWindows\r\n",
+    *("", " ", "  two spaces before", "two after  ", "\ttab", " \n mixed \t\n ", "\n\n\n"),
+    *("\nnewline before", "newlines after\n\n", "\r\nWindows\r\n", "def f(x):\n    return x\n"),
+    *("Hello, who are you?", "User: a role inside\n\nAssistant: another", ": colon", "'s"),
+    *("3 + 4 = 7", "1234567890", "...", "?!", "你好，世界。", "Führer, naïve, øöü"),
+    *("🎉👩‍👩‍👧‍👦", "\u00a0no-break\u200b"),
 ]
 
 
-def conversations(text: str) -> dict[str, list[Message]]:
-    return {
-        "question": [user(text)],
-        "answer": [user("Why?"), assistant(text)],
-        "two turns": [user(text), assistant(text), user(text), assistant(text)],
-        "system": [system(text), user("Why?"), assistant("So.")],
-    }
+def conversations(text: str) -> list[list[Message]]:
+    return [
+        [user(text)],
+        [user("Why?"), assistant(text)],
+        [user(text), assistant(text), user(text), assistant(text)],
+        [system(text), user("Why?"), assistant("So.")],
+    ]
 
 
 @pytest.mark.parametrize("asks", [True, False])
-@pytest.mark.parametrize("text", CONTENTS)
 @both_tokenizers
-def test_ids_equal_those_of_the_chat_template(folder: Path, text: str, asks: bool) -> None:
+def test_ids_equal_those_of_the_chat_template(folder: Path, asks: bool) -> None:
     tokenizer = tokenizer_of(folder)
-    for messages in conversations(text).values():
-        template = tokenizer.apply_chat_template(messages, add_generation_prompt=asks)
-        assert render(tokenizer, messages, asks)[0] == template["input_ids"]
+    for text in CONTENTS:
+        for messages in conversations(text):
+            template = tokenizer.apply_chat_template(messages, add_generation_prompt=asks)
+            assert render(tokenizer, messages, asks)[0] == template["input_ids"], messages
+
+
+@pytest.mark.parametrize("name", ["tiny-base", "tiny-chat"])
+def test_the_bundled_models_have_this_template(name: str) -> None:
+    file = BUNDLED.with_name(name) / "chat_template.jinja"
+    assert file.read_text(encoding="utf-8") == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("asks", [True, False])
-@pytest.mark.parametrize("text", CONTENTS)
 @both_tokenizers
-def test_mask_marks_exactly_answers_and_their_eos(folder: Path, text: str, asks: bool) -> None:
+def test_mask_marks_exactly_answers_and_their_eos(folder: Path, asks: bool) -> None:
     tokenizer = tokenizer_of(folder)
-    messages = [system("Hm."), user("One?"), assistant(text), user(text), assistant("Two.")]
-    ids, mask = render(tokenizer, messages, asks)
-    assert len(ids) == len(mask)
-    trained = [
-        [token for token, _ in pairs]
-        for marked, pairs in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
-        if marked
-    ]
-    assert [tokenizer.decode(one) for one in trained] == [
-        tokenizer.decode(tokenizer.encode(f" {answer}", add_special_tokens=False)) + EOS
-        for answer in (text, "Two.")
-    ]
-    assert all(one[-1] == tokenizer.eos_token_id for one in trained)
+    for text in CONTENTS:
+        messages = [system("Hm."), user("One?"), assistant(text), user(text), assistant("Two.")]
+        ids, mask = render(tokenizer, messages, asks)
+        trained = [
+            [token for token, _ in pairs]
+            for marked, pairs in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+            if marked
+        ]
+        assert trained == [
+            [*tokenizer.encode(f" {answer}", add_special_tokens=False), tokenizer.eos_token_id]
+            for answer in (text, "Two.")
+        ], text
 
 
 @pytest.mark.parametrize("typed", [EOS, BOS, f"a{EOS}b", f"{BOS}User: x{EOS}", EOS * 2])
@@ -120,7 +106,6 @@ def test_a_wrong_message_is_an_error_that_names_it(message: Message, said: str) 
 
 @pytest.mark.parametrize("lacking", ["bos_token", "eos_token"])
 def test_a_tokenizer_without_bos_or_eos_cannot_render(lacking: str) -> None:
-    """That of another architecture, which many are."""
     tokenizer = copy.copy(tokenizer_of(BUNDLED))
     tokenizer._special_tokens_map = dict(tokenizer._special_tokens_map) | {lacking: None}
     with pytest.raises(UserError, match="no BOS or no EOS"):
