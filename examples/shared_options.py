@@ -16,46 +16,29 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 def add_model_options(parser: argparse.ArgumentParser, bundled: str) -> None:
     """Adds the options of `load`. The default is a model in the folder models/."""
-    parser.add_argument(
-        "--model",
-        default=str(MODELS / bundled),
-        help=f"a folder or a hub id; the default is models/{bundled}",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: the checkpoint's on a GPU; float32 on a CPU if it fits, else bfloat16",
-    )
-    parser.add_argument(
-        "--quantization",
-        choices=["int8", "int4"],
-        help="quantise the weights of the layers to 8 or 4 bits while they are read",
-    )
+    says = f"a folder or a hub id; the default is models/{bundled}"
+    parser.add_argument("--model", default=str(MODELS / bundled), help=says)
+    says = "auto: the checkpoint's on a GPU; float32 on a CPU if it fits, else bfloat16"
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help=says)
+    says = "quantise the weights of the layers to 8 or 4 bits while they are read"
+    parser.add_argument("--quantization", choices=["int8", "int4"], help=says)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Adds --max_new_tokens and the arguments of `make_sampler`."""
-    parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--top_k", type=int, default=0, help="0 (default) keeps all")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="keep the likeliest that reach it together"
-    )
-    parser.add_argument(
-        "--min_p",
-        type=float,
-        default=0.0,
-        help="drop what is less likely than this x the likeliest",
-    )
-    parser.add_argument(
-        "--repetition_penalty",
-        type=float,
-        default=1.0,
-        help="above 1 makes what is in the prompt or answer less likely, below 1 likelier",
-    )
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    """Adds --max_new_tokens and the arguments of `make_sampler`, whose defaults are greedy."""
+    penalty = "above 1 makes what is in the prompt or answer less likely, below 1 likelier"
+    for name, kind, default, says in (
+        ("max_new_tokens", positive, max_new_tokens, f"default {max_new_tokens}"),
+        ("temperature", float, 0.0, "0 (default) is greedy"),
+        ("top_k", int, 0, "0 (default) keeps all"),
+        ("top_p", float, 1.0, "keep the likeliest that reach it together"),
+        ("min_p", float, 0.0, "drop what is less likely than this x the likeliest"),
+        ("repetition_penalty", float, 1.0, penalty),
+        ("seed", int, None, "makes sampling repeatable"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=says)
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, float | int | None]:

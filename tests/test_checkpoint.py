@@ -5,17 +5,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from text_fixtures import BUNDLED, tokenizer_of
+from text_fixtures import BUNDLED
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekTokenizer, checkpoint
+from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, checkpoint
 from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer
 from deepseek_moe.decode import load as load_module
 from deepseek_moe.decode.load import load
@@ -24,35 +23,10 @@ from deepseek_moe.errors import UserError
 Change = Callable[[Path], object]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that loads: the bundled tokenizer and a smaller model."""
-    folder = tmp_path_factory.mktemp("whole")
-    tokenizer = tokenizer_of(BUNDLED)
-    config = DeepseekConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    DeepseekForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy, to be broken."""
-    return shutil.copytree(whole, tmp_path / "model")
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint to be broken."""
+    return shutil.copytree(BUNDLED, tmp_path / "model")
 
 
 def refused(model: Path | str, *said: str, **options: Any) -> str:
@@ -82,21 +56,21 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_whole_checkpoint_loads_ready_to_generate(whole: Path, dtype: str) -> None:
-    model, tokenizer = load(str(whole), dtype=dtype)
+def test_a_whole_checkpoint_loads_ready_to_generate(dtype: str) -> None:
+    model, tokenizer = load(str(BUNDLED), dtype=dtype)
     assert type(model) is DeepseekForCausalLM and type(tokenizer) is DeepseekTokenizer
     assert model.dtype == getattr(torch, dtype)
     assert not model.training
 
 
-def test_the_home_folder_may_be_abbreviated(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(whole.parent))
-    assert find_checkpoint(f"~/{whole.name}") == whole
+def test_the_home_folder_may_be_abbreviated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(BUNDLED.parent))
+    assert find_checkpoint(f"~/{BUNDLED.name}") == BUNDLED
 
 
-def test_a_sharded_checkpoint_loads_too(whole: Path, tmp_path: Path) -> None:
-    model, tokenizer = load(str(whole), dtype="bfloat16")
-    model.save_pretrained(tmp_path, max_shard_size="50KB")
+def test_a_sharded_checkpoint_loads_too(tmp_path: Path) -> None:
+    model, tokenizer = load(str(BUNDLED), dtype="bfloat16")
+    model.save_pretrained(tmp_path, max_shard_size="6MB")
     tokenizer.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     again, _ = load(str(tmp_path), dtype="bfloat16")
@@ -104,26 +78,22 @@ def test_a_sharded_checkpoint_loads_too(whole: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def test_auto_on_a_cpu_is_float32_where_it_fits(
-    whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_on_a_cpu_is_float32_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model, _ = load(str(whole))
+    model, _ = load(str(BUNDLED))
     assert (model.device.type, model.dtype) == ("cpu", torch.float32)
-    numbers = sum(x.numel() for x in load_file(whole / "model.safetensors").values())
+    numbers = sum(x.numel() for x in load_file(BUNDLED / "model.safetensors").values())
     monkeypatch.setattr(load_module, "_free_memory", lambda device: 3 * numbers)
-    assert load(str(whole), device="cpu")[0].dtype == torch.bfloat16
+    assert load(str(BUNDLED), device="cpu")[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
-def test_the_tokenizer_needs_no_tokenizer_config(
-    whole: Path, folder: Path, content: str | None
-) -> None:
+def test_the_tokenizer_needs_no_tokenizer_config(folder: Path, content: str | None) -> None:
     (folder / "tokenizer_config.json").unlink()
     if content:
         (folder / "tokenizer_config.json").write_text(content)
     _, tokenizer = load(str(folder))
-    assert tokenizer("Hello").input_ids == own_tokenizer(whole)("Hello").input_ids
+    assert tokenizer("Hello").input_ids == own_tokenizer(BUNDLED)("Hello").input_ids
     assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
 
 
@@ -143,16 +113,16 @@ def test_the_tokenizer_needs_no_tokenizer_config(
     ],
 )
 def test_options_that_cannot_be_met(
-    whole: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], said: str
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, str], said: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    refused(whole, said, **options)
+    refused(BUNDLED, said, **options)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_too_little_memory(whole: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(load_module, "_free_memory", lambda device: 1000)
-    refused(whole, "GB free", "smaller model", device="cpu", dtype=dtype)
+    refused(BUNDLED, "GB free", "smaller model", device="cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "nothing", "~/no/such", "a/b/c"])
@@ -169,8 +139,6 @@ def test_impossible_path(path: str) -> None:
     "error",
     [
         LocalEntryNotFoundError("Cannot find the files in the cache.\nCheck your connection."),
-        HfHubHTTPError("404.", response=SimpleNamespace(headers={}, request=None)),
-        HFValidationError("Repo id must be in the form 'namespace/name'"),
         # The HTTP library of huggingface_hub, which its versions change, has its own errors.
         HfHubHTTPError.__mro__[1]("The read operation timed out"),
     ],
@@ -186,17 +154,15 @@ def test_hub_id_that_cannot_be_downloaded(
     refused("some-org/no-model", "some-org/no-model", "check the name and the network")
 
 
-def test_download_takes_neither_pickles_nor_code(
-    monkeypatch: pytest.MonkeyPatch, whole: Path
-) -> None:
+def test_download_takes_neither_pickles_nor_code(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = []
 
     def download(model: str, allow_patterns: list[str], cache_dir: str | None) -> str:
         wanted.extend(allow_patterns)
-        return str(whole)
+        return str(BUNDLED)
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
-    assert find_checkpoint("some-org/model") == whole
+    assert find_checkpoint("some-org/model") == BUNDLED
     assert set(wanted) == {"*.json", "*.safetensors", "*.jinja"}
 
 
@@ -219,13 +185,6 @@ def fields(**changes: Any) -> Change:
     return lambda folder: set_fields(folder, **changes)
 
 
-def tensor(name: str, value: torch.Tensor | None) -> Change:
-    """Replaces a tensor of the checkpoint, or removes it."""
-    if value is None:
-        return lambda folder: change_weights(folder, lambda weights: weights.pop(name))
-    return lambda folder: change_weights(folder, lambda weights: weights.update({name: value}))
-
-
 def index(content: Any) -> Change:
     def write_index(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-00001-of-00003.safetensors")
@@ -243,7 +202,6 @@ def pickled(name: str) -> Change:
 
 
 WEIGHTS = "model.safetensors"
-EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 NO_ADAPTER = ("holds an adapter", "merge it first")
 CORRUPT = (f"{WEIGHTS} is truncated or corrupt", "get it anew")
@@ -272,9 +230,6 @@ BROKEN: list[tuple[Change, tuple[str, ...]]] = [
         (*SHARDS[1:], "2 of 3 weight files", "finish the download"),
     ),
     *((index(wrong), ("index", "anew")) for wrong in ([], {}, {"weight_map": {"a": 1}})),
-    (tensor(EXPERT, None), (f"{EXPERT} is missing",)),
-    (tensor("surplus", torch.zeros(2)), ("surplus",)),
-    (tensor("model.norm.weight", torch.zeros(3)), ("model.norm.weight has shape [3]", "[16]")),
     (remove("tokenizer.json"), ("no tokenizer.json", "original checkpoint")),
     *((write("tokenizer.json", content), ("tokenizer.json",)) for content in (b"", b"{}", b"[]")),
     *((write("tokenizer_config.json", x), ("tokenizer_config.json",)) for x in (b"", b"[]")),
@@ -287,9 +242,11 @@ def test_a_broken_checkpoint_is_refused(folder: Path, change: Change, said: tupl
     refused(folder, str(folder), *said)
 
 
-def test_a_file_or_half_of_one_is_refused(folder: Path) -> None:
-    file = folder / WEIGHTS
+def test_a_file_or_a_part_of_one_is_refused(folder: Path) -> None:
+    expert, file = "model.layers.1.mlp.experts.3.up_proj.weight", folder / WEIGHTS
     refused(file, "is a file", "give the folder")
+    change_weights(folder, lambda weights: weights.pop(expert))
+    refused(folder, f"{expert} is missing")
     file.write_bytes(file.read_bytes()[:-100])
     refused(folder, *CORRUPT)
 

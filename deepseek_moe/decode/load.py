@@ -94,16 +94,13 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError:
         place = torch.device("meta")
-    if place.type not in ("cpu", "cuda", "mps"):
+    mps = int(torch.backends.mps.is_available())
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps}.get(place.type)
+    if found is None:
         raise UserError(f"device {device} is unknown; use auto, cpu or cuda")
-    if place.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device {device} was asked for, but is not there; use cpu")
-    if place.type == "cuda":
-        found = torch.cuda.device_count()
-        place = torch.device("cuda", place.index or 0)
-        if place.index >= found:
-            raise UserError(f"device {device} was asked for, but {found} GPUs were found; use cpu")
-    return place
+    if (place.index or 0) >= found:
+        raise UserError(f"device {device} was asked for, but {found} GPUs were found; use cpu")
+    return torch.device("cuda", place.index or 0) if place.type == "cuda" else place
 
 
 def _auto_dtype(device: torch.device, need: int, stored: torch.dtype | None) -> torch.dtype:

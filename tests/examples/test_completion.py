@@ -43,17 +43,22 @@ def test_streams_one_prompt(run: Runner) -> None:
     assert re.search(r"12 tokens in [\d.]+ s: [\d.]+ tokens/s", done.err)
 
 
-def test_several_prompts_are_separated_by_an_empty_line(run: Runner) -> None:
-    prompts = ["The old man", "Once", "It was late, and the rain"]
+def test_several_prompts_are_separated_by_an_empty_line(run: Runner, tmp_path: Path) -> None:
+    prompts, output = ["The old man", "Once", "It was late, and the rain"], tmp_path / "out.jsonl"
     given = [word for prompt in prompts for word in ("--prompt", prompt)]
-    done = run("completion.py", *given, "--max_new_tokens", 8, "--batch_size", 2)
-    assert done.out == "\n\n".join(completed(prompt, 8) for prompt in prompts) + "\n"
+    given += ["--max_new_tokens", 8, "--batch_size", 2]
+    texts = [completed(prompt, 8) for prompt in prompts]
+    done = run("completion.py", *given)
+    assert done.out == "\n\n".join(texts) + "\n"
     assert "tokens/s" in done.err
+    assert run("completion.py", *given, "--output_file", output).out == ""
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] + row["completion"] for row in rows] == texts
 
 
-def test_prompts_of_a_file_and_the_command_line(run: Runner, tmp_path: Path) -> None:
-    """All forms of a line; the output file holds them in order."""
-    file, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+def test_prompts_of_the_command_line_and_a_file(tmp_path: Path) -> None:
+    """A line may have several forms. Empty lines are skipped."""
+    file = tmp_path / "prompts.txt"
     prompts = {
         "plain text, {not} JSON": "plain text, {not} JSON",
         '"a JSON \\"string\\""': 'a JSON "string"',
@@ -62,36 +67,28 @@ def test_prompts_of_a_file_and_the_command_line(run: Runner, tmp_path: Path) -> 
         "Crème brûlée 🎉": "Crème brûlée 🎉",
         '{"prompt": "separated\u2028lines"}': "separated\u2028lines",
     }
-    file.write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
-    given = ["--prompt", "first", "--prompts_file", file, "--output_file", output]
-    done = run("completion.py", *given, "--max_new_tokens", 4)
-    assert (done.code, done.out) == (0, "")
-    rows = [json.loads(row) for row in output.read_text(encoding="utf-8").split("\n") if row]
-    assert [row["prompt"] for row in rows] == ["first", *prompts.values()]
-    assert [row["prompt"] + row["completion"] for row in rows] == [
-        completed(row["prompt"], 4) for row in rows
-    ]
+    file.write_text("\n\n".join(prompts) + "\n", encoding="utf-8")
+    assert read_prompts(["first"], file) == ["first", *prompts.values()]
+    assert read_prompts([], None) == ["Once upon a time"]
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b'good\n{"prompt": "cut', r'line 2 is no JSON .*; write {"prompt": "..."}'),
-        (b'good\n{"text": "x"}', 'line 2 has no text under "prompt"'),
         (b'good\n{"prompt": 3}', 'line 2 has no text under "prompt"'),
         (b'good\n""', "the prompt is empty"),
-        (b"good\n   ", "the prompt is empty"),
         (b"\n\n", "is empty; write one prompt a line"),
         (b"\xff\xfe\x00", "give a UTF-8 text file"),
-        (None, "cannot be read"),
     ],
 )
-def test_a_prompts_file_that_is_refused(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_a_prompts_file_that_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     file = tmp_path / "prompts.jsonl"
-    if content is not None:
-        file.write_bytes(content)
+    file.write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_prompts([], file)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts([], tmp_path)
 
 
 # --- A batch that is interrupted
@@ -211,14 +208,6 @@ def test_every_sampling_option_arrives() -> None:
     assert chosen == [0.5, 3, 0.25, 0.125, 2.0, 9]
 
 
-def test_a_seed_repeats_a_sampled_completion(run: Runner) -> None:
-    def text(*options: object) -> str:
-        return run("completion.py", "--max_new_tokens", 12, "--dtype", "bfloat16", *options).out
-
-    sampled = ["--temperature", 1, "--repetition_penalty", 1.2, "--seed"]
-    assert text(*sampled, 1) == text(*sampled, 1) != text(*sampled, 2)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -247,23 +236,15 @@ def test_memory_that_runs_out(run: Runner, monkeypatch: pytest.MonkeyPatch, scri
     assert_error(run(script, "--prompt", "Hello"), "out of memory", "smaller batch")
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_weights_that_are_nan(run: Runner, tmp_path: Path, sampled: bool) -> None:
+@both_scripts
+def test_weights_that_are_nan(run: Runner, tmp_path: Path, script: str) -> None:
     model = shutil.copytree(BUNDLED, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.3.mlp.shared_experts.up_proj.weight"][0] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    options = ["--model", model, *(["--temperature", 1] if sampled else []), "--prompt", "Hello"]
-    said = ("NaN or infinite", "weights are broken", "--dtype bfloat16")
-    one = run("completion.py", *options)
-    assert_error(one, *said, "token 1 of prompt 1", code=1)
-    assert one.out == "Hello"
-    output = tmp_path / "out.jsonl"
-    assert_error(run("completion.py", *options, "--output_file", output), *said, code=1)
-    assert output.read_text() == ""
-    talk = run("chat.py", *options)
-    assert_error(talk, *said, code=1)
-    assert talk.out == ""
+    done = run(script, "--model", model, "--prompt", "Hello")
+    assert_error(done, "NaN or infinite", "weights are broken", "--dtype bfloat16", code=1)
+    assert done.out == ("Hello" if script == "completion.py" else "")
 
 
 # --- Real processes
