@@ -14,6 +14,7 @@ same format: tests/test_chat.py holds the ids of both equal.
 
 from collections.abc import Sequence
 
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError
@@ -97,32 +98,16 @@ def render_within(
 
 
 class TextStream:
-    """Turns ids into text as they come, and holds back a character until all its bytes are there.
+    """Turns ids into text as they come.
 
-    A token of a byte-level vocabulary may end inside a character. The text then ends with U+FFFD. A
-    U+FFFD before the end is final: some tokens of the official vocabulary are bytes that begin no
-    character.
+    A token of a byte-level vocabulary may end inside a character. Its text is held back until the
+    next whole character is there, so that no character is ever shown broken.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.held: list[int] = []  # ids since the last whole character
-        self.shown = 0  # how many characters of their text were returned
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
         """The text that `token` completes; often empty."""
-        self.held.append(token)
-        text = self._decode()
-        if not text.endswith("\ufffd"):
-            new = text[self.shown :]
-            self.held, self.shown = [], 0
-            return new
-        new = text[self.shown : -1]
-        if len(self.held) > 8:  # a character has at most 4 bytes, so older ids are settled
-            self.held = self.held[-4:]
-            text = self._decode()
-        self.shown = len(text) - 1
-        return new
-
-    def _decode(self) -> str:
-        return self.tokenizer.decode(self.held, skip_special_tokens=True)
+        return self.stream.step(self.tokenizer, token) or ""
