@@ -17,7 +17,7 @@ from typing import IO, Any
 from .errors import RunError, UserError
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-BUNDLED_MODEL, BUNDLED_CHAT = MODELS / "tiny-base", MODELS / "tiny-chat"
+BUNDLED_MODEL = MODELS / "tiny-base"
 
 
 def check_writable(name: str | Path, overwrite: bool = True) -> Path:

@@ -71,9 +71,7 @@ def test_a_copy_in_other_files_has_the_same_fingerprint(
     assert fingerprint(tmp_path / "other dtype") != one
 
 
-def test_fields_count_if_numbers_depend_on_them(
-    tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_fields_count_if_numbers_depend_on_them(tiny_model: MakeModel, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     file, before = tmp_path / "config.json", fingerprint(tmp_path)
     fields = json.loads(file.read_text())

@@ -183,11 +183,6 @@ def test_split(load: Any, tmp_path: Path) -> None:
         split(examples.select([0]), 0.5, seed=0)
 
 
-def test_a_fingerprint_is_the_same_on_every_machine() -> None:
-    rows = [{"input_ids": [0, 5, 1], "trained": [0, 1, 1]}, {"input_ids": [7], "trained": [1]}]
-    assert fingerprint(datasets.Dataset.from_list(rows)) == "ad2a151578e82b7b"
-
-
 def test_fingerprint_is_of_contents_alone(load: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     examples, _ = load("x.jsonl")
