@@ -207,15 +207,21 @@ def _stored(
 
 
 def print_dry_run(
+    model: nn.Module,
     folder: Path,
     options: ModelArguments,
     training: FineTuningArguments,
     lengths: list[int],
     disk: str,
 ) -> None:
-    """Prints what a run over rows of `lengths` tokens would do, to stdout; `disk` is what it would
-    write."""
-    model = meta_model(folder, options)
+    """Prints to stdout what a run would do.
+
+    Args:
+        model: that of `meta_model`.
+        folder: where the base model is.
+        lengths: the tokens of each row.
+        disk: what the run would write.
+    """
     step, steps = rows_in_step(training), count_steps(training, len(lengths))
     console = Console(width=100)
     clip = training.max_grad_norm

@@ -14,13 +14,13 @@ import datasets
 import pytest
 import torch
 from finetune_fixtures import write_base
+from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, tokenizer_of
 from torch.nn import functional as F
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import CollectiveRunError, RunError, UserError, rank_zero_reports
 from deepseek_moe.model.tokenization_deepseek import EOS
-from deepseek_moe.training.arguments import parse_arguments
 from deepseek_moe.training.callbacks import StopAtSignal
 from deepseek_moe.training.epoch_sampler import EpochSampler
 from deepseek_moe.training.examples import IGNORED, Collator, load_examples, pack
