@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from ..errors import as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
-from ..model.modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
+from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import FineTuningArguments, ModelArguments, split_commas, zero_stage
-from .compute.grouped_experts import GROUPED
+from .compute.grouped_experts import GROUPED, RECOMPUTED
 from .compute.liger import use_fused_forwards
 from .quantized_base import Quantization
 from .trainable import adapt, saved_whole
@@ -30,8 +30,6 @@ def build_model(
     model = adapt(model, options)
     if _keeps_fp32(training):
         _cast_trained_to_fp32(model)
-    if options.recompute_experts:
-        _recompute_experts(model)
     if zero_stage(training) == 3:
         # DeepSpeed 0.19 lets weights go too soon where nothing before a mixture has a gradient.
         model.enable_input_require_grads()
@@ -67,7 +65,7 @@ def _load_base(
     wanted = {
         "dtype": dtype,
         "attn_implementation": options.attention(dtype),
-        "experts_implementation": GROUPED,
+        "experts_implementation": RECOMPUTED if options.recompute_experts else GROUPED,
         "use_safetensors": True,
     }
     if quantization := quantization_of(options, training):
@@ -101,9 +99,3 @@ def _cast_trained_to_fp32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def _recompute_experts(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, DeepseekExperts):
-            module.recompute = True

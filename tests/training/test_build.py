@@ -84,3 +84,5 @@ def test_full_training_is_in_fp32(base: Path) -> None:
     frozen = {p.dtype for p in chosen.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}
     assert model.config._experts_implementation == experts.GROUPED
+    again = build(base, True, recompute_experts=True)
+    assert again.config._experts_implementation == experts.RECOMPUTED
