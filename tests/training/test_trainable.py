@@ -136,24 +136,6 @@ def test_disabled_adapters_leave_the_base(tiny_model: MakeModel) -> None:
     torch.testing.assert_close(logits(model), on, atol=1e-4, rtol=1e-5)
 
 
-def test_several_adapters_in_one_model(tiny_model: MakeModel, tmp_path: Path) -> None:
-    """Each alone, and both; the other one is loaded beside one with dropout."""
-    other = trained(tiny_model(), rank=2)
-    other.save_pretrained(tmp_path / "other")
-    model = trained(tiny_model(), rank=3, dropout=0.5)
-    model.save_pretrained(tmp_path / "first")
-    plain = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "first")
-    for one in (model, plain):
-        one.load_adapter(tmp_path / "other", "other")
-        one.eval()
-    alone = logits(other)
-    for active in (["default"], ["other"], ["default", "other"]):
-        for one in (model, plain):
-            one.base_model.set_adapter(active)
-        torch.testing.assert_close(logits(model), logits(plain), atol=1e-4, rtol=1e-5)
-        assert torch.allclose(logits(model), alone, atol=1e-4) == (active == ["other"])
-
-
 def test_adapters_are_resumed_with_their_dropout(tiny_model: MakeModel, tmp_path: Path) -> None:
     """Trainer loads the saved numbers into a new model."""
     model = trained(tiny_model(), dropout=0.3)
@@ -219,40 +201,6 @@ def test_gate_up_and_down_mean_the_experts_too() -> None:
         assert targets([name]) == ([], [name])
 
 
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj"])
-def test_half_of_a_stack_is_refused(name: str, tiny_model: MakeModel) -> None:
-    for use in (lambda m, n: add_lora(m, n, 3, 6.0, 0.0), freeze_all_but):
-        with pytest.raises(UserError, match="name both, or for the others only: shared_experts"):
-            use(tiny_model(), [name, "down_proj"])
-    assert add_lora(tiny_model(), [f"shared_experts.{name}"], 3, 6.0, 0.0)
-
-
-def test_unknown_names_are_refused_with_what_there_is(tiny_model: MakeModel) -> None:
-    message = "no module 'w1'; it has down_proj, embed_tokens, gate, gate_proj, gate_up_proj, input"
-    with pytest.raises(UserError, match=message):
-        add_lora(tiny_model(), ["q_proj", "w1"], 3, 6.0, 0.0)
-    with pytest.raises(UserError, match=message):
-        freeze_all_but(tiny_model(), ["w1"])
-    with pytest.raises(UserError, match="no module 'head'"):
-        add_lora(tiny_model(), ["q_proj"], 3, 6.0, 0.0, ["head"])
-    with pytest.raises(UserError, match="no module 'proj'"):  # Only the end of a part of a name.
-        freeze_all_but(tiny_model(), ["proj"])
-
-
-@pytest.mark.parametrize("name", ["gate", "experts", "embed_tokens"])
-def test_adapters_are_for_linears(name: str, tiny_model: MakeModel) -> None:
-    with pytest.raises(UserError, match=f"^{name} is no linear layer.*--modules_to_save$"):
-        add_lora(tiny_model(), ["q_proj", name], 3, 6.0, 0.0)
-
-
-def test_numbers_that_no_adapter_has_are_refused(tiny_model: MakeModel) -> None:
-    with pytest.raises(UserError, match="lora_rank is 0"):
-        add_lora(tiny_model(), LINEARS, 0, 6.0, 0.0)
-    for dropout in (-0.1, 1.0):
-        with pytest.raises(UserError, match=f"lora_dropout is {dropout}"):
-            add_lora(tiny_model(), LINEARS, 3, 6.0, dropout)
-
-
 @pytest.mark.parametrize(
     ("names", "count"),
     [
@@ -280,26 +228,57 @@ def test_chosen_modules_train_and_no_others(
     assert {n for n, p in model.named_parameters() if p.grad is not None} == chosen
 
 
+HALF = "name both, or for the others only: shared_experts"
+UNKNOWN = "no module 'w1'; it has down_proj, embed_tokens, gate, gate_proj, gate_up_proj, input"
+SAVED = "--modules_to_save"
+
+
 @pytest.mark.parametrize(
-    ("saved", "names", "message"),
+    ("names", "changes", "message"),
     [
-        ("experts", LINEARS, r"cannot be added: .*change --trainable or"),
-        ("layers.1", LINEARS, "--modules_to_save layers.1 has in it what --trainable adapts"),
-        ("gate_up_proj", ["q_proj"], "--modules_to_save gate_up_proj is no module with weights"),
-        ("rotary_emb", ["q_proj"], "--modules_to_save rotary_emb is no module with weights"),
-        ("mlp,experts", ["q_proj"], r"means model.layers.1.mlp.experts twice; leave out"),
+        (["gate_proj", "down_proj"], {}, HALF),
+        (["up_proj"], {}, HALF),
+        (["q_proj", "w1"], {}, UNKNOWN),
+        (["gate"], {}, f"^gate is no linear layer.*{SAVED}$"),
+        (["experts"], {}, "^experts is no linear layer"),
+        (["embed_tokens"], {}, "^embed_tokens is no linear layer"),
+        (LINEARS, {"rank": 0}, "lora_rank is 0"),
+        (LINEARS, {"dropout": -0.1}, "lora_dropout is -0.1"),
+        (LINEARS, {"dropout": 1.0}, "lora_dropout is 1.0"),
+        (["q_proj"], {"modules_to_save": ["head"]}, "no module 'head'"),
+        (["q_proj"], {"modules_to_save": ["gate_up_proj"]}, f"{SAVED} gate_up_proj is no module"),
+        (["q_proj"], {"modules_to_save": ["rotary_emb"]}, f"{SAVED} rotary_emb is no module with"),
+        (["q_proj"], {"modules_to_save": ["mlp", "experts"]}, "model.layers.1.mlp.experts twice"),
+        (LINEARS, {"modules_to_save": ["experts"]}, "cannot be added: .*change --trainable or"),
+        (
+            LINEARS,
+            {"modules_to_save": ["layers.1"]},
+            f"{SAVED} layers.1 has in it what --trainable",
+        ),
     ],
 )
-def test_what_cannot_be_saved_whole_is_one_line(
-    saved: str, names: list[str], message: str, tiny_model: MakeModel
+def test_adapters_that_cannot_be_are_refused(
+    names: list[str], changes: dict[str, Any], message: str, tiny_model: MakeModel
+) -> None:
+    values = {"rank": 3, "alpha": 6.0, "dropout": 0.0} | changes
+    with pytest.raises(UserError, match=message):
+        add_lora(tiny_model(), names, **values)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gate_proj", HALF),
+        ("w1", UNKNOWN),
+        ("proj", "no module 'proj'"),  # Only the end of a part of a name.
+        ("rotary_emb", "--trainable rotary_emb has no parameters"),
+    ],
+)
+def test_modules_that_cannot_train_are_refused(
+    name: str, message: str, tiny_model: MakeModel
 ) -> None:
     with pytest.raises(UserError, match=message):
-        add_lora(tiny_model(), names, 3, 6.0, 0.0, saved.split(","))
-
-
-def test_a_module_without_parameters_is_refused(tiny_model: MakeModel) -> None:
-    with pytest.raises(UserError, match="--trainable rotary_emb has no parameters"):
-        freeze_all_but(tiny_model(), ["rotary_emb"])
+        freeze_all_but(tiny_model(), [name])
 
 
 # ---- the table ----
