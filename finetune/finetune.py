@@ -135,7 +135,7 @@ def start_deepspeed(args: FineTuningArguments) -> None:
     """Imports DeepSpeed, and on CPUs joins the processes, which accelerate does on GPUs only."""
     if not is_deepspeed_available():
         return
-    if args.use_cpu:
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # It would warn that it found no other.
     with redirect_stdout(sys.stderr):  # It prints, and logs to what stdout is at its import.
         import deepspeed
