@@ -32,12 +32,11 @@ from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 SCRIPT = ROOT / "finetune" / "finetune.py"
 IDS = {"vocab_size": 4096, "bos_token_id": 4094, "eos_token_id": 4095, "pad_token_id": 4095}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-IMPORTS = ("adapters", "arguments", "data", "memory", "runs", "training")
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "bird", "of", "gold", "which"]
 
 THREADS = os.cpu_count() or 1
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([f"deepseek_moe.{name}" for name in IMPORTS])
+FORKS.set_forkserver_preload(["deepseek_moe.training.build", "deepseek_moe.training.run"])
 
 
 class Ended(NamedTuple):

@@ -178,7 +178,7 @@ class ResumingTrainer(Trainer):
         if checkpoint is None:
             return nullcontext()
         adapter = not isinstance(self.model, PreTrainedModel)
-        quantized = getattr(self.model, "base_quantization", None) is not None
+        quantized = self.base_quantization is not None
         return reading_back(checkpoint, what, Layout.of(self.args, adapter, quantized))
 
 

@@ -36,6 +36,7 @@ from .callbacks import Progress, ProgressWithoutBars, StopAtSignal
 from .compute.adamw_in_backward import StepInBackward
 from .epoch_sampler import EpochSampler
 from .log_writers import Reports, silent_writer_threads
+from .quantized_base import Quantization
 from .resume import ResumingTrainer
 from .saving import (
     INCOMPLETE,
@@ -51,8 +52,10 @@ from .trainable import weights_passed
 class FineTuner(ResumingTrainer):
     """transformers' Trainer for batches of `data.Collator`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, quantization: Quantization | None = None, **kwargs: Any) -> None:
+        """`quantization` is that of the base under the adapters; all else is transformers'."""
         super().__init__(*args, **kwargs)
+        self.base_quantization = quantization
         self.stopper = StopAtSignal()
         self.add_callback(self.stopper)
         self.progress = ProgressWithoutBars() if self.args.disable_tqdm else Progress()
@@ -310,8 +313,8 @@ class FineTuner(ResumingTrainer):
             trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
             on_host = {n: p.detach().cpu() for n, p in (state_dict or trained).items()}
             self.model.save_pretrained(str(folder), state_dict=on_host)
-            if self.model.base_quantization:
-                self.model.base_quantization.save(folder)
+            if self.base_quantization:
+                self.base_quantization.save(folder)
         else:
             save_weights(self.model, folder, state_dict, self.shard_bytes)
         self.processing_class.save_pretrained(str(folder))

@@ -64,7 +64,7 @@ QLORA = FULL.replace(
 )
 TRACED = """
 import os, runpy, sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = [{tests!r}, os.path.dirname({script!r})]
 import finetune_fixtures
 {then}
 sys.argv[0] = {script!r}

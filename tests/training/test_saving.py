@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_fixtures import Ended, assert_same, checkpoints, options, run, write_base, write_rows
+from option_fixtures import parse_arguments
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -269,8 +270,6 @@ def test_the_disk_that_a_run_needs_is_what_it_writes(
     mode: str, argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """To 10 %: tokenizer, headers of files and the trainer's state are small."""
-    from deepseek_moe.training.arguments import parse_arguments
-
     words = argv(tmp_path / "out", save_total_limit=1, **MODES[mode])
     model, _, training = parse_arguments(words)
     base = Path(model.model_name_or_path)
