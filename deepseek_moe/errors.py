@@ -3,11 +3,13 @@
 Nothing beyond the standard library is imported before it is needed.
 """
 
+import atexit
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 
@@ -80,6 +82,32 @@ def rank_zero_reports() -> Iterator[None]:
             raise
         time.sleep(3)
         raise SystemExit(error.exit_code) from error
+
+
+@contextmanager
+def end_without_teardown() -> Iterator[None]:
+    """Ends one of several processes after its work without shutting the interpreter down.
+
+    The threads of a process group live until nothing refers to the group, and DeepSpeed always
+    does. Such a thread takes Python's lock to let go of a tensor. While the interpreter shuts down,
+    Python ends a thread that waits for the lock, and C++ then aborts the process. So this does what
+    an exit of Python does before the shutdown (Py_FinalizeEx in CPython's pylifecycle.c), and
+    leaves.
+    """
+    several, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
+    try:
+        yield
+    except SystemExit as leaving:
+        if not several or not isinstance(leaving.code, int):
+            raise
+        code = leaving.code
+    if several:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 @contextmanager

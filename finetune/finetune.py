@@ -36,7 +36,12 @@ with quiet_interrupt():
 
     from deepseek_moe import DeepseekConfig, DeepseekTokenizer
     from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer
-    from deepseek_moe.errors import as_user_error, exit_on_user_error, rank_zero_reports
+    from deepseek_moe.errors import (
+        as_user_error,
+        end_without_teardown,
+        exit_on_user_error,
+        rank_zero_reports,
+    )
     from deepseek_moe.training import dry_run, examples
     from deepseek_moe.training.arguments import (
         Arguments,
@@ -198,5 +203,5 @@ def report_finished(run: Run, options: ModelArguments, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error(), rank_zero_reports():
+    with end_without_teardown(), exit_on_user_error(), rank_zero_reports():
         main()
