@@ -1,4 +1,4 @@
-"""What the READMEs say is so: snippets run, commands exist, figures are the measured ones."""
+"""What the README and docs/ say is true: snippets run, commands exist, figures were measured."""
 
 import json
 import re
@@ -11,114 +11,192 @@ import pytest
 from finetune_options import OLD_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODELS_README = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+MODELS_README = ROOT / "models" / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGE = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
+EVERYTHING = "\n".join(PAGE.values())
+SCRIPTS = {
+    "examples/completion.py": "examples/completion.py",
+    "examples/chat.py": "examples/chat.py",
+    "finetune/finetune.py": "finetune/finetune.py",
+    "finetune.py": "finetune/finetune.py",  # in its folder
+    "-m deepseek_moe.export": "-m deepseek_moe.export",
+}
 
 
-def blocks(language: str) -> list[str]:
-    fences = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-    return [text for name, text in fences if name == language]
+def blocks(text: str, language: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in fences if name == language]
 
 
-@pytest.mark.parametrize("snippet", blocks("python"), ids=["completion", "chat", "generator"])
-def test_python_snippets_run_with_the_bundled_model(snippet, capsys):
-    local = re.sub(
-        r'"deepseek-ai/deepseek-moe-16b-\w+"', repr(str(ROOT / "models/tiny-base")), snippet
-    )
-    assert local != snippet
-    exec(compile(local.replace("max_new_tokens=100", "max_new_tokens=5"), "README", "exec"), {})
-    assert capsys.readouterr().out.strip()
-
-
-def commands() -> list[list[str]]:
-    """The python and deepspeed commands of the bash blocks, split into words."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+def commands(text: str) -> list[list[str]]:
+    """The commands in the bash blocks, split into words."""
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [shlex.split(part) for part in parts if part.startswith(("python ", "deepspeed "))]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
+
+
+def test_the_readme_is_three_screens() -> None:
+    assert len(PAGE["README"].splitlines()) < 160
+    assert len(PAGE["README"].split()) <= 1600
 
 
 @pytest.mark.parametrize(
-    "program, script",
-    [
-        ("examples/completion.py", "examples/completion.py"),
-        ("examples/chat.py", "examples/chat.py"),
-        ("finetune/finetune.py", "finetune/finetune.py"),
-        ("finetune.py", "finetune/finetune.py"),  # by deepspeed, in its folder
-        ("-m deepseek_moe.export", "-m deepseek_moe.export"),
-    ],
+    "snippet", [block for text in PAGE.values() for block in blocks(text, "python")]
 )
-def test_commands_use_options_that_exist(program, script):
-    used = [words for words in commands() if " ".join(words[1:]).startswith(program + " ")]
+def test_python_snippets_run_with_the_bundled_model(
+    snippet: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundled = repr(str(ROOT / "models/tiny-base"))
+    local = re.sub(r'"deepseek-ai/deepseek-moe-16b-\w+"', lambda _: bundled, snippet)
+    assert local != snippet
+    exec(compile(local.replace("max_new_tokens=100", "max_new_tokens=5"), "page", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("program", SCRIPTS)
+def test_commands_use_options_that_exist(program: str) -> None:
+    last = program.split()[-1]
+    used = [words for words in commands(EVERYTHING) if last in words[1:4]]
     assert used
-    shown = subprocess.run(
-        [sys.executable, *script.split(), "--help"], capture_output=True, text=True, cwd=ROOT
-    ).stdout
-    for option in (word for words in used for word in words if word.startswith("--")):
-        assert option in shown or option in OLD_NAMES, option
+    command = [sys.executable, *SCRIPTS[program].split(), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    for words in used:
+        options = words[words.index(last) + 1 :]
+        for option in (word for word in options if word.startswith("--")):
+            assert f"{option} " in shown or f"{option}," in shown or option in OLD_NAMES, option
+
+
+@pytest.mark.parametrize(
+    ("program", "page"),
+    [("examples/completion.py", "inference"), ("examples/chat.py", "inference")],
+)
+def test_every_option_of_the_examples_is_described(program: str, page: str) -> None:
+    command = [sys.executable, program, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    options = set(re.findall(r"--\w+", shown)) - {"--help"}
+    assert len(options) > 8
+    assert not {option for option in options if f"`{option}`" not in PAGE[page]}
+
+
+def test_programs_and_files_that_are_named_exist() -> None:
+    named = {word for words in commands(EVERYTHING) for word in words if word.endswith(".py")}
+    named |= set(re.findall(r"`(?:python )?((?:tests|benchmarks|examples)/[\w/]+\.py)", EVERYTHING))
+    for file in named:
+        assert (ROOT / file).is_file() or (ROOT / "finetune" / file).is_file(), file
 
 
 @pytest.mark.slow
-def test_the_sample_is_learnt_and_chatted_with(tmp_path):
-    tune, talk = (
-        [word.replace("output/sample", str(tmp_path)) for word in words]
-        for words in commands()
-        if "output/sample" in words
+def test_the_laptop_block_does_what_it_says(tmp_path: Path) -> None:
+    """From the first command after the installation, but for TensorBoard, which does not end."""
+    block = next(b for b in blocks(PAGE["README"], "bash") if "git clone" in b)
+    lines = block.replace("\\\n", " ").splitlines()
+    assert lines[0].startswith("git clone") and lines[-1].startswith("tensorboard --logdir")
+    assert [line.split()[0] for line in lines[2:4]] == ["pip", "pip"]
+    said = ""
+    for line in lines[4:-1]:
+        words = shlex.split(line.replace("output/sample", str(tmp_path)))
+        assert words[0] == "python"
+        done = subprocess.run(
+            [sys.executable, *words[1:]], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        said += done.stdout
+        losses = [float(loss) for loss in re.findall(r"  loss ([\d.]+)", done.stderr)]
+        assert not losses or sum(losses[-5:]) < sum(losses[:5]) / 2
+    assert "I am tiny-chat" in said and "grinds grain into flour" in said
+    assert list((tmp_path / "runs").rglob("events.*"))
+
+
+def test_the_first_output_is_the_real_one() -> None:
+    shown = re.search(r"^> (.*?)…", PAGE["README"], flags=re.DOTALL | re.MULTILINE)[1]
+    command = next(words for words in commands(PAGE["README"]) if words[0] == "python")
+    done = subprocess.run(
+        [sys.executable, *command[1:], "--device", "cpu"], capture_output=True, text=True, cwd=ROOT
     )
-    done = [
-        subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, cwd=ROOT)
-        for words in (tune, talk)
-    ]
-    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
-    losses = [float(loss) for loss in re.findall(r"  loss ([\d.]+)", done[0].stderr)]
-    assert sum(losses[-5:]) < sum(losses[:5]) / 2
-    assert "two brothers were" in done[1].stdout
+    assert " ".join(done.stdout.split()).startswith(" ".join(shown.replace("\n> ", " ").split()))
 
 
-def test_the_requirements_files_exist_and_are_pinned():
-    files = re.findall(r"-r (\S+)", "\n".join(blocks("bash")))
-    assert set(files) == {"requirements.txt", "requirements-dev.txt"}
-    for file in set(files):
+def test_the_requirements_files_exist_and_are_pinned() -> None:
+    files = set(re.findall(r"-r (requirements[\w.-]+)", EVERYTHING))
+    assert files == {"requirements.txt", "requirements-dev.txt"}
+    for file in files:
         lines = [x.split("#")[0].strip() for x in (ROOT / file).read_text().splitlines()]
-        assert all("==" in line or line == "-e ." for line in lines if line)
+        assert all(
+            "==" in line or line == "-e ." or line.startswith("triton") for line in lines if line
+        )
+    assert "torch==2.13.0" in (ROOT / "requirements.txt").read_text()
+    assert "pip install torch==2.13.0" in PAGE["README"]
 
 
-def test_the_tree_lists_every_module_and_example():
-    tree = next(block for block in blocks("") if "deepseek_moe/\n" in block)
-    folders = {"deepseek_moe": "*.py", "examples": "*.py", "finetune": "*.py", "benchmarks": "*.py"}
-    for folder, pattern in folders.items():
-        for file in (ROOT / folder).glob(pattern):
-            assert f"  {file.name} " in tree, f"{file.name} is not in the README's tree"
-    folder = None
+def tracked_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    return listed.stdout.splitlines()
+
+
+def test_the_tree_lists_every_file() -> None:
+    """docs/code.md names each file of the package, the scripts and the benchmarks, and no other."""
+    tree = next(block for block in blocks(PAGE["code"], "") if "deepseek_moe/\n" in block)
+    listed, folders = set(), []
+    for line in tree.splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name.rstrip("/")]
+        listed.add("/".join(folders) + ("/" if name.endswith("/") else ""))
+    for path in listed:
+        assert (ROOT / path).exists(), path
+    rooms = ("deepseek_moe/", "examples/", "finetune/", "benchmarks/", "images/", "configs/")
+    for file in tracked_files():
+        if file.startswith(rooms) and file.endswith((".py", ".json")):
+            folder = file.rpartition("/")[0] + "/"
+            known = file in listed or (folder in listed and folder == "configs/")
+            assert known or file.endswith("__init__.py"), f"{file} is not in docs/code.md"
+
+
+def test_the_tree_of_the_readme_is_there() -> None:
+    tree = next(block for block in blocks(PAGE["README"], "") if "deepseek_moe/\n" in block)
     for line in tree.splitlines():
         name = line.split()[0]
-        if line[0] != " ":
-            folder = ROOT / name
-            assert folder.exists(), name
-        elif line.startswith("  ") and line[2] != " ":
-            assert (folder / name).exists(), name
+        folder = ROOT / "deepseek_moe" if line.startswith("  ") else ROOT
+        assert (folder / name).exists(), name
 
 
-@pytest.mark.parametrize("text, at", [(README, ROOT), (MODELS_README, ROOT / "models")])
-def test_links_and_pictures_are_there(text, at):
+@pytest.mark.parametrize("page", [*PAGES, MODELS_README], ids=lambda page: page.stem)
+def test_links_and_pictures_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     for target in (t for t in targets if not t.startswith("http")):
-        assert (at / target).exists(), target
+        file, _, section = target.partition("#")
+        found = (page.parent / file).resolve() if file else page
+        assert found.exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
 
 
-def test_the_figures_of_the_bundled_model_are_the_measured_ones():
+def test_a_figure_stands_once_and_is_the_measured_one() -> None:
+    """The README's rates of fine-tuning are those of the measurement that the picture draws."""
+    lines = json.loads((ROOT / "images/train.json").read_text())["lines"]
+    rates = {f"{line['tokens_s']:,.0f}" for line in lines}
+    rows = [row for row in PAGE["README"].splitlines() if re.match(r"\| (all weights|QLoRA)", row)]
+    assert len(rows) == 4
+    assert {row.rstrip("| ").rpartition("| ")[2] for row in rows} <= rates
+
+
+def test_the_figures_of_the_bundled_model_are_the_measured_ones() -> None:
+    text = MODELS_README.read_text(encoding="utf-8")
     report = json.loads((ROOT / "models/tiny-base/training.json").read_text())
     test = report["test"]
-    row = next(line for line in MODELS_README.splitlines() if "bundled**" in line)
+    row = next(line for line in text.splitlines() if "bundled**" in line)
     assert f"**{test['loss']:.3f}**" in row
     assert f"**{test['bits_per_byte']:.3f}**" in row
-    assert f"{report['parameters']:,}" in MODELS_README
+    assert f"{report['parameters']:,}" in text
     loads = [share for layer in test["expert_load"] for share in layer]
-    assert f"between {min(loads)} and {max(loads)} times" in MODELS_README
+    assert f"between {min(loads)} and {max(loads)} times" in text
     for name in ("tiny-base", "tiny-chat"):
         assert (ROOT / f"models/{name}/model.safetensors").stat().st_size <= 16 * 2**20
 
 
-def test_the_training_script_runs_on_other_text(tmp_path):
+def test_the_training_script_runs_on_other_text(tmp_path: Path) -> None:
     rows = [{"split": s, "text": "The cat sat.\n\nThe dog ran.\n\n" * 20} for s in ("val", "test")]
     rows += [{"text": f"Story {n}.\n\nThe cat saw {n} dogs.\n\n" * 20} for n in range(5)]
     text = tmp_path / "text.jsonl"
