@@ -20,7 +20,7 @@ from torch import nn
 
 from ..kernels.int_weights import Weight
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
-from .int_quantizer import PackedLinear
+from .int_quantizer import QuantizedLinear
 
 FEW = 16
 Attention = Callable[[int, torch.Tensor], torch.Tensor]
@@ -229,7 +229,7 @@ class Decoder:
 
 
 def _weight(linear: nn.Module) -> Weight:
-    if isinstance(linear, PackedLinear):
+    if isinstance(linear, QuantizedLinear):
         return Weight(linear.weight.data, linear.weight_scale.data, linear.bits)
     return Weight(linear.weight.data)
 

@@ -29,7 +29,7 @@ from ..model.modeling_deepseek import (
     DeepseekMoE,
 )
 from .decoder import as_one
-from .int_quantizer import PackedExperts, PackedLinear
+from .int_quantizer import QuantizedExperts, QuantizedLinear
 
 SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: (),
@@ -37,8 +37,8 @@ SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ModuleList: (),
     nn.SiLU: (),
     SiLUActivation: (),
-    PackedLinear: ("bits",),
-    PackedExperts: ("bits",),
+    QuantizedLinear: ("bits",),
+    QuantizedExperts: ("bits",),
     LlamaAttention: ("head_dim", "scaling", "is_causal"),
     LlamaRMSNorm: ("variance_epsilon",),
     LlamaRotaryEmbedding: ("rope_type", "attention_scaling"),
@@ -152,7 +152,7 @@ def _all_unknown(model: PreTrainedModel) -> Iterator[str]:
 def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
     config = model.config
     match module:
-        case nn.Linear() | PackedLinear():
+        case nn.Linear() | QuantizedLinear():
             return module.bias is None
         case nn.Embedding():
             return module.max_norm is None

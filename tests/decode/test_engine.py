@@ -14,7 +14,7 @@ from deepseek_moe.decode import decoder, engine
 from deepseek_moe.decode.decoder import FEW, Decoder, StaticCache
 from deepseek_moe.decode.engine import Engine, _chunks, size_for
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.int_quantizer import PackingConfig
+from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.decode.load import load
 from deepseek_moe.decode.sampling import Sampler, greedy, make_sampler
 from deepseek_moe.decode.supported import is_supported
@@ -255,7 +255,7 @@ def model_for_kernels(
     folder: Path = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return DeepseekForCausalLM.from_pretrained(
-        folder, quantization_config=PackingConfig(request.param)
+        folder, quantization_config=IntConfig(request.param)
     )
 
 

@@ -19,12 +19,12 @@ from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode import int_quantizer
 from deepseek_moe.decode import load as load_module
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.int_quantizer import PackedExperts, PackedLinear, PackingConfig
+from deepseek_moe.decode.int_quantizer import QuantizedExperts, QuantizedLinear, IntConfig
 from deepseek_moe.decode.load import load as load_checkpoint
 from deepseek_moe.decode.sampling import greedy
 from deepseek_moe.errors import UserError
 from deepseek_moe.kernels import int_weights
-from deepseek_moe.kernels.int_weights import pack, unpack
+from deepseek_moe.kernels.int_weights import quantize, dequantize
 from deepseek_moe.model.modeling_deepseek import DeepseekExperts
 
 MakeModel = Callable[..., DeepseekForCausalLM]
@@ -53,11 +53,11 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, t
 )
 def test_layout(bits: int, values: list[int], words: list[int]) -> None:
     weight = torch.tensor([values], dtype=torch.float32)
-    packed, scale = pack(weight * 0.5, bits)
+    packed, scale = quantize(weight * 0.5, bits)
     assert packed.dtype == torch.int32
     assert packed.tolist() == [words]
     assert scale.tolist() == [[0.5]]
-    assert torch.equal(unpack(packed, scale, bits, torch.float32), weight * 0.5)
+    assert torch.equal(dequantize(packed, scale, bits, torch.float32), weight * 0.5)
 
 
 @every_width
@@ -66,7 +66,7 @@ def test_groups_are_64_values_of_words_side_by_side(bits: int) -> None:
     W = 2 * words + 3  # two groups and a smaller one
     group_W = torch.arange(W) // words
     weight = torch.randn(5, P, W) * 10.0**group_W
-    packed, scale = pack(weight.flatten(1), bits)
+    packed, scale = quantize(weight.flatten(1), bits)
     assert packed.shape == (5, W)
     assert scale.shape == (5, 3)
     for group in range(3):
@@ -89,12 +89,12 @@ def levels_of(scale: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 def test_values_are_the_nearest_that_the_stored_scale_has(bits: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(6, 160) * 0.02).to(dtype)
-    packed, scale = pack(weight, bits)
+    packed, scale = quantize(weight, bits)
     assert scale.dtype == dtype
     levels = levels_of(scale, bits, 160)
     nearest = (levels - weight.float().unsqueeze(-1)).abs().argmin(dim=-1, keepdim=True)
     wanted = levels.gather(-1, nearest).squeeze(-1)
-    have = unpack(packed, scale, bits, dtype)
+    have = dequantize(packed, scale, bits, dtype)
     assert have.dtype == dtype
     assert torch.equal(have, wanted.to(dtype))
 
@@ -105,7 +105,7 @@ def test_error_of_normal_weights(bits: int, most: float, dtype: torch.dtype) -> 
     """In 4 bits it would be 0.095 without a choice of scales, 0.108 with 15 levels."""
     torch.manual_seed(0)
     weight = (torch.randn(64, 2048) * 0.02).to(dtype)
-    have = unpack(*pack(weight, bits), bits, torch.float32)
+    have = dequantize(*quantize(weight, bits), bits, torch.float32)
     assert most / 2 < (have - weight.float()).norm() / weight.float().norm() < most
 
 
@@ -114,17 +114,17 @@ def test_value_of_largest_magnitude_is_kept_in_either_direction(bits: int) -> No
     end = 2 ** (bits - 1)
     weight = torch.zeros(2, 64)
     weight[0, 5], weight[1, 9] = -3.0, 3.0
-    packed, scale = pack(weight, bits)
-    assert torch.equal(unpack(packed, scale, bits, torch.float32), weight)
+    packed, scale = quantize(weight, bits)
+    assert torch.equal(dequantize(packed, scale, bits, torch.float32), weight)
     assert scale.tolist() == [[3 / end], [-3 / end]]
 
 
 @every_width
 def test_zeros_stay_zeros(bits: int) -> None:
-    packed, scale = pack(torch.zeros(3, 128), bits)
+    packed, scale = quantize(torch.zeros(3, 128), bits)
     assert not scale.any()
     assert packed.unique().tolist() == [{8: 0x80808080, 4: 0x88888888}[bits] - 2**32]
-    assert not unpack(packed, scale, bits, torch.float32).any()
+    assert not dequantize(packed, scale, bits, torch.float32).any()
 
 
 @every_width
@@ -133,34 +133,34 @@ def test_a_stack_in_pieces_is_each_of_its_matrices(
 ) -> None:
     torch.manual_seed(0)
     stack = torch.randn(3, 7, 96).transpose(0, 1)
-    whole = pack(stack, bits)
+    whole = quantize(stack, bits)
     pieces: list[torch.Size] = []
-    rows = int_weights._pack_rows
+    rows = int_weights._quantize_rows
 
     def watched(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         pieces.append(weight.shape)
         return rows(weight, bits)
 
-    monkeypatch.setattr(int_weights, "_pack_rows", watched)
+    monkeypatch.setattr(int_weights, "_quantize_rows", watched)
     monkeypatch.setattr(int_weights, "NUMBERS_AT_ONCE", 500)
     for e in range(7):
-        for one, all_of_them in zip(pack(stack[e], bits), whole, strict=True):
+        for one, all_of_them in zip(quantize(stack[e], bits), whole, strict=True):
             assert torch.equal(one, all_of_them[e])
     pieces.clear()
-    for again, before in zip(pack(stack, bits), whole, strict=True):
+    for again, before in zip(quantize(stack, bits), whole, strict=True):
         assert torch.equal(again, before)
     assert {shape.numel() for shape in pieces} == {480, 96}
     assert torch.equal(
-        unpack(*whole, bits, torch.float32)[2], unpack(*pack(stack[2], bits), bits, torch.float32)
+        dequantize(*whole, bits, torch.float32)[2], dequantize(*quantize(stack[2], bits), bits, torch.float32)
     )
 
 
 @pytest.mark.parametrize(("bits", "columns"), [(4, 12), (8, 6)])
 def test_columns_that_fill_no_word(bits: int, columns: int) -> None:
     with pytest.raises(
-        ValueError, match=f"{columns} columns, which int{bits} packs by {32 // bits}"
+        ValueError, match=f"{columns} columns, but int{bits} needs a multiple of {32 // bits}"
     ):
-        pack(torch.ones(2, columns), bits)
+        quantize(torch.ones(2, columns), bits)
 
 
 # ---- models ----
@@ -174,7 +174,7 @@ def base(tiny_model: MakeModel, tmp_path: Path) -> Path:
 
 def load(base: Path, bits: int | None = None, **options: Any) -> DeepseekForCausalLM:
     if bits is not None:
-        options["quantization_config"] = PackingConfig(bits)
+        options["quantization_config"] = IntConfig(bits)
     options = {"dtype": torch.float32, "experts_implementation": "eager"} | options
     return DeepseekForCausalLM.from_pretrained(base, **options)
 
@@ -183,10 +183,10 @@ def roundtripped(base: Path, bits: int, **options: Any) -> DeepseekForCausalLM:
     """The model with each weight that is packed replaced by what it becomes."""
     model = load(base, **options)
     for weight in inside(model):
-        weight.copy_(unpack(*pack(weight, bits), bits, weight.dtype))
+        weight.copy_(dequantize(*quantize(weight, bits), bits, weight.dtype))
     if not model.config.tie_word_embeddings:
         head = model.lm_head.weight.data
-        head.copy_(unpack(*pack(head, 8), 8, head.dtype))
+        head.copy_(dequantize(*quantize(head, 8), 8, head.dtype))
     return model
 
 
@@ -231,9 +231,9 @@ def test_what_is_packed(base: Path, bits: int) -> None:
     modules = dict(model.named_modules())
     assert not [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     for name in ("0.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.shared_experts.up_proj"):
-        assert isinstance(modules[f"model.layers.{name}"], PackedLinear)
-    assert isinstance(modules["lm_head"], PackedLinear)
-    assert isinstance(modules["model.layers.1.mlp.experts"], PackedExperts)
+        assert isinstance(modules[f"model.layers.{name}"], QuantizedLinear)
+    assert isinstance(modules["lm_head"], QuantizedLinear)
+    assert isinstance(modules["model.layers.1.mlp.experts"], QuantizedExperts)
     down = modules["model.layers.0.mlp.down_proj"]
     assert (down.in_features, down.out_features) == (160, 192)
     now = dict(model.named_parameters())
@@ -259,7 +259,7 @@ def test_a_tied_head_stays_the_embedding(tiny_model: MakeModel, tmp_path: Path, 
     assert isinstance(model.lm_head, nn.Linear)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, before.lm_head.weight)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)
 
 
 @every_width
@@ -288,7 +288,7 @@ def test_bytes(
     head = 0 if tied else 2048 * 256
     others = numbers - layers - head
     assert size == layers * bits_a_number / 8 + head * 8.25 / 8 + others * 2
-    claimed = int_quantizer.packed_bytes(numbers, model.config, bits, torch.bfloat16)
+    claimed = int_quantizer.quantized_bytes(numbers, model.config, bits, torch.bfloat16)
     assert claimed == pytest.approx(size, rel=0.01)
 
 
@@ -301,9 +301,9 @@ def test_each_weight_is_packed_before_the_next_is_read(
     def watched(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         alive.append(sum(ref() is not None for ref in read))
         read.append(weakref.ref(weight))
-        return pack(weight, bits)
+        return quantize(weight, bits)
 
-    monkeypatch.setattr(int_quantizer, "pack", watched)
+    monkeypatch.setattr(int_quantizer, "quantize", watched)
     load(base, 4)
     assert len(alive) == 2 * 4 + 3 + 3 + 2 + 1
     assert max(alive) <= 1  # the one before, until its name is taken by the next
@@ -399,7 +399,7 @@ def test_unknown_quantization(bundled_model: Path) -> None:
 def test_sizes_that_fill_no_word(tiny_model: MakeModel, tmp_path: Path) -> None:
     tiny_model(moe_intermediate_size=12).save_pretrained(tmp_path)
     load(tmp_path, 8)
-    with pytest.raises(ValueError, match="12 columns, which int4 packs by 8"):
+    with pytest.raises(ValueError, match="12 columns, but int4 needs a multiple of 8"):
         load(tmp_path, 4)
 
 
@@ -433,5 +433,5 @@ def test_examples(
     monkeypatch.setattr(sys, "argv", [script, *options, "--prompt", "Hello"])
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     assert capsys.readouterr().out.strip()
-    assert isinstance(made[0].model.layers[1].mlp.experts, PackedExperts)
+    assert isinstance(made[0].model.layers[1].mlp.experts, QuantizedExperts)
     assert made[0].model.layers[1].mlp.experts.bits == 4

@@ -18,7 +18,7 @@ from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode.decoder import as_one
 from deepseek_moe.decode.engine import Engine, UnknownModel
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.int_quantizer import PackingConfig
+from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.decode.sampling import greedy
 from deepseek_moe.decode.supported import signature_of, unknown_in
 from deepseek_moe.errors import UserError
@@ -43,7 +43,7 @@ def any_model(request: pytest.FixtureRequest, model: Model, tmp_path: Path) -> M
     if request.param == 16:
         return model
     model.save_pretrained(tmp_path)
-    return Model.from_pretrained(tmp_path, quantization_config=PackingConfig(request.param))
+    return Model.from_pretrained(tmp_path, quantization_config=IntConfig(request.param))
 
 
 def with_engine(model: Model, fast: bool | None = None) -> Generator:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
-from deepseek_moe.decode.int_quantizer import PackingConfig
+from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.model.layout import official_tensors
 
 MakeModel = Callable[..., DeepseekForCausalLM]
@@ -253,7 +253,7 @@ def test_weights_that_are_no_floats_are_named(
     tensors = tensors_in(tmp_path)
     tensors[EXPERT_3] = tensors[EXPERT_3].to(dtype)
     rewrite(tmp_path, tensors, shards=1)
-    for options in ({}, {"quantization_config": PackingConfig(4)}):
+    for options in ({}, {"quantization_config": IntConfig(4)}):
         for auto in (AutoModel, AutoModelForCausalLM)[bool(options) :]:
             with pytest.raises(ValueError, match=rf"{EXPERT_3} is stored as {stored}"):
                 auto.from_pretrained(tmp_path, **options)

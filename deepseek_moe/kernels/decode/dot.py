@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..launch import wait
-from .dot_int import fixed_point, packed_dot, unpack
+from .dot_int import dot_words, fixed_point, int_value
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def dot_one(
                 square_1B, x_1, g_ptr, column_B[None, :], inside_B[None, :], W, BITS, NORM, 1, BLOCK
             )
             square_B += tl.reshape(square_1B, [BLOCK])
-            part_RB = packed_dot(words_RB, eu, el, ou, ol, sum_1B, BITS)
+            part_RB = dot_words(words_RB, eu, el, ou, ol, sum_1B, BITS)
             part_RG = tl.sum(tl.reshape(part_RB, [R, BLOCK // GROUP, GROUP]), 2).to(tl.float32)
             acc_RA += part_RG * (scale_RG.to(tl.float32) * (steps_1G * times))
     return acc_RA, square_B
@@ -128,7 +128,7 @@ def dot_few(
             if BITS == 16:
                 acc_RT = tl.dot(words_RB, x_BT, acc_RT, input_precision="ieee")
             else:
-                weight_RB = (unpack(words_RB, j, BITS) * scale_RB).to(x_BT.dtype)
+                weight_RB = (int_value(words_RB, j, BITS) * scale_RB).to(x_BT.dtype)
                 acc_RT = tl.dot(weight_RB, x_BT, acc_RT, input_precision="ieee")
     return acc_RT
 

@@ -119,7 +119,7 @@ def _down_one(
 
 
 @triton.jit
-def _down_one_packed(
+def _down_one_int(
     act_ptr,  # [K, P * W]
     shared_act_ptr,  # [P * SW]
     weight_ptr,  # [E, D, W]
@@ -286,7 +286,7 @@ def experts_down(
     if T == 1:
         sizes["BLOCK"] = max(16, triton.next_power_of_2(words))
         shared_block = max(16, triton.next_power_of_2(sizes["SW"]))
-        _down_one_packed[(tiles, splits)](
+        _down_one_int[(tiles, splits)](
             *args, Q=PICKS, SHARED_BLOCK=shared_block, SPLITS=splits, **sizes
         )
     else:

@@ -12,7 +12,7 @@ from ..int_weights import Weight
 from ..launch import launch_options, scale_of, swiglu, tile_of, wait
 from . import elementwise as between
 from .dot import dot_few, halves
-from .dot_int import unpack
+from .dot_int import int_value
 
 READING = 48  # picks an expert up to which reading the weights, not multiplying, takes the time
 
@@ -34,7 +34,7 @@ def _matrix(
     words_B = tl.load(words_ptr + row * W + column_B, mask=ok_B, other=0)
     scale_B = tl.load(scale_ptr + row * GROUPS + column_B // (64 // P), mask=ok_B, other=0.0)
     for j in tl.static_range(P):
-        value_B = unpack(words_B, j, BITS) * scale_B.to(tl.float32)
+        value_B = int_value(words_B, j, BITS) * scale_B.to(tl.float32)
         tl.store(out_ptr + row * (P * W) + j * W + column_B, value_B, mask=ok_B)
 
 

@@ -11,7 +11,7 @@ expert E, which is none, with weight 0.
 import torch
 from torch.nn import functional as F
 
-from ..int_weights import Weight, unpack
+from ..int_weights import Weight, dequantize
 from ..torch_ops import sort_picks, swiglu
 
 __all__ = [
@@ -30,7 +30,7 @@ def matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     """[..., O, I], unpacked."""
     if weight.scale is None:
         return weight.data.to(dtype)
-    return unpack(weight.data, weight.scale, weight.bits, dtype)
+    return dequantize(weight.data, weight.scale, weight.bits, dtype)
 
 
 def rms_norm(x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float) -> torch.Tensor:
