@@ -1,20 +1,15 @@
-"""A model in int8 or int4 for decoding, where reading the weights is what takes the time.
+"""How transformers loads a checkpoint in int8 or int4, for decoding, where reading the weights is
+what takes the time.
 
-transformers reads an original checkpoint, and each weight is quantised as soon as it is there. The
-linears of the layers and the routed experts are quantised, and the head, always to 8 bits. Router,
-norms and embedding keep their dtype, and so does a head that is the embedding
-(`tie_word_embeddings`). kernels/int_weights.py describes the format.
-
-The modules here are exact and slow: they are the reference of every kernel.
-
-Letters: E experts, O out, I in, W words a row, G groups a row, T tokens, K picks a token, D hidden.
+It is an original checkpoint; each weight is quantised as soon as it is read. The linears of the
+layers and the routed experts are quantised, and the head, always to 8 bits. Router, norms and
+embedding keep their dtype, and so does a head that is the embedding (`tie_word_embeddings`).
 """
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -23,63 +18,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UserError
-from ..kernels.int_weights import GROUP, HEAD_BITS, dequantize, quantize, words_and_groups
+from ..kernels.int_weights import GROUP, HEAD_BITS, quantize
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import EXPERT_STACKS
-from ..model.modeling_deepseek import DeepseekExperts, DeepseekForCausalLM, loop_over_experts
+from ..model.modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
+from .quantized import QuantizedExperts, QuantizedLinear
 
 METHOD = "deepseek_int"  # the name under which transformers knows it
-
-
-class _Quantized(nn.Module):
-    """Takes the place of `module`, whose `weights` become words [..., O, W], each with a parameter
-    of its scales [..., O, G] beside it. Both are empty until the checkpoint is read."""
-
-    def __init__(self, module: nn.Module, weights: tuple[str, ...], bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-        for name in weights:
-            weight = getattr(module, name)
-            *stack, columns = weight.shape
-            W, G = words_and_groups(columns, bits)
-            words = torch.empty(*stack, W, dtype=torch.int32, device=weight.device)
-            scale = torch.empty(*stack, G, dtype=weight.dtype, device=weight.device)
-            setattr(self, name, nn.Parameter(words, requires_grad=False))
-            setattr(self, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
-
-
-class QuantizedLinear(_Quantized):
-    def __init__(self, linear: nn.Linear, bits: int) -> None:
-        super().__init__(linear, ("weight",), bits)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = dequantize(self.weight, self.weight_scale, self.bits, x.dtype)
-        return F.linear(x, weight, self.bias)
-
-
-class QuantizedExperts(_Quantized):
-    """It always loops over the experts: transformers' other ways through them
-    (`experts_implementation`) cannot read words, so they do not apply."""
-
-    def __init__(self, experts: DeepseekExperts, bits: int) -> None:
-        super().__init__(experts, tuple(EXPERT_STACKS), bits)
-        self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
-
-    def forward(
-        self, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """As `DeepseekExperts.forward`."""
-        return loop_over_experts(self, hidden_TD, index_TK, weights_TK)
-
-    def matrices(self, expert: int) -> tuple[torch.Tensor, ...]:
-        """As `DeepseekExperts.matrices`; only these two are ever held in full."""
-        stacks = [(getattr(self, name), getattr(self, f"{name}_scale")) for name in EXPERT_STACKS]
-        return tuple(
-            dequantize(words[expert], scale[expert], self.bits, scale.dtype)
-            for words, scale in stacks
-        )
 
 
 def quantized_bytes(numbers: int, config: DeepseekConfig, bits: int, dtype: torch.dtype) -> int:

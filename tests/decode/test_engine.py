@@ -17,7 +17,7 @@ from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.decode.load import load
 from deepseek_moe.decode.sampling import Sampler, greedy, make_sampler
-from deepseek_moe.decode.supported import is_supported
+from deepseek_moe.decode.supported import fits_kernels
 from deepseek_moe.errors import UserError
 from deepseek_moe.kernels.decode import torch_ops as twins
 
@@ -111,10 +111,10 @@ def test_the_cache_grows_and_is_used_again(prompts: list[list[int]]) -> None:
     cache = generator.engine.cache
     assert generator.generate(prompts[1:2], 3) == plain(bundled_model()).generate(prompts[1:2], 3)
     assert generator.engine.cache is cache
-    long = generator.generate(prompts[:1], 4 * engine.BLOCK)[0]
+    long = generator.generate(prompts[:1], 4 * engine.CACHE_BLOCK)[0]
     assert generator.engine.cache is not cache
     assert long[:4] == first[0]
-    assert long == plain(bundled_model()).generate(prompts[:1], 4 * engine.BLOCK)[0]
+    assert long == plain(bundled_model()).generate(prompts[:1], 4 * engine.CACHE_BLOCK)[0]
 
 
 def test_the_context_ends_a_sequence(tiny_model: MakeModel) -> None:
@@ -254,9 +254,7 @@ def model_for_kernels(
         return model
     folder: Path = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
-    return DeepseekForCausalLM.from_pretrained(
-        folder, quantization_config=IntConfig(request.param)
-    )
+    return DeepseekForCausalLM.from_pretrained(folder, quantization_config=IntConfig(request.param))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/check_gpu.py does it on a GPU")
@@ -290,14 +288,14 @@ def test_whole_steps_with_kernels(
 
 def test_what_the_kernels_know(tiny_model: Callable[..., DeepseekForCausalLM]) -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "n_shared_experts": 2}
-    assert is_supported(tiny_model(**sizes))
+    assert fits_kernels(tiny_model(**sizes))
     for change in (
         {"n_shared_experts": None},
         {"attention_bias": True},
         {"hidden_act": "gelu"},
         {"num_attention_heads": 4},
     ):
-        assert not is_supported(tiny_model(**sizes | change))
+        assert not fits_kernels(tiny_model(**sizes | change))
 
 
 @pytest.mark.parametrize("place", ["lm_head", "model.layers.1.mlp.experts", "model.embed_tokens"])
@@ -306,13 +304,13 @@ def test_a_changed_model_is_not_taken(
 ) -> None:
     model = tiny_model(hidden_size=64, num_attention_heads=2, n_shared_experts=2)
     model(torch.tensor([[1, 2]]), output_hidden_states=True)
-    assert is_supported(model)  # with the hooks of transformers itself
+    assert fits_kernels(model)  # with the hooks of transformers itself
     model.get_submodule(place).register_forward_hook(lambda *_: None)
-    assert not is_supported(model)
+    assert not fits_kernels(model)
     wrapped = tiny_model(hidden_size=64, num_attention_heads=2, n_shared_experts=2)
-    assert is_supported(wrapped)
+    assert fits_kernels(wrapped)
     wrapped.set_submodule(place, torch.nn.Sequential(wrapped.get_submodule(place)))
-    assert not is_supported(wrapped)
+    assert not fits_kernels(wrapped)
 
 
 def test_one_expert_is_not_normed(tiny_model: Callable[..., DeepseekForCausalLM]) -> None:

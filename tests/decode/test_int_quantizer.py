@@ -19,12 +19,13 @@ from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode import int_quantizer
 from deepseek_moe.decode import load as load_module
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.int_quantizer import QuantizedExperts, QuantizedLinear, IntConfig
+from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.decode.load import load as load_checkpoint
+from deepseek_moe.decode.quantized import QuantizedExperts, QuantizedLinear
 from deepseek_moe.decode.sampling import greedy
 from deepseek_moe.errors import UserError
 from deepseek_moe.kernels import int_weights
-from deepseek_moe.kernels.int_weights import quantize, dequantize
+from deepseek_moe.kernels.int_weights import dequantize, quantize
 from deepseek_moe.model.modeling_deepseek import DeepseekExperts
 
 MakeModel = Callable[..., DeepseekForCausalLM]
@@ -151,7 +152,8 @@ def test_a_stack_in_pieces_is_each_of_its_matrices(
         assert torch.equal(again, before)
     assert {shape.numel() for shape in pieces} == {480, 96}
     assert torch.equal(
-        dequantize(*whole, bits, torch.float32)[2], dequantize(*quantize(stack[2], bits), bits, torch.float32)
+        dequantize(*whole, bits, torch.float32)[2],
+        dequantize(*quantize(stack[2], bits), bits, torch.float32),
     )
 
 

@@ -15,12 +15,12 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from deepseek_moe import DeepseekForCausalLM
-from deepseek_moe.decode.decoder import as_one
-from deepseek_moe.decode.engine import Engine, UnknownModel
+from deepseek_moe.decode.decoder import joined_view
+from deepseek_moe.decode.engine import Engine, UnsupportedModel
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.decode.sampling import greedy
-from deepseek_moe.decode.supported import signature_of, unknown_in
+from deepseek_moe.decode.supported import signature_of, find_unsupported
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.modeling_deepseek import DeepseekMLP
 
@@ -193,14 +193,14 @@ def test_a_model_that_only_the_plain_way_computes_is_refused_in_one_line(
     with pytest.raises(UserError, match=r"does not take this model: .* leave `fast` out") as error:
         generator.generate(PROMPTS, 2)
     assert "\n" not in str(error.value)
-    with pytest.raises(UnknownModel):
+    with pytest.raises(UnsupportedModel):
         Engine(model)
 
 
 def test_what_is_unknown_is_named(model: Model) -> None:
-    assert unknown_in(model) is None
+    assert find_unsupported(model) is None
     model.add_adapter(peft.LoraConfig(target_modules=["k_proj"]))
-    assert unknown_in(model) == (
+    assert find_unsupported(model) == (
         "model.layers.0.self_attn.k_proj is a peft.tuners.lora.layer.Linear"
     )
 
@@ -251,7 +251,7 @@ def test_fields_of_the_config(model: Model, field: str) -> None:
     setattr(model.config, field, others.get(field, 1))
     plain = Generator(copy.deepcopy(model), fast=False)
     assert generator.generate(PROMPTS, NEW) == plain.generate(PROMPTS, NEW)
-    again = with_engine(model) if unknown_in(model) is None else plain
+    again = with_engine(model) if find_unsupported(model) is None else plain
     assert again.generate(PROMPTS, NEW) == plain.generate(PROMPTS, NEW)
 
 
@@ -358,12 +358,12 @@ def test_weights_are_not_torn_out_of_the_memory_of_an_optimizer(
 def test_tensors_in_one_memory_are_one_only_if_they_follow_each_other() -> None:
     whole = torch.arange(24.0).view(6, 4)
     a, b, c = whole.split([1, 2, 3])
-    assert torch.equal(as_one([a, b, c]), whole)
-    assert as_one([a, b, c]).data_ptr() == whole.data_ptr()
-    assert torch.equal(as_one([b, c]), whole[1:])
+    assert torch.equal(joined_view([a, b, c]), whole)
+    assert joined_view([a, b, c]).data_ptr() == whole.data_ptr()
+    assert torch.equal(joined_view([b, c]), whole[1:])
     for parts in ([b, a], [a, c], [a, b.clone()], [whole[:, :2], whole[:, 2:]], [a, b.view(1, 8)],
                   [whole[::2], whole[1::2]], [a, b.view(torch.int32)]):  # fmt: skip
-        assert as_one(parts) is None
+        assert joined_view(parts) is None
 
 
 def test_the_engine_comes_back_with_the_model_that_it_knows(model: Model) -> None:
