@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from deepseek_moe.decode.int_quantizer import quantize
 from deepseek_moe.kernels.decode import torch_ops, triton_ops
-from deepseek_moe.kernels.int_weights import Weight, quantize
+from deepseek_moe.kernels.int_weights import Weight
 from deepseek_moe.kernels.training import torch_ops as training_torch_ops
 from deepseek_moe.kernels.training import triton_ops as training_triton_ops
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -18,13 +19,64 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UserError
-from ..kernels.int_weights import GROUP, HEAD_BITS, quantize
+from ..kernels.int_weights import GROUP, HEAD_BITS, shifts, words_and_groups
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import EXPERT_STACKS
 from ..model.modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
 from .quantized import QuantizedExperts, QuantizedLinear
 
 METHOD = "deepseek_int"  # the name under which transformers knows it
+# The value of largest magnitude in a group lies this many steps from 0, at the end of the range
+# that has one more level. In 4 bits, half a step more and less are tried too, and the least squared
+# error is kept: the bundled model then loses 0.018 nats a token, not 0.023.
+STEPS = {8: (128.0,), 4: (8.0, 7.5, 8.5)}
+NUMBERS_AT_ONCE = 2**22
+"""`quantize` works on this many numbers at once, because it makes several copies in fp32."""
+
+
+def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The words [..., O, W] and scales [..., O, G] of a weight [..., O, I].
+
+    Beside the result it takes some 200 MB at most, however large the weight is.
+
+    Raises:
+        ValueError: I is no multiple of P.
+    """
+    rows_RI = weight.detach().flatten(0, -2)
+    R, I = rows_RI.shape  # noqa: E741
+    W, G = words_and_groups(I, bits)
+    words_RW = torch.empty(R, W, dtype=torch.int32, device=weight.device)
+    scale_RG = torch.empty(R, G, dtype=weight.dtype, device=weight.device)
+    step = max(1, NUMBERS_AT_ONCE // I)
+    for at in range(0, R, step):
+        some = slice(at, at + step)
+        words_RW[some], scale_RG[some] = _quantize_rows(rows_RI[some], bits)
+    return words_RW.view(*weight.shape[:-1], W), scale_RG.view(*weight.shape[:-1], G)
+
+
+def _quantize_rows(weight_RI: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    P, half = 32 // bits, 2 ** (bits - 1)
+    W, G = words_and_groups(weight_RI.shape[-1], bits)
+    width = GROUP // P
+    x = F.pad(weight_RI.float().unflatten(-1, (P, W)), (0, G * width - W))
+    x = x.unflatten(-1, (G, width))  # [R, P, G, width]: dimensions 1 and 3 share a scale
+
+    def levels(scale: torch.Tensor) -> torch.Tensor:
+        return (x / scale.where(scale != 0, 1.0)).round().clamp(-half, half - 1)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        return (levels(scale) * scale - x).square().sum(dim=(1, 3), keepdim=True)
+
+    high, low = x.amax(dim=(1, 3), keepdim=True), x.amin(dim=(1, 3), keepdim=True)
+    largest = torch.where(high > -low, high, low)
+    # The scale is rounded to the stored dtype first, since values are multiplied with that.
+    tried = torch.stack([(largest / -n).to(weight_RI.dtype).float() for n in STEPS[bits]])
+    best = torch.stack([error(scale) for scale in tried]).argmin(dim=0, keepdim=True)
+    scale = tried.gather(0, best).squeeze(0)  # [R, 1, G, 1]
+    stored_RPW = (levels(scale) + half).to(torch.int32).flatten(-2)[..., :W]
+    # The values of a word share no bit, so their sum joins them.
+    words_RW = (stored_RPW << shifts(bits, x.device)).sum(dim=1, dtype=torch.int32)
+    return words_RW, scale.flatten(1).to(weight_RI.dtype)
 
 
 def quantized_bytes(numbers: int, config: DeepseekConfig, bits: int, dtype: torch.dtype) -> int:

@@ -19,13 +19,12 @@ from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode import int_quantizer
 from deepseek_moe.decode import load as load_module
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.int_quantizer import IntConfig
+from deepseek_moe.decode.int_quantizer import IntConfig, quantize
 from deepseek_moe.decode.load import load as load_checkpoint
 from deepseek_moe.decode.quantized import QuantizedExperts, QuantizedLinear
 from deepseek_moe.decode.sampling import greedy
 from deepseek_moe.errors import UserError
-from deepseek_moe.kernels import int_weights
-from deepseek_moe.kernels.int_weights import dequantize, quantize
+from deepseek_moe.kernels.int_weights import dequantize
 from deepseek_moe.model.modeling_deepseek import DeepseekExperts
 
 MakeModel = Callable[..., DeepseekForCausalLM]
@@ -136,14 +135,14 @@ def test_a_stack_in_pieces_is_each_of_its_matrices(
     stack = torch.randn(3, 7, 96).transpose(0, 1)
     whole = quantize(stack, bits)
     pieces: list[torch.Size] = []
-    rows = int_weights._quantize_rows
+    rows = int_quantizer._quantize_rows
 
     def watched(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         pieces.append(weight.shape)
         return rows(weight, bits)
 
-    monkeypatch.setattr(int_weights, "_quantize_rows", watched)
-    monkeypatch.setattr(int_weights, "NUMBERS_AT_ONCE", 500)
+    monkeypatch.setattr(int_quantizer, "_quantize_rows", watched)
+    monkeypatch.setattr(int_quantizer, "NUMBERS_AT_ONCE", 500)
     for e in range(7):
         for one, all_of_them in zip(quantize(stack[e], bits), whole, strict=True):
             assert torch.equal(one, all_of_them[e])

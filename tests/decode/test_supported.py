@@ -20,7 +20,7 @@ from deepseek_moe.decode.engine import Engine, UnsupportedModel
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.decode.sampling import greedy
-from deepseek_moe.decode.supported import signature_of, find_unsupported
+from deepseek_moe.decode.supported import find_unsupported, signature_of
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.modeling_deepseek import DeepseekMLP
 
