@@ -1,5 +1,5 @@
-"""Packed weights: the layout that kernels read, how near they are, and that a model really has
-them and computes what the unpacked ones would."""
+"""Weights in int8 and int4: the layout that kernels read, how near they are, and that a model has
+them and computes what the dequantised ones would."""
 
 import json
 import runpy
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,21 +52,21 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, t
 )
 def test_layout(bits: int, values: list[int], words: list[int]) -> None:
     weight = torch.tensor([values], dtype=torch.float32)
-    packed, scale = quantize(weight * 0.5, bits)
-    assert packed.dtype == torch.int32
-    assert packed.tolist() == [words]
+    stored, scale = quantize(weight * 0.5, bits)
+    assert stored.dtype == torch.int32
+    assert stored.tolist() == [words]
     assert scale.tolist() == [[0.5]]
-    assert torch.equal(dequantize(packed, scale, bits, torch.float32), weight * 0.5)
+    assert torch.equal(dequantize(stored, scale, bits, torch.float32), weight * 0.5)
 
 
 @every_width
 def test_groups_are_64_values_of_words_side_by_side(bits: int) -> None:
-    P, words = 32 // bits, 64 // (32 // bits)
-    W = 2 * words + 3  # two groups and a smaller one
-    group_W = torch.arange(W) // words
+    P, width = 32 // bits, 64 // (32 // bits)
+    W = 2 * width + 3  # two groups and a smaller one
+    group_W = torch.arange(W) // width
     weight = torch.randn(5, P, W) * 10.0**group_W
-    packed, scale = quantize(weight.flatten(1), bits)
-    assert packed.shape == (5, W)
+    words, scale = quantize(weight.flatten(1), bits)
+    assert words.shape == (5, W)
     assert scale.shape == (5, 3)
     for group in range(3):
         largest = weight[:, :, group_W == group].abs().amax(dim=(1, 2))
@@ -89,12 +88,12 @@ def levels_of(scale: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 def test_values_are_the_nearest_that_the_stored_scale_has(bits: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(6, 160) * 0.02).to(dtype)
-    packed, scale = quantize(weight, bits)
+    words, scale = quantize(weight, bits)
     assert scale.dtype == dtype
     levels = levels_of(scale, bits, 160)
     nearest = (levels - weight.float().unsqueeze(-1)).abs().argmin(dim=-1, keepdim=True)
     wanted = levels.gather(-1, nearest).squeeze(-1)
-    have = dequantize(packed, scale, bits, dtype)
+    have = dequantize(words, scale, bits, dtype)
     assert have.dtype == dtype
     assert torch.equal(have, wanted.to(dtype))
 
@@ -114,17 +113,17 @@ def test_value_of_largest_magnitude_is_kept_in_either_direction(bits: int) -> No
     end = 2 ** (bits - 1)
     weight = torch.zeros(2, 64)
     weight[0, 5], weight[1, 9] = -3.0, 3.0
-    packed, scale = quantize(weight, bits)
-    assert torch.equal(dequantize(packed, scale, bits, torch.float32), weight)
+    words, scale = quantize(weight, bits)
+    assert torch.equal(dequantize(words, scale, bits, torch.float32), weight)
     assert scale.tolist() == [[3 / end], [-3 / end]]
 
 
 @every_width
 def test_zeros_stay_zeros(bits: int) -> None:
-    packed, scale = quantize(torch.zeros(3, 128), bits)
+    words, scale = quantize(torch.zeros(3, 128), bits)
     assert not scale.any()
-    assert packed.unique().tolist() == [{8: 0x80808080, 4: 0x88888888}[bits] - 2**32]
-    assert not dequantize(packed, scale, bits, torch.float32).any()
+    assert words.unique().tolist() == [{8: 0x80808080, 4: 0x88888888}[bits] - 2**32]
+    assert not dequantize(words, scale, bits, torch.float32).any()
 
 
 @every_width
@@ -156,14 +155,6 @@ def test_a_stack_in_pieces_is_each_of_its_matrices(
     )
 
 
-@pytest.mark.parametrize(("bits", "columns"), [(4, 12), (8, 6)])
-def test_columns_that_fill_no_word(bits: int, columns: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"{columns} columns, but int{bits} needs a multiple of {32 // bits}"
-    ):
-        quantize(torch.ones(2, columns), bits)
-
-
 # ---- models ----
 
 
@@ -181,7 +172,7 @@ def load(base: Path, bits: int | None = None, **options: Any) -> DeepseekForCaus
 
 
 def roundtripped(base: Path, bits: int, **options: Any) -> DeepseekForCausalLM:
-    """The model with each weight that is packed replaced by what it becomes."""
+    """The model with each weight that is quantised replaced by what it becomes."""
     model = load(base, **options)
     for weight in inside(model):
         weight.copy_(dequantize(*quantize(weight, bits), bits, weight.dtype))
@@ -192,7 +183,7 @@ def roundtripped(base: Path, bits: int, **options: Any) -> DeepseekForCausalLM:
 
 
 def inside(model: DeepseekForCausalLM) -> list[torch.Tensor]:
-    """What the layers have packed, before it is."""
+    """The weights of the layers that will be quantised."""
     weights = []
     for module in model.model.layers.modules():
         if isinstance(module, nn.Linear):
@@ -207,10 +198,15 @@ def bits_of(name: str, bits: int) -> int:
 
 
 @every_width
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float32, {"attention_bias": True, "tie_word_embeddings": True}),
+    ],
+)
 @torch.no_grad()
-def test_model_is_the_one_with_the_unpacked_weights(
+def test_model_is_the_one_with_the_dequantised_weights(
     tiny_model: MakeModel, tmp_path: Path, bits: int, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
     tiny = tiny_model(**WIDE, **changes)
@@ -218,7 +214,11 @@ def test_model_is_the_one_with_the_unpacked_weights(
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     tiny.save_pretrained(tmp_path)
-    have = load(tmp_path, bits, dtype=dtype)(IDS).logits
+    model = load(tmp_path, bits, dtype=dtype)
+    if changes:  # a tied head stays the embedding
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, tiny.lm_head.weight)
+    have = model(IDS).logits
     want = roundtripped(tmp_path, bits, dtype=dtype)(IDS).logits
     original = load(tmp_path, dtype=dtype)(IDS).logits
     assert have.dtype == dtype
@@ -227,7 +227,7 @@ def test_model_is_the_one_with_the_unpacked_weights(
 
 
 @every_width
-def test_what_is_packed(base: Path, bits: int) -> None:
+def test_which_weights_are_quantised(base: Path, bits: int) -> None:
     model, before = load(base, bits), dict(load(base).named_parameters())
     modules = dict(model.named_modules())
     assert not [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -240,27 +240,17 @@ def test_what_is_packed(base: Path, bits: int) -> None:
     now = dict(model.named_parameters())
     scales = {name for name in now if name.endswith("_scale")}
     assert now.keys() - scales == before.keys()
-    packed = {name.removesuffix("_scale") for name in scales}
+    quantized = {name.removesuffix("_scale") for name in scales}
     for name, parameter in now.items():
-        if name in packed:
+        if name in quantized:
             assert parameter.dtype == torch.int32, name
             assert parameter.numel() == before[name].numel() * bits_of(name, bits) // 32, name
         elif name not in scales:
             assert torch.equal(parameter, before[name]), name
-    assert {name.split(".")[-2] for name in before.keys() - packed} == {
+    assert {name.split(".")[-2] for name in before.keys() - quantized} == {
         "embed_tokens", "norm", "gate", "input_layernorm", "post_attention_layernorm"
     }  # fmt: skip
-    assert not any(now[name].requires_grad for name in packed | scales)
-
-
-@every_width
-def test_a_tied_head_stays_the_embedding(tiny_model: MakeModel, tmp_path: Path, bits: int) -> None:
-    tiny_model(**WIDE, tie_word_embeddings=True).save_pretrained(tmp_path)
-    model, before = load(tmp_path, bits), load(tmp_path)
-    assert isinstance(model.lm_head, nn.Linear)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(model.lm_head.weight, before.lm_head.weight)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)
+    assert not any(now[name].requires_grad for name in quantized | scales)
 
 
 @every_width
@@ -269,8 +259,8 @@ def test_sizes_by_which_devices_are_chosen(base: Path, bits: int) -> None:
     model = load(base, bits)
     for name, before in load(base).named_parameters():
         size = model.hf_quantizer.param_element_size(model, name, before)
-        is_packed = model.get_parameter(name).dtype == torch.int32
-        assert size == (bits_of(name, bits) / 8 if is_packed else 4), name
+        is_quantized = model.get_parameter(name).dtype == torch.int32
+        assert size == (bits_of(name, bits) / 8 if is_quantized else 4), name
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -293,7 +283,7 @@ def test_bytes(
     assert claimed == pytest.approx(size, rel=0.01)
 
 
-def test_each_weight_is_packed_before_the_next_is_read(
+def test_each_weight_is_quantised_before_the_next_is_read(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[weakref.ref] = []
@@ -331,13 +321,12 @@ class Recorder:
         return self.ids[-1]
 
 
-@every_width
-def test_generation(base: Path, bits: int) -> None:
-    model, prompts = load(base, bits), [[0, 17, 5], [0, 80, 2, 91, 33]]
+def test_generation(base: Path) -> None:
+    model, prompts = load(base, 4), [[0, 17, 5], [0, 80, 2, 91, 33]]
     have = Recorder()
     ids = Generator(model).generate(prompts, 12, have)
     want = Recorder(have.ids)
-    Generator(roundtripped(base, bits)).generate(prompts, 12, want)
+    Generator(roundtripped(base, 4)).generate(prompts, 12, want)
     assert len(ids[1]) == len(want.logits) == 12
     torch.testing.assert_close(have.logits, want.logits, rtol=0, atol=1e-4)
     likeliest_two = torch.stack(have.logits).topk(2).values
@@ -346,11 +335,10 @@ def test_generation(base: Path, bits: int) -> None:
     assert stock[0, 5:].tolist() == ids[1]
 
 
-@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.003), ("int4", 0.012)])
 @torch.inference_mode()
-def test_loss_of_the_bundled_model(bundled_model: Path, quantization: str, most: float) -> None:
-    """Nats a token (0.018 with a head of 4 bits); on more of its own kind of text int8 costs 0.0004
-    and int4 0.018."""
+def test_loss_of_the_bundled_model(bundled_model: Path) -> None:
+    """Nats a token (int4: 0.018 with a head of 4 bits). On more of its own kind of text int8 costs
+    0.0004 and int4 0.018."""
     rows = json.loads((ROOT / "examples/data/sample.json").read_text(encoding="utf-8"))
     text = "\n\n".join(row["output"] for row in rows)
 
@@ -362,27 +350,12 @@ def test_loss_of_the_bundled_model(bundled_model: Path, quantization: str, most:
         logits = model(ids).logits[:, :-1].float()
         return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item()
 
-    assert 1e-5 < abs(loss(quantization) - loss(None)) < most
+    original = loss(None)
+    for quantization, most in (("int8", 0.003), ("int4", 0.012)):
+        assert 1e-5 < abs(loss(quantization) - original) < most, quantization
 
 
 # ---- refusals and options ----
-
-
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.experts.3.up_proj.weight"])
-@pytest.mark.parametrize("wrong", ["missing", "surplus", "shape"])
-def test_wrong_tensors_are_named(base: Path, wrong: str, name: str) -> None:
-    file = base / "model.safetensors"
-    tensors = load_file(file)
-    if wrong == "shape":
-        tensors[name] = torch.ones(len(tensors[name]), 200)
-    else:
-        tensors["model.odd.weight" if wrong == "surplus" else name] = tensors.pop(name)
-    if wrong == "missing":
-        del tensors[name]
-    save_file(tensors, file, metadata={"format": "pt"})
-    said = {"missing": f"{name} is missing", "surplus": "model.odd.weight is not of this model"}
-    with pytest.raises(ValueError, match=said.get(wrong, f"{name} has shape")):
-        load(base, 4)
 
 
 def test_saving_is_refused(base: Path, tmp_path: Path) -> None:
@@ -392,19 +365,16 @@ def test_saving_is_refused(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
-def test_unknown_quantization(bundled_model: Path) -> None:
-    with pytest.raises(UserError, match="quantization int3 is unknown; use int8 or int4"):
-        load_checkpoint(str(bundled_model), quantization="int3")
-
-
-def test_sizes_that_fill_no_word(tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_columns_that_fill_no_word(tiny_model: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="6 columns, but int8 needs a multiple of 4"):
+        quantize(torch.ones(2, 6), 8)
     tiny_model(moe_intermediate_size=12).save_pretrained(tmp_path)
     load(tmp_path, 8)
     with pytest.raises(ValueError, match="12 columns, but int4 needs a multiple of 8"):
         load(tmp_path, 4)
 
 
-def test_memory_that_suffices_when_packed(
+def test_memory_that_suffices_when_quantised(
     bundled_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes as bf16 15.1 M, int8 8.6 M, int4 5.6 M; as fp32 with int4 7.4 M."""
