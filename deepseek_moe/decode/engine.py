@@ -12,13 +12,13 @@ Letters: B sequences, T tokens, V vocabulary.
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..kernels.decode import torch_ops
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .batch import Batch
 from .decoder import Decoder, StaticCache
@@ -46,14 +46,22 @@ class Engine:
     on with the weights that it began with, since to look for new ones at every token would take as
     long as a token does. Numbers that are changed in place, as an optimizer does it, count at once.
 
-    An engine can also be made of a model that `is_supported` refuses, to try it on a CPU.
+    An engine can also be made of a model that `is_supported` refuses, to try it.
+
+    Args:
+        chunk: tokens of prompts that go through the layers at once.
+        ops: what computes the stages, by default the kernels of triton_ops.py. With their slow
+            twins of torch_ops.py an engine can be tried on a CPU.
 
     Raises:
-        UnsupportedModel: the model holds something that the decoder does not compute.
+        UnsupportedModel: the model holds something that the decoder does not compute, or `ops` are
+            the kernels and it is not on a GPU.
     """
 
-    def __init__(self, model: DeepseekForCausalLM, chunk: int = CHUNK) -> None:
-        self.model, self.chunk = model, chunk
+    def __init__(
+        self, model: DeepseekForCausalLM, chunk: int = CHUNK, ops: ModuleType | None = None
+    ) -> None:
+        self.model, self.chunk, self.ops = model, chunk, ops
         self.on_trial = not is_supported(model)  # if so, no later build asks either
         self._build()
 
@@ -71,11 +79,13 @@ class Engine:
         self.pool: tuple[int, int] | None = None
         self.held: list[torch.Tensor] = []
         model = self.model
-        if find_unsupported(model) or not (self.on_trial or is_supported(model)):
-            raise UnsupportedModel(refusal_of(model))
-        self.device, ops = model.device, torch_ops
+        self.device = model.device
         self.fast = self.device.type == "cuda"
-        if self.fast:
+        possible = self.on_trial and (self.fast or self.ops)
+        if find_unsupported(model) or not (possible or is_supported(model)):
+            raise UnsupportedModel(refusal_of(model))
+        ops = self.ops
+        if ops is None:
             from ..kernels.decode import triton_ops as ops
         # Not torch's own stream for captures, which is on the GPU of the process's first capture.
         self.stream = torch.cuda.Stream(self.device) if self.fast else None

@@ -1,5 +1,5 @@
-"""The decode engine, on the plain twins of its kernels: the same ids as the plain way. And the
-decoder's whole steps, with the kernels themselves in Triton's interpreter."""
+"""The engine on the twins of its kernels gives the ids of the plain way; so do the decoder's whole
+steps with the kernels themselves, in Triton's interpreter."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +19,14 @@ from deepseek_moe.decode.load import load
 from deepseek_moe.decode.sampling import Sampler, greedy
 from deepseek_moe.decode.supported import fits_kernels
 from deepseek_moe.errors import UserError
-from deepseek_moe.kernels.decode import torch_ops as twins
+from deepseek_moe.kernels.decode import torch_ops
 
 MakeModel = Callable[..., DeepseekForCausalLM]
 
 
 def with_engine(model: DeepseekForCausalLM, chunk: int = engine.CHUNK) -> Generator:
     """A generator whose engine runs step by step on the CPU, with the plain twins."""
-    return Generator(model, engine=Engine(model, chunk))
+    return Generator(model, engine=Engine(model, chunk, torch_ops))
 
 
 def plain(model: DeepseekForCausalLM) -> Generator:
@@ -108,7 +108,7 @@ def test_the_model_is_as_before(prompts: list[list[int]]) -> None:
     ids = torch.tensor([prompts[2]])
     before = model(ids).logits
     state = {name: x.clone() for name, x in model.state_dict().items()}
-    Engine(model)
+    Engine(model, ops=torch_ops)
     assert torch.equal(model(ids).logits, before)
     after = model.state_dict()
     assert after.keys() == state.keys()
@@ -226,9 +226,9 @@ def test_whole_steps_with_kernels(
     pytest.importorskip("triton", reason="Triton is not installed")
     from deepseek_moe.kernels.decode import triton_ops as fused
 
-    kernels = SimpleNamespace(**vars(fused) | {"dense": twins.dense})  # torch.mm, on GPUs only
+    kernels = SimpleNamespace(**vars(fused) | {"dense": torch_ops.dense})  # torch.mm, on GPUs only
     made = []
-    for ops in (kernels, twins):
+    for ops in (kernels, torch_ops):
         torch.manual_seed(0)
         cache = StaticCache(model_for_kernels, slots=FEW + 4, capacity=64)
         cache.keys.fill_(float("nan"))

@@ -12,6 +12,7 @@ from deepseek_moe.decode.engine import Engine
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.sampling import Sampler, greedy, make_sampler
 from deepseek_moe.errors import RunError, UserError
+from deepseek_moe.kernels.decode import torch_ops
 
 
 def test_greedy_equals_transformers(generator: Generator, prompts: list[list[int]]) -> None:
@@ -80,7 +81,7 @@ def test_a_seed_repeats_the_whole_text(generator: Generator, prompts: list[list[
 
 def test_the_penalty_is_the_same_in_both_ways(prompts: list[list[int]]) -> None:
     model, sample = bundled_model(), make_sampler(repetition_penalty=1.5)
-    made = Generator(model, engine=Engine(model)).generate(prompts, 12, sample)
+    made = Generator(model, engine=Engine(model, ops=torch_ops)).generate(prompts, 12, sample)
     assert made == Generator(model).generate(prompts, 12, sample)
     assert made != Generator(model).generate(prompts, 12)
 
@@ -191,7 +192,7 @@ def test_the_mode_comes_back_after_an_error(
 
 def test_the_engine_in_training_mode(tiny_model: Callable[..., DeepseekForCausalLM]) -> None:
     model, prompts = with_dropout(tiny_model), [[5, 17, 44], [8, 61]]
-    generator = Generator(model, engine=Engine(model))
+    generator = Generator(model, engine=Engine(model, ops=torch_ops))
     expected = generator.generate(prompts, 8)
     model.train()
     assert generator.generate(prompts, 8) == expected
@@ -217,7 +218,7 @@ def test_logits_that_are_no_numbers_are_refused(
     at = next(i for i, token in enumerate(free) if token not in prompts[0] + free[:i])
     model = copy.deepcopy(bundled_model())
     model.model.embed_tokens.weight.data[free[at]] = value
-    generator = Generator(model, engine=Engine(model) if fast else None)
+    generator = Generator(model, engine=Engine(model, ops=torch_ops) if fast else None)
     said = "token 1 of prompt 2 .* NaN or infinite.*bfloat16"
     with pytest.raises(RunError, match=said) as caught:
         generator.generate([[5], [5, free[at]]], 4, sample)

@@ -22,6 +22,7 @@ from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.decode.sampling import greedy
 from deepseek_moe.decode.supported import HARMLESS_HOOKS, find_unsupported, signature_of
 from deepseek_moe.errors import UserError
+from deepseek_moe.kernels.decode import torch_ops
 from deepseek_moe.model.modeling_deepseek import DeepseekMLP
 
 peft = pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
@@ -47,7 +48,7 @@ def any_model(request: pytest.FixtureRequest, model: Model, tmp_path: Path) -> M
 
 
 def with_engine(model: Model) -> Generator:
-    return Generator(model, engine=Engine(model))
+    return Generator(model, engine=Engine(model, ops=torch_ops))
 
 
 def computed(generator: Generator, new: int = NEW) -> tuple[list[list[int]], torch.Tensor]:
@@ -188,7 +189,7 @@ def test_a_changed_model_is_computed_as_it_is(model: Model, name: str) -> None:
             generator.generate(PROMPTS, 2)
         assert "\n" not in str(error.value)
         with pytest.raises(UnsupportedModel):
-            Engine(model)
+            Engine(model, ops=torch_ops)
 
 
 def test_what_is_changed_outside_of_the_model(
@@ -398,7 +399,7 @@ def test_replaced_memory_and_modules_are_noticed_again_and_again(model: Model) -
 
 def test_the_signature_of_an_untouched_model_stays(model: Model) -> None:
     """Also with the hooks that transformers leaves when it was asked for hidden states."""
-    Engine(model)
+    Engine(model, ops=torch_ops)
     signature = signature_of(model)
     model(torch.tensor([[1, 2]]), output_hidden_states=True)
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..launch import arrive_last, launch_options, wait
+from . import Cache
 
 # For few sequences, and for many, which fill the GPU by themselves: positions that are read at
 # once, positions that one program takes alone, warps, stages. Measured on an H200.
@@ -112,7 +113,7 @@ def _more(top, total, acc_D, q_D, k_ND, v_ND, ok_N):
 
 def attend(
     q_TD: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
     position_T: torch.Tensor,
     slot_T: torch.Tensor,
     scale: float,

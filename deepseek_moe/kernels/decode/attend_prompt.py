@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import Cache
+
 M, N, WARPS, STAGES = 128, 64, 8, 3
 """Queries and keys of a tile, measured on an H200."""
 
@@ -78,7 +80,7 @@ def _more(score_MN, v_ND, scale, acc_MD, top_M, total_M):
 
 def attend_prompt(
     q_TD: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
     ends: torch.Tensor,
     position_B: torch.Tensor,
     slot_B: torch.Tensor,

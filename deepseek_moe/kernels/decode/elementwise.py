@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..launch import launch_options, wait
 from ..launch import swiglu as _swiglu
-from .torch_ops import Cache, CosSin
+from . import Cache, CosSin
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..int_weights import Weight
 from ..launch import padded_tokens, product_options, scale_of
+from . import Cache, CosSin
 from .dot import halves, product
 from .elementwise import add_norm
 
@@ -81,10 +82,10 @@ def qkv(
     norm_D: torch.Tensor,
     eps: float,
     weight: Weight,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cos_sin: CosSin,
     position_T: torch.Tensor,
     slot_T: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
     heads: int,
 ) -> torch.Tensor:
     """As `torch_ops.qkv`."""

@@ -13,11 +13,7 @@ from torch.nn import functional as F
 
 from ..int_weights import Weight, dequantize
 from ..torch_ops import sort_picks, swiglu  # noqa: F401 - sort_picks is one of the twins
-
-CosSin = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin of each position's angles, fp32 [context, D / 2]."""
-Cache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, each [slots, heads, capacity, D]."""
+from . import Cache, CosSin
 
 
 def matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
