@@ -116,15 +116,6 @@ def test_the_model_is_as_before(prompts: list[list[int]]) -> None:
         assert torch.equal(x, state[name]), name
 
 
-def test_a_second_stream_ends_the_first(prompts: list[list[int]]) -> None:
-    generator = with_engine(bundled_model())
-    first = generator.stream(prompts, 5)
-    next(first)
-    next(generator.stream(prompts[:1], 5))
-    with pytest.raises(UserError, match="another generation has begun"):
-        next(first)
-
-
 def test_a_stream_that_was_ended_leaves_the_second_alone(prompts: list[list[int]]) -> None:
     """Also if one of its own sequences has just ended."""
     generator = with_engine(bundled_model())

@@ -63,13 +63,10 @@ def gradients(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(
-    use_reentrant: bool, tiny_model: MakeModel
-) -> None:
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: MakeModel) -> None:
     model = tiny_model()
     want = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     calls: list[None] = []
     hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     have = gradients(model)
@@ -142,28 +139,6 @@ def test_lower_precision_runs_forward_and_backward(autocast: bool, tiny_model: M
     assert out.aux_loss.dtype == torch.float32
     out.loss.backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_left_padding_equals_no_padding(attention: str, tiny_model: MakeModel) -> None:
-    model = tiny_model(attn_implementation=attention)
-    padding = torch.full((2, 4), model.config.pad_token_id)
-    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(IDS)], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    padded = model(torch.cat([padding, IDS], dim=1), attention_mask=mask, position_ids=positions)
-    torch.testing.assert_close(padded.logits[:, 4:], model(IDS).logits, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_generate_continues_a_padded_prompt_like_the_bare_one(tiny_model: MakeModel) -> None:
-    model = tiny_model(eos_token_id=None, pad_token_id=1)
-    batch = torch.cat([torch.cat([torch.full((1, 4), 1), IDS[:1, :5]], dim=1), IDS[1:]])
-    mask = (batch != 1).long()
-    padded = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    for row, prompt in zip(padded, (IDS[:1, :5], IDS[1:]), strict=True):
-        alone = model.generate(prompt, max_new_tokens=8, do_sample=False)
-        assert torch.equal(row[9:], alone[0, prompt.shape[1] :])
 
 
 @torch.no_grad()
