@@ -19,6 +19,7 @@ from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.load import load
 from deepseek_moe.decode.sampling import Sampler, Sampling, greedy, make_sampler
 from deepseek_moe.files import BUNDLED_MODEL
+from deepseek_moe.kernels.decode import torch_ops
 
 TOLERANCE = 0.03  # relative distance of logits after all layers, in 16 bits
 TIE = 4  # steps of the dtype, at the largest logit, by which rounding may move two logits apart
@@ -76,7 +77,8 @@ class Pair:
 
 def engine_of(model: PreTrainedModel, chunk: int = CHUNK) -> Generator:
     """A generator with an engine, which on a CPU runs the plain twins step by step."""
-    return Generator(model, engine=Engine(model, chunk))
+    ops = None if model.device.type == "cuda" else torch_ops
+    return Generator(model, engine=Engine(model, chunk, ops))
 
 
 def bundled_checks(device: torch.device, new: int) -> Iterator[Group]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from deepseek_moe.decode.engine import Engine
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.sampling import greedy
+from deepseek_moe.kernels.decode import torch_ops
 from deepseek_moe.model.modeling_deepseek import DeepseekGate
 
 NO_MEMORY = "no memory"
@@ -70,7 +71,8 @@ def stock_decode_seconds(model: PreTrainedModel, prompts: Prompts) -> float:
 
 def prefill_seconds(generator: Generator, prompts: Prompts) -> float:
     """Of the engine: ids to the logits after each prompt, with the cache filled."""
-    engine = generator.engine or Engine(generator.model)
+    on_gpu = generator.model.device.type == "cuda"
+    engine = generator.engine or Engine(generator.model, ops=None if on_gpu else torch_ops)
     engine.start(prompts, greedy, 1)  # makes the cache
     return median_seconds(lambda: engine.prefill(prompts), generator.model.device)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from deepseek_moe.decode.int_quantizer import quantize
 from deepseek_moe.kernels.decode import torch_ops, triton_ops
-from deepseek_moe.kernels.int_weights import Weight, pack
+from deepseek_moe.kernels.int_weights import Weight
 from deepseek_moe.kernels.training import torch_ops as training_torch_ops
 from deepseek_moe.kernels.training import triton_ops as training_triton_ops
 
@@ -61,7 +62,7 @@ class Case:
 
     def weight(self, *shape: int) -> Weight:
         x = self.normal(*shape, std=shape[-1] ** -0.5)
-        return Weight(x) if self.bits == 16 else Weight(*pack(x, self.bits), self.bits)
+        return Weight(x) if self.bits == 16 else Weight(*quantize(x, self.bits), self.bits)
 
     def cos_sin(self) -> tuple[torch.Tensor, torch.Tensor]:
         half = self.head_dim // 2

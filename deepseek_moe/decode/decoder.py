@@ -1,11 +1,11 @@
-"""The model as decoding needs it: a step of tokens of any sequences through all layers, over a
-static cache. What each stage computes is in kernels/decode/torch_ops.py.
+"""The model as decoding needs it: tokens of any sequences go through all layers, over a static
+cache. What each stage computes is in kernels/decode/torch_ops.py.
 
-Three ways through a layer, by how many tokens come at once:
+There are three ways through a layer, by how many tokens come at once:
 
     one to FEW      a kernel for each stage; an expert that several tokens chose is read once
-    a batch         library products, experts by a kernel that reads each weight once
-    whole prompts   the same with library products for the experts, and attention inside the chunk
+    more            library products, and for the experts a kernel that reads each weight once
+    whole prompts   library products for the experts too, and attention within the prompts
 
 Letters: T tokens, D hidden, H heads, V vocabulary.
 """
@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 from ..kernels.int_weights import Weight
+from ..model.layout import EXPERT_STACKS
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
-from .int_quantizer import PackedLinear
 
-FEW = 16
+FEW = 16  # tokens that take a kernel for each stage
 Attention = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, queries [T, H * D]) -> [T, H * D]."""
 
 
 class StaticCache:
-    """Keys and values of `slots` sequences of up to `capacity` positions, at fixed addresses."""
+    """Keys and values of `slots` sequences of at most `capacity` positions, at fixed addresses."""
 
     def __init__(self, model: DeepseekForCausalLM, slots: int, capacity: int) -> None:
         shape = self._shape(model, slots, capacity)
@@ -46,13 +46,13 @@ class StaticCache:
         return math.prod(cls._shape(model, slots, capacity)) * model.dtype.itemsize
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[slots, heads, capacity, width], twice."""
+        """Keys and values of layer `i`, each [slots, heads, capacity, width]."""
         return self.keys[i], self.values[i]
 
 
 class _Layer:
-    """The weights of one layer as the kernels read them; what is read together is stored together,
-    and the model's own parameters become views of it."""
+    """The weights of one layer as the kernels read them. What they read together is stored side by
+    side, and the model's own parameters become views of that."""
 
     def __init__(self, layer: nn.Module) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -64,21 +64,22 @@ class _Layer:
             self.gate, dense = mlp.gate.weight.data, mlp.shared_experts
             self.top_k = mlp.gate.top_k
             self.norm_topk = mlp.gate.norm_topk_prob and self.top_k > 1
-            self.experts_gate_up = _stack(mlp.experts, "gate_up_proj")
-            self.experts_down = _stack(mlp.experts, "down_proj")
-        self.qkv = _together([attention.q_proj, attention.k_proj, attention.v_proj])
+            self.experts_gate_up, self.experts_down = (
+                _weight(mlp.experts, stack) for stack in EXPERT_STACKS
+            )
+        self.qkv = _lay_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = _weight(attention.o_proj)
-        self.gate_up = _together([dense.gate_proj, dense.up_proj])
+        self.gate_up = _lay_side_by_side([dense.gate_proj, dense.up_proj])
         self.down = _weight(dense.down_proj)
 
 
 class Decoder:
-    """Ids to logits with `ops`: kernels.fused, or kernels.plain, its slow twin."""
+    """Ids to logits with `ops`: the module triton_ops, or torch_ops, its slow twin."""
 
     def __init__(self, model: DeepseekForCausalLM, ops: ModuleType) -> None:
         config = model.config
         self.ops, self.config = ops, config
-        self.eps = model.model.norm.variance_epsilon  # of all norms: see supported.py
+        self.eps = model.model.norm.variance_epsilon  # supported.py asks that all norms have it
         self.heads = config.num_attention_heads
         self.scale = config.head_dim**-0.5
         self.embedding = model.model.embed_tokens.weight.data
@@ -86,11 +87,11 @@ class Decoder:
         self.norm, self.head = model.model.norm.weight.data, _weight(model.lm_head)
         positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
         cos_sin = model.model.rotary_emb(torch.zeros((), device=model.device), positions)
-        half = config.head_dim // 2  # rotate-half: both halves of a head have the same angles
+        half = config.head_dim // 2  # both halves of a head have the same angles
         self.cos_sin = tuple(table[0, :, :half].float().contiguous() for table in cos_sin)
         self.side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-        # Kernels count in these who of them is last; always 0 in between.
-        size = max(FEW * self.heads, config.hidden_size, 512)  # 512: what `attend` splits at most
+        # With these the programs of a kernel find out which of them is last. They are 0 in between.
+        size = max(FEW * self.heads, config.hidden_size, 512)  # `attend` splits into 512 at most
         self.counters = torch.zeros(size, dtype=torch.int32, device=model.device)
 
     def step(
@@ -100,15 +101,17 @@ class Decoder:
         slot_T: torch.Tensor,
         cache: StaticCache,
     ) -> torch.Tensor:
-        """Logits [T, V] (fp32) after the next token of each of T sequences, which stands at its
-        position of its slot. A row of position -1 holds none."""
+        """Logits [T, V], fp32, after one token of each of T sequences.
+
+        A token stands at its position of its slot. A row of position -1 holds no token.
+        """
         hidden_TD = self.embedding[ids_T]
         if len(ids_T) <= FEW:
             return self._few(hidden_TD, position_T, slot_T, cache)
 
         def attention(i: int, q_TD: torch.Tensor) -> torch.Tensor:
-            place = (cache.layer(i), position_T, slot_T, self.scale, self.counters)
-            return self.ops.attend(q_TD, *place)
+            cached = cache.layer(i)
+            return self.ops.attend(q_TD, cached, position_T, slot_T, self.scale, self.counters)
 
         x_TD = self._many(hidden_TD, position_T, slot_T, cache, attention)
         return self.ops.dense(x_TD, self.head, torch.float32)
@@ -121,9 +124,11 @@ class Decoder:
         cache: StaticCache,
         ends: list[int],
     ) -> torch.Tensor:
-        """Logits [sequences, V] after the tokens of several sequences laid end to end, of which
-        sequence b ends before ends[b]; each goes into its slot. One sequence alone may begin at
-        any position, after what its slot holds already; several must begin at 0."""
+        """Logits [sequences, V] after the tokens of several sequences that are laid end to end.
+
+        Sequence b ends before ends[b], and each goes into its slot. One sequence alone may begin at
+        any position, after what its slot holds already; several must begin at 0.
+        """
         longest = max(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True))
         bounds = torch.tensor([[0, *ends], [-1, *(end - 1 for end in ends)]], device=ids_T.device)
         ends_B, last_B = bounds[0].int(), bounds[1, 1:]
@@ -131,7 +136,7 @@ class Decoder:
 
         def attention(i: int, q_TD: torch.Tensor) -> torch.Tensor:
             bounds, most = ends_B, longest
-            if len(q_TD) < len(ids_T):  # the last layer's
+            if len(q_TD) < len(ids_T):  # the last layer asks for the last tokens only
                 bounds, most = torch.arange(len(ends) + 1, device=q_TD.device).int(), 1
             place = (bounds, last_position_B, slot_B, most)
             return self.ops.attend_prompt(q_TD, cache.layer(i), *place, self.scale)
@@ -140,9 +145,12 @@ class Decoder:
         return self.ops.dense(x_BD, self.head, torch.float32)
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """What is inside may run beside what follows, up to `_join`: the shared experts'
-        products use the tensor cores while the routing and its permutations use the memory."""
+    def _side_stream(self) -> Iterator[None]:
+        """What is inside may run beside what follows, up to `_wait_side_stream`.
+
+        The products of the shared experts use the tensor cores, while the routing and its
+        permutations use the memory.
+        """
         if self.side is None:
             yield
             return
@@ -150,8 +158,8 @@ class Decoder:
         with torch.cuda.stream(self.side):
             yield
 
-    def _join(self) -> None:
-        # Only from here on are tensors freed or reused that either of the two streams still reads.
+    def _wait_side_stream(self) -> None:
+        # Before this no tensor that one of the two streams reads may be freed or reused.
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
 
@@ -193,8 +201,11 @@ class Decoder:
         attention: Attention,
         last_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The normed hidden states [T, D] that the head takes; with `last_B` only of these tokens
-        [B, D], so that the last layer has little to do after it has filled the cache."""
+        """The normed hidden states [T, D] that the head takes.
+
+        With `last_B` only those of these tokens, [B, D]: the last layer has little to do then,
+        after it has filled the cache.
+        """
         ops, eps = self.ops, self.eps
         norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         hidden_TD, x_TD = ops.add_norm(hidden_TD, None, self.layers[0].input_norm, eps)
@@ -207,7 +218,7 @@ class Decoder:
             out_TD = attention(i, q_TD)
             out_TD = ops.dense(out_TD, layer.o)
             hidden_TD, x_TD = ops.add_norm(out_TD, hidden_TD, layer.post_norm, eps)
-            with self._beside():
+            with self._side_stream():
                 mlp_TD = ops.dense(ops.swiglu(ops.dense(x_TD, layer.gate_up)), layer.down)
             if layer.gate is not None:
                 logits_TE = ops.dense(x_TD, Weight(layer.gate), torch.float32)
@@ -218,7 +229,7 @@ class Decoder:
                 step = last_B is None
                 act_NF = ops.grouped_gate_up(x_TD, layer.experts_gate_up, token_N, ends_E, step)
                 out_ND = ops.grouped_down(act_NF, layer.experts_down, ends_E, step)
-            self._join()
+            self._wait_side_stream()
             if layer.gate is None:
                 hidden_TD, x_TD = ops.add_norm(mlp_TD, hidden_TD, next_norm, eps)
             else:
@@ -228,40 +239,34 @@ class Decoder:
         return x_TD
 
 
-def _weight(linear: nn.Module) -> Weight:
-    if isinstance(linear, PackedLinear):
-        return Weight(linear.weight.data, linear.weight_scale.data, linear.bits)
-    return Weight(linear.weight.data)
-
-
-def _stack(experts: nn.Module, name: str) -> Weight:
-    scale = getattr(experts, f"{name}_scale", None)
+def _weight(module: nn.Module, name: str = "weight") -> Weight:
+    """A weight of `module`, with its scales if it is quantised."""
+    scale = getattr(module, f"{name}_scale", None)
     if scale is None:
-        return Weight(getattr(experts, name).data)
-    return Weight(getattr(experts, name).data, scale.data, experts.bits)
+        return Weight(getattr(module, name).data)
+    return Weight(getattr(module, name).data, scale.data, module.bits)
 
 
-def _together(linears: list[nn.Module]) -> Weight:
+def _lay_side_by_side(linears: list[nn.Module]) -> Weight:
     """One weight of all rows of `linears`, whose parameters become views of it.
 
-    If they are such views already, by an engine that was made before, nothing is moved.
+    Nothing is moved if they are such views already, because an engine was made before.
     """
-    parts = [_weight(linear) for linear in linears]
-    fields = {"weight": [part.data for part in parts]}
-    if parts[0].scale is not None:
-        fields["weight_scale"] = [part.scale for part in parts]
     joined = {}
-    for name, tensors in fields.items():
-        joined[name] = as_one(tensors)
+    for name in ("weight", "weight_scale"):
+        tensors = [getattr(one, name).data for one in linears if hasattr(one, name)]
+        if not tensors:
+            continue
+        joined[name] = joined_view(tensors)
         if joined[name] is None:
             joined[name] = torch.cat(tensors)
             pieces = joined[name].split([len(tensor) for tensor in tensors])
             for linear, piece in zip(linears, pieces, strict=True):
                 getattr(linear, name).data = piece
-    return Weight(joined["weight"], joined.get("weight_scale"), parts[0].bits)
+    return Weight(joined["weight"], joined.get("weight_scale"), getattr(linears[0], "bits", 16))
 
 
-def as_one(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+def joined_view(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     """All rows of `tensors` [R, C] as one view, if they follow each other in one memory."""
     first = tensors[0]
     place = first.data_ptr()

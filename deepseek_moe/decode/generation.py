@@ -1,4 +1,4 @@
-"""Ids in, ids out: prefill, decode, sample, stream. What the ids mean is chat.py's business.
+"""Ids in, ids out. What the ids mean is the business of chat.py.
 
 generator = Generator(model)
 for step in generator.stream([[100000, 17464]], max_new_tokens=20):
@@ -6,16 +6,14 @@ for step in generator.stream([[100000, 17464]], max_new_tokens=20):
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from ..errors import RunError, UserError
-from .engine import Batch, Engine, UnknownModel, refusal_of
-from .sampling import BROKEN, Sampler, greedy, mark_broken, seen_in, sum_rows
+from .batch import Batch, PlainBatch
+from .engine import Engine, UnsupportedModel, refusal_of
+from .sampling import BROKEN, Sampler, greedy
+from .supported import is_supported
 
 
 class Generator:
@@ -24,27 +22,28 @@ class Generator:
     This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else, or all
     with `fast` False, goes the plain way: the model's own forward over a growing cache.
 
-    Every call generates with the model as it is when its first token is asked for. The model may
-    be trained, cast, moved, resized, or get or lose adapters, hooks, heads or weights between two
-    calls: the engine notices, and is built anew or, where it does not know what the model has
-    become, the call goes the plain way (with `fast` True it is refused). While a stream runs, the
-    engine goes on with the weights that it began with, and the plain way calls the model as it is
-    at each step, over the cache of the steps before; so finish a stream before such a change. The
-    engine keeps the memory of weights that were replaced until the next call.
+    Every call generates with the model as it is when its first token is asked for. Between two
+    calls the model may be trained, cast, moved or resized, and get or lose adapters, hooks, heads
+    or weights. The engine notices. It is built anew, or, if it does not compute what the model has
+    become, the call goes the plain way (with `fast` True it is refused). Finish a stream before
+    such a change: the engine goes on with the weights that it began with, while the plain way calls
+    the model as it is at each step. Until the next call the engine keeps the memory of weights that
+    were replaced.
 
-    Training mode is off in each step, and back afterwards in every module that was in it.
+    Training mode is off in each step. Afterwards every module is in the mode that it was in.
 
-    What the engine does to the model: the weights of q_proj, k_proj and v_proj of each layer are
-    laid side by side in new memory, also those of gate_proj and up_proj (of a dense layer, and of
-    the shared experts), and these parameters become views of it. Their names, shapes and values
-    stay, and a second Generator finds them side by side and moves nothing. Weights that are parts
-    of somebody's larger tensor, as DeepSpeed's ZeRO lays them, are not moved; if they are not side
-    by side there, the call goes the plain way.
+    The engine moves some of the model's weights. It lays those of q_proj, k_proj and v_proj of each
+    layer side by side in new memory, and those of gate_proj and up_proj (of a dense layer, and of
+    the shared experts), and makes these parameters views of it. Their names, shapes and values
+    stay. A second Generator finds them side by side and moves nothing. Weights that are parts of a
+    larger tensor, as DeepSpeed's ZeRO lays them, are not moved; if they are not side by side there,
+    the call goes the plain way.
 
     Args:
-        fast: None takes the engine where it can; True refuses to go without; False never does.
-        engine: one that was made of this model, in place of the Generator's own. This is the way
-            to try one on a CPU, where it is slow.
+        fast: None takes the engine where it can run, True refuses to go without it, and False
+            never takes it.
+        engine: one that was made of this model, to take in place of the Generator's own. So an
+            engine can be tried on a CPU, where it is slow.
 
     Raises:
         UserError: `fast` is True where the engine cannot run (here, or at a later call).
@@ -64,8 +63,8 @@ class Generator:
         return self.model.config.max_position_embeddings
 
     def _find_engine(self) -> None:
-        """Makes the engine where there is none yet and it can run."""
-        if self.engine is None and self.fast is not False and Engine.supports(self.model):
+        """Makes the engine if there is none yet and it can run."""
+        if self.engine is None and self.fast is not False and is_supported(self.model):
             self.engine = Engine(self.model)
 
     def generate(
@@ -75,7 +74,7 @@ class Generator:
         sample: Sampler = greedy,
         stop_ids: Collection[int] = (),
     ) -> list[list[int]]:
-        """The new ids of each prompt, without the stop id. Arguments as for `stream`."""
+        """The new ids of each prompt, without the stop id. The arguments are those of `stream`."""
         new: list[list[int]] = [[] for _ in prompts]
         for step in self.stream(prompts, max_new_tokens, sample, stop_ids):
             for ids, token in zip(new, step, strict=True):
@@ -93,13 +92,13 @@ class Generator:
         """Step by step, the next id of every prompt; None for those that have ended.
 
         A sequence ends at one of `stop_ids` (which is not yielded), after `max_new_tokens`, or when
-        it fills the context. In the engine `greedy` and a `Sampling` run inside the CUDA graph, any
-        other function on the logits that it leaves.
+        it fills the context. The engine runs `greedy` and a `Sampling` inside its CUDA graph, and
+        any other function on the logits that the graph leaves.
 
         Raises:
-            UserError: no prompt, an empty one, one that fills the context, one with an id that the
-                model does not have, nothing to generate.
-            RunError: in a step, the model's logits are NaN or infinite.
+            UserError: there is no prompt, an empty one, one that fills the context, one with an id
+                that the model does not have, or nothing to generate.
+            RunError: the model's logits are NaN or infinite.
         """
         self._check(prompts, max_new_tokens)
         return self._steps(prompts, max_new_tokens, sample, stop_ids)
@@ -125,19 +124,18 @@ class Generator:
                 if not running:
                     return
                 batch.drop(new.keys() - running)
-        finally:  # the engine keeps nothing of a batch that is over, or was left
-            if self.engine is not None and self.engine.batch is batch:
-                self.engine.batch = None
+        finally:
+            batch.close()
 
     def _start(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sample: Sampler
-    ) -> "Batch | PlainBatch":
-        """In the engine, if it may and can compute the model as it is now; else the plain way."""
+    ) -> Batch:
+        """In the engine, if it can compute the model as it is now; else the plain way."""
         self._find_engine()
         if self.engine is not None:
             try:
                 return self.engine.start(prompts, sample, max_new_tokens)
-            except UnknownModel:
+            except UnsupportedModel:
                 if self.fast:
                     raise
         return PlainBatch(self.model, prompts, sample)
@@ -164,22 +162,8 @@ class Generator:
             )
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """What is inside runs without dropout, gradient checkpointing and whatever else training adds;
-    afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _refuse_broken(new: dict[int, int], made: int) -> None:
-    """`new`: the id of each prompt by its number; `made`: how many each has with it."""
+    """`new` has the id of each prompt by its number; each prompt has `made` ids with it."""
     for number, token in new.items():
         if token == BROKEN:
             raise RunError(
@@ -187,56 +171,3 @@ def _refuse_broken(new: dict[int, int], made: int) -> None:
                 "NaN or infinite: its weights are broken, or their products overflow float16; try "
                 "--dtype bfloat16, or get the checkpoint anew"
             )
-
-
-class PlainBatch:
-    """`engine.Batch` with any model on any device: the model's forward, padded to the left."""
-
-    def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sample: Sampler
-    ) -> None:
-        self.model, self.sample = model, sample
-        self.numbers = list(range(len(prompts)))
-        lengths, device = [len(prompt) for prompt in prompts], model.device
-        longest = max(lengths)
-        ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self.ids_BL = torch.tensor(ids, device=device)
-        self.mask_BL = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
-        self.position_BL = (self.mask_BL.cumsum(dim=-1) - 1).clamp(min=0)
-        self.seen_BV = seen_in(prompts, model.config.vocab_size, device)
-        self.cache = DynamicCache(config=model.config)
-
-    @torch.inference_mode()
-    def next(self) -> dict[int, int]:
-        """The next id of each prompt in the batch, or `BROKEN`, as in the engine."""
-        # In each step by itself: between two of a stream, or after a stream that is left, the model
-        # may be trained.
-        with evaluating(self.model):
-            logits_BV = self.model(
-                input_ids=self.ids_BL,
-                attention_mask=self.mask_BL,
-                position_ids=self.position_BL,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        logits_BV = logits_BV.float()
-        sums_B = sum_rows(logits_BV)  # before the sampler, which may change them
-        ids_B = self.sample(logits_BV, self.seen_BV)
-        self.seen_BV.scatter_(1, ids_B[:, None], True)
-        self.ids_BL = ids_B[:, None]
-        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(ids_B), 1)], dim=-1)
-        self.position_BL = self.position_BL[:, -1:] + 1
-        return dict(zip(self.numbers, mark_broken(ids_B, sums_B), strict=True))
-
-    @torch.inference_mode()
-    def drop(self, numbers: Collection[int]) -> None:
-        """These prompts have ended: they leave the batch."""
-        kept = [row for row, number in enumerate(self.numbers) if number not in numbers]
-        if len(kept) == len(self.numbers):
-            return
-        self.numbers = [self.numbers[row] for row in kept]
-        index = torch.tensor(kept, device=self.ids_BL.device)
-        self.cache.batch_select_indices(index)
-        for name in ("ids_BL", "mask_BL", "position_BL", "seen_BV"):
-            setattr(self, name, getattr(self, name)[index])

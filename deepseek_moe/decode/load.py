@@ -18,7 +18,7 @@ from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import weight_files
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from ..model.tokenization_deepseek import DeepseekTokenizer
-from .int_quantizer import PackingConfig, packed_bytes
+from .int_quantizer import IntConfig, quantized_bytes
 
 
 def load(
@@ -56,12 +56,12 @@ def load(
     def size(number_type: torch.dtype) -> int:
         if quantization is None:
             return numbers * number_type.itemsize
-        return packed_bytes(numbers, config, BITS[quantization], number_type)
+        return quantized_bytes(numbers, config, BITS[quantization], number_type)
 
     tokenizer = own_tokenizer(folder)  # first, since the weights take longer
     number_type = DTYPES.get(dtype) or _auto_dtype(place, size(torch.float32), config.dtype)
     _refuse_too_little_memory(size(number_type), quantization or str(number_type), place)
-    options = {"quantization_config": PackingConfig(BITS[quantization])} if quantization else {}
+    options = {"quantization_config": IntConfig(BITS[quantization])} if quantization else {}
     with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):
         network = DeepseekForCausalLM.from_pretrained(
             folder,

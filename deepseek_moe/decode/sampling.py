@@ -1,7 +1,7 @@
 """From the logits of the next position to its ids: greedy, or drawn from what the options leave.
 
-What a sampler does on a GPU can be captured in a CUDA graph: it never waits for a value, makes no
-tensor elsewhere, and its shapes do not depend on the logits.
+The samplers here can be captured in a CUDA graph: they never wait for a value, make no tensor on
+another device, and their shapes do not depend on the logits.
 
 Letters that suffix locals: B batch, V vocabulary, K ids that can still be drawn (V or top_k).
 """
@@ -14,22 +14,21 @@ import torch
 from ..errors import UserError
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Logits of the next position, fp32 [B, V], and which ids each row has in its prompt or answer so
-far, bool [B, V], to ids, int64 [B].
+"""Takes the logits of the next position, fp32 [B, V], and which ids each row has in its prompt or
+answer so far, bool [B, V]. Returns ids, int64 [B].
 
-The engine calls a sampler of your own a step ahead, with rows that move together as sequences end
-and some at the end that hold none, and on a buffer that the next step overwrites: clone to keep."""
+The engine calls a sampler of your own one step ahead. Its rows move together as sequences end, and
+some at the end hold none. The next step overwrites the logits: clone them to keep them."""
 
 BROKEN = -1
-"""Stands for the id of a row whose logits, as the model gave them, are not all finite."""
+"""Stands for the id of a row if the model's logits for it are not all finite."""
 
 
 def sum_rows(logits_BV: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The sum of each row, fp32 [B], which tells whether all its logits are finite.
+    """The sum of each row, fp32 [B], which is finite if all its logits are (below 1e33, at least).
 
-    It is the cheapest test: 5 of a step's 2,000 microseconds on an H100 (in two steps, like
-    `largest`), and a tenth of argmax's time on a CPU. Only logits beyond 1e33, which no working
-    model gives, have an infinite sum while they are finite.
+    It is the cheapest test: in two steps, like `largest`, it takes 5 of a step's 2,000 microseconds
+    on an H100, and a tenth of argmax's time on a CPU.
     """
     V = logits_BV.shape[-1]
     parts_BN = logits_BV.unflatten(-1, (V // 256, 256)).sum(dim=-1) if V % 256 == 0 else logits_BV
@@ -84,12 +83,12 @@ def make_sampler(
     return greedy if temperature == 0 and repetition_penalty == 1 else sampling
 
 
-@dataclass(frozen=True, eq=False)  # equal ones with a seed would still be at different draws
+@dataclass(frozen=True, eq=False)  # two of the same options and seed may be at different draws
 class Sampling:
     """Draws ids by chance, or takes the likeliest at temperature 0.
 
-    The options apply in this order, which is that of transformers' `generate`, with its results
-    but for one: of ids with equal logits, no more than `top_k` stay.
+    The options apply in this order, which is that of transformers' `generate`, with the same
+    results but one: of ids with equal logits, no more than `top_k` stay.
 
     Args:
         repetition_penalty: divides the positive logits of ids that the row has seen and multiplies
@@ -139,10 +138,10 @@ class Sampling:
         return ids_BK.gather(-1, picks_B[:, None]).squeeze(-1)
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """The source of the draws on `device`, which goes on from call to call; None without a
-        seed: the draws are then the device's default generator's.
+        """The source of the draws on `device` (a tensor's, with its index), which goes on from call
+        to call. A CUDA graph must register it before the capture.
 
-        A CUDA graph has to register it before the capture. `device` is a tensor's, with its index.
+        None without a seed: the draws then come from the default generator of the device.
         """
         if self.seed is not None and device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
@@ -151,8 +150,8 @@ class Sampling:
     def distribution(
         self, logits_BV: torch.Tensor, seen_BV: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What is drawn from at a temperature above 0: weights [B, K], which are proportional to
-        the probabilities, and the ids [B, K] that they belong to (None: each its own place)."""
+        """What is drawn from at a temperature above 0: weights [B, K] in proportion to the
+        probabilities, and the ids [B, K] that they belong to (None: the ids 0 to V - 1)."""
         logits_BV = self._penalised(logits_BV, seen_BV)
         # The largest logit becomes 0 first, so that a small temperature cannot overflow.
         logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / _fp32(self.temperature)
@@ -175,8 +174,8 @@ class Sampling:
         return torch.where(seen_BV, less_BV, logits_BV)
 
     def _candidates(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The logits that top_k leaves, and their ids; in descending order where that is needed,
-        since it costs more than everything else here."""
+        """The logits that top_k leaves, and their ids. They are put in descending order only if
+        top_p needs it, since that costs more than everything else here."""
         if 0 < self.top_k < logits_BV.shape[-1]:
             return logits_BV.topk(self.top_k, dim=-1)
         if self.top_p < 1:
@@ -187,14 +186,14 @@ class Sampling:
 def draw(weights_BK: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """One place of each row, int64 [B], by chance in proportion to its weight.
 
-    Of clocks that ring after Exponential(w) times, the one with rate w_i rings first with
-    probability w_i / sum(w). Such times are Exponential(1) noise / w, so the largest w / noise is
-    the draw (Gumbel-max, without its logarithms). `torch.multinomial` draws the same ids from the
-    same seed, but after checks of the weights that take more kernels than the draw.
+    Clocks ring after exponential times with the rates w. Clock i is the first with probability
+    w_i / sum(w). Such times are Exponential(1) noise / w, so the largest w / noise is the draw
+    (Gumbel-max, without its logarithms). `torch.multinomial` draws the same ids from the same seed,
+    but its checks of the weights take more kernels than the draw.
     """
     noise_BK = torch.empty_like(weights_BK).exponential_(generator=generator)
-    # Noise may round to 0, and 0 / 0 is NaN, which argmax takes for the largest: what must not be
-    # drawn would be. 1 / tiny is still finite.
+    # Noise may round to 0, and 0 / 0 is NaN, which argmax takes for the largest. So an id of weight
+    # 0 would be drawn. 1 / tiny is still finite.
     noise_BK.clamp_(min=torch.finfo(noise_BK.dtype).tiny)
     return largest(weights_BK / noise_BK)
 

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from ..kernels import has_triton
 from ..model.modeling_deepseek import (
     DeepseekDecoderLayer,
     DeepseekExperts,
@@ -28,17 +29,17 @@ from ..model.modeling_deepseek import (
     DeepseekModel,
     DeepseekMoE,
 )
-from .decoder import as_one
-from .int_quantizer import PackedExperts, PackedLinear
+from .decoder import joined_view
+from .quantized import QuantizedExperts, QuantizedLinear
 
-SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
+SUPPORTED_MODULES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: (),
     nn.Embedding: ("max_norm",),
     nn.ModuleList: (),
     nn.SiLU: (),
     SiLUActivation: (),
-    PackedLinear: ("bits",),
-    PackedExperts: ("bits",),
+    QuantizedLinear: ("bits",),
+    QuantizedExperts: ("bits",),
     LlamaAttention: ("head_dim", "scaling", "is_causal"),
     LlamaRMSNorm: ("variance_epsilon",),
     LlamaRotaryEmbedding: ("rope_type", "attention_scaling"),
@@ -51,30 +52,63 @@ SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
     DeepseekForCausalLM: (),
 }
 """The modules that the decoder knows, and what their forwards compute with besides tensors."""
-FORWARDS = {kind: kind.forward for kind in SUPPORTED}
-HARMLESS = "transformers.utils.output_capturing"
-"""Hooks of this module are allowed. transformers adds them when it is asked for hidden states, and
-they change no result."""
-CONFIG = ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads",
-          "num_key_value_heads")  # fmt: skip
+FORWARDS = {kind: kind.forward for kind in SUPPORTED_MODULES}
+CONFIG_FIELDS = ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads",
+                 "num_key_value_heads")  # fmt: skip
 """The fields of the config that the engine and the decoder read."""
+HARMLESS_HOOKS = "transformers.utils.output_capturing"
+"""transformers leaves hooks of this module behind when it was asked for hidden states once. They
+change no result, so a model with them stays supported."""
+
+
+def is_supported(model: PreTrainedModel) -> bool:
+    """Whether the engine takes `model`: one of this architecture, whole and as it was loaded, in
+    bf16 or fp16 or int8 or int4, of sizes that the kernels take, on one NVIDIA GPU."""
+    return (
+        isinstance(model, DeepseekForCausalLM)
+        and model.device.type == "cuda"
+        and torch.version.hip is None
+        and has_triton()
+        and torch.cuda.get_device_capability(model.device) >= (8, 0)
+        and model.dtype in (torch.bfloat16, torch.float16)
+        and fits_kernels(model)
+    )
+
+
+def fits_kernels(model: PreTrainedModel) -> bool:
+    """Whether the kernels compute all that `model` does, wherever it is: the decoder does, and the
+    sizes are some that the kernels take."""
+    config = model.config
+    return (
+        find_unsupported(model) is None
+        and config.head_dim in (32, 64, 128)
+        and config.hidden_size % 64 == config.moe_intermediate_size % 8 == 0
+    )
+
+
+def find_unsupported(model: PreTrainedModel) -> str | None:
+    """Describes the first thing in `model` that the decoder does not compute.
+
+    Returns None if there is nothing: no adapter, hook, replaced forward, sharded or otherwise
+    quantised weight, and all sizes fit each other.
+    """
+    return next(_all_unsupported(model), None)
 
 
 def signature_of(model: nn.Module) -> list[tuple[Any, ...]]:
     """All that the engine was built from, to be compared with what is there at a later call.
 
-    It tells apart: modules (also their names and order), replaced forwards, hooks, numbers in
-    modules and in the config, and which memory each tensor has. A change of the numbers in that
-    memory, as an optimizer makes it, leaves the signature as it is, and the engine reads the new
-    ones.
+    It tells apart modules (also their names and order), replaced forwards, hooks, numbers in
+    modules and in the config, and which memory each tensor has. The engine reads numbers in the
+    same memory anew, so a change of these, as an optimizer makes it, leaves the signature as it is.
 
-    It names memory by its address. So whoever keeps a signature must keep the tensors too (see
-    `tensors_of`), or their addresses may be given to others. The modules are kept by it.
+    It names memory by its address. Whoever keeps a signature must keep the tensors too (see
+    `tensors_of`), or their addresses may be given to others. It keeps the modules itself.
     """
     config = getattr(model, "config", None)
-    numbers = tuple(getattr(config, field, None) for field in CONFIG)
-    modules = [(name, *_signature_of_one(module)) for name, module in model.named_modules()]
-    return [(numbers, _global_hooks()), *modules]
+    numbers = tuple(getattr(config, field, None) for field in CONFIG_FIELDS)
+    modules = [(name, *_signature_of_module(module)) for name, module in model.named_modules()]
+    return [(numbers, _has_global_hooks()), *modules]
 
 
 def tensors_of(model: nn.Module) -> list[torch.Tensor]:
@@ -82,58 +116,43 @@ def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
 
 
-def _signature_of_one(module: nn.Module) -> tuple[Any, ...]:
-    found: list[Any] = [module, _is_foreign(module)]
-    for name in SUPPORTED.get(type(module), ()):
-        found.append(getattr(module, name))
-    for tensor in module._parameters.values():
-        if type(tensor) is nn.Parameter:
-            found += (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        else:  # none, or some library's own kind, which may have no address
-            found.append(type(tensor))
-    for buffer in module._buffers.values():
-        found.append(type(buffer))
-        if type(buffer) is torch.Tensor:
-            found += (buffer.data_ptr(), buffer.shape, buffer.dtype, buffer.device)
-            if not buffer.is_inference():  # the decoder keeps what it has computed from the numbers
-                found.append(buffer._version)
-    return tuple(found)
+def _signature_of_module(module: nn.Module) -> Iterator[Any]:
+    yield from (module, _computes_otherwise(module))
+    yield from (getattr(module, name) for name in SUPPORTED_MODULES.get(type(module), ()))
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        yield type(tensor)
+        if type(tensor) in (nn.Parameter, torch.Tensor):  # other kinds may have no address
+            yield from (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            yield tensor.device
+    for buffer in module.buffers(recurse=False):
+        if not buffer.is_inference():  # the decoder keeps what it has computed from its numbers
+            yield buffer._version
 
 
-def _is_foreign(module: nn.Module) -> bool:
-    """Whether to call `module` is, or may be, something else than the decoder computes for it."""
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Whether a call of `module` computes, or may compute, something else than the decoder does."""
     kind = type(module)
     if FORWARDS.get(kind) is not kind.forward or "forward" in vars(module):
         return True
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return False
+    # torch has no public list of hooks; these are in torch/nn/modules/module.py.
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(hook, "__module__", None) != HARMLESS for hook in hooks)
+    return any(getattr(hook, "__module__", None) != HARMLESS_HOOKS for hook in hooks)
 
 
-def _global_hooks() -> bool:
-    """Whether torch calls hooks at every module."""
+def _has_global_hooks() -> bool:
+    """Whether torch calls hooks at every module. Of these, too, it has no public list."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
-def unknown_in(model: PreTrainedModel) -> str | None:
-    """Describes the first thing in `model` that the decoder does not compute.
-
-    Returns None if there is nothing: no adapter, hook, replaced forward, sharded or otherwise
-    quantised weight, and all sizes fit each other.
-    """
-    return next(_all_unknown(model), None)
-
-
-def _all_unknown(model: PreTrainedModel) -> Iterator[str]:
+def _all_unsupported(model: PreTrainedModel) -> Iterator[str]:
     if not isinstance(model, DeepseekForCausalLM):
         yield f"it is a {type(model).__name__}"
-    if _global_hooks():
+    if _has_global_hooks():
         yield "torch has hooks for all modules"
     for name, module in model.named_modules():
-        if type(module) not in SUPPORTED:
+        if type(module) not in SUPPORTED_MODULES:
             yield f"{name} is a {type(module).__module__}.{type(module).__name__}"
-        elif _is_foreign(module):
+        elif _computes_otherwise(module):
             yield f"{name or 'the model'} has a hook or another forward"
     for name, p in model.named_parameters():
         if type(p.data) is not torch.Tensor or p.numel() == 0:
@@ -143,7 +162,7 @@ def _all_unknown(model: PreTrainedModel) -> Iterator[str]:
     rows = {len(model.lm_head.weight), len(model.model.embed_tokens.weight)}
     if rows != {model.config.vocab_size}:
         yield f"embedding or head do not have {model.config.vocab_size} rows, as the config says"
-    # From here on all modules are of the known kinds, or the caller has stopped.
+    # From here on all modules are of known kinds, or the caller has stopped.
     for name, module in model.named_modules():
         if not _is_as_assumed(module, model):
             yield f"{name} has numbers or memory that the engine does not take"
@@ -152,7 +171,7 @@ def _all_unknown(model: PreTrainedModel) -> Iterator[str]:
 def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
     config = model.config
     match module:
-        case nn.Linear() | PackedLinear():
+        case nn.Linear() | QuantizedLinear():
             return module.bias is None
         case nn.Embedding():
             return module.max_norm is None
@@ -163,7 +182,7 @@ def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
         case DeepseekMoE():
             return module.shared_experts is not None
         case DeepseekMLP():
-            return _can_be_one(module.gate_proj, module.up_proj)
+            return _can_be_joined(module.gate_proj, module.up_proj)
         case LlamaAttention():
             q, k, v, width = module.q_proj, module.k_proj, module.v_proj, config.head_dim
             heads = [len(linear.weight) / width for linear in (q, k, v)]
@@ -171,35 +190,24 @@ def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
             return (
                 (module.head_dim, module.scaling, module.is_causal) == (width, width**-0.5, True)
                 and heads == [config.num_attention_heads, few, few]
-                and _can_be_one(q, k, v)
+                and _can_be_joined(q, k, v)
             )
     return True
 
 
-def _can_be_one(*linears: nn.Module) -> bool:
-    """Whether the decoder may lay their weights side by side.
+def _can_be_joined(*linears: nn.Module) -> bool:
+    """Whether the decoder may lay their weights side by side in new memory.
 
-    It must not tear one out of a larger tensor. Such a tensor is somebody's who writes into it: of
-    DeepSpeed's ZeRO, for example, whose steps would not reach the model any more.
+    It must not tear one out of a larger tensor. Such a tensor belongs to somebody who writes into
+    it, like DeepSpeed's ZeRO, whose steps would then not reach the model any more.
     """
     if len({(type(one), getattr(one, "bits", None)) for one in linears}) != 1:
         return False
     for name in ("weight", "weight_scale"):
         tensors = [getattr(one, name).data for one in linears if hasattr(one, name)]
-        whole = sum(tensor.nbytes for tensor in tensors)  # of an engine before, or a part of it
+        joined = sum(tensor.nbytes for tensor in tensors)  # by an earlier engine
         sizes = [(tensor.untyped_storage().nbytes(), tensor.nbytes) for tensor in tensors]
-        torn = any(memory not in (own, whole) for memory, own in sizes)
-        if torn and as_one(tensors) is None:
+        torn = any(memory not in (own, joined) for memory, own in sizes)
+        if torn and joined_view(tensors) is None:
             return False
     return True
-
-
-def is_supported(model: PreTrainedModel) -> bool:
-    """Whether the kernels compute all that `model` does: the decoder does, and the sizes are some
-    that the kernels take."""
-    config = model.config
-    return (
-        unknown_in(model) is None
-        and config.head_dim in (32, 64, 128)
-        and config.hidden_size % 64 == config.moe_intermediate_size % 8 == 0
-    )

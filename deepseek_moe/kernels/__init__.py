@@ -1,7 +1,7 @@
 """Triton kernels, each beside a twin in torch of the same name and signature.
 
 `decode/` holds those of the engine, `training/` those of fine-tuning. `launch`, `dispatch` and
-`int_weights` serve both.
+`int_weights` serve both, and `torch_ops` holds the twins of the first two.
 """
 
 import functools

@@ -1,13 +1,10 @@
-"""The choice of experts for many tokens, and the picks put in the order of the experts.
-
-Plain twin: `torch_ops.sort_picks`.
-"""
+"""The picks of many tokens, put in the order of the experts. Plain twin: `torch_ops.sort_picks`."""
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128  # picks a program places
+PICKS = 128  # that one program places
 
 
 @triton.jit
@@ -59,14 +56,14 @@ def sort_picks(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `torch_ops.sort_picks`."""
     T, K = index_TK.shape
-    blocks, padded = triton.cdiv(T * K, BLOCK), triton.next_power_of_2(num_experts)
+    blocks, padded = triton.cdiv(T * K, PICKS), triton.next_power_of_2(num_experts)
     counts = index_TK.new_empty(blocks, padded)
     token_N = index_TK.new_zeros(T * K)
     place_TK = torch.empty_like(index_TK)
     ends_E = index_TK.new_empty(num_experts)
-    _count[(blocks,)](index_TK, counts, T * K, BLOCK=BLOCK, E=num_experts, EP=padded)
+    _count[(blocks,)](index_TK, counts, T * K, BLOCK=PICKS, E=num_experts, EP=padded)
     _place[(blocks,)](
         index_TK, counts, token_N, place_TK, ends_E, T * K, blocks,
-        BLOCK=BLOCK, E=num_experts, EP=padded, K=K, num_warps=4,
+        BLOCK=PICKS, E=num_experts, EP=padded, K=K, num_warps=4,
     )  # fmt: skip
     return token_N, place_TK, ends_E

@@ -1,9 +1,9 @@
 """How kernels are launched, how they follow each other, and how the programs of one meet.
 
-Kernels are launched with programmatic dependence (PDL) where the GPU has it (Hopper and later): a
-kernel's programs start, and load weights, while the kernel before is still running, and wait for
-its results at `wait`. Before that they may read weights, what earlier steps left, and what the
-kernel before the last wrote: the last one let this one start only after it had waited itself.
+Where the GPU has it (Hopper and later), kernels are launched with programmatic dependence (PDL). A
+kernel's programs then start, and load weights, while the kernel before is still running, and wait
+for its results at `wait`. Before that they may read weights, what earlier steps left, and what the
+kernel before the last wrote, since the last one let this one start after its own `wait`.
 """
 
 import functools
@@ -23,18 +23,18 @@ def swiglu(gate, up):
 
 
 def scale_of(weight: Weight) -> torch.Tensor:
-    """A pointer to give to a kernel, which does not read it where there are no scales."""
+    """The scales as a kernel takes them; without scales something that it does not read."""
     return weight.data if weight.scale is None else weight.scale
 
 
 def padded_tokens(T: int) -> int:
-    """Columns of a tile that holds T tokens: tensor cores take no fewer than 16."""
+    """Columns of a tile that holds T tokens. Tensor cores take no fewer than 16."""
     return 1 if T == 1 else max(16, triton.next_power_of_2(T))
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work: rows and words a program reads at once, its warps, and how many
-    reads ahead it makes where it loops."""
+    """How a kernel cuts its work: the rows and words that a program reads at once, its warps, and
+    how many reads ahead it makes in a loop."""
 
     rows: int
     block: int
@@ -67,13 +67,22 @@ TILES = {
     ("grouped", 2, 8): Tile(64, 64, 4, 3),
     ("grouped", 2, 4): Tile(64, 32, 4, 3),
 }
-"""Measured on an H200: the kernel, one token or several, bits."""
+"""By kernel, one token or several (2), and bits: measured on an H200."""
 
 
 def tile_of(kernel: str, T: int, bits: int, words: int) -> Tile:
     """The measured tile, no wider than a row."""
     tile = TILES.get((kernel, min(T, 2), bits)) or TILES["few" if T > 1 else "o", min(T, 2), bits]
     return tile._replace(block=max(16, min(tile.block, triton.next_power_of_2(words))))
+
+
+def product_options(kernel: str, T: int, weight: Weight) -> dict[str, int | bool]:
+    """What every kernel is told that multiplies with a weight: how it is stored, and its tile."""
+    words = weight.data.shape[-1]
+    tile = tile_of(kernel, T, weight.bits, words)
+    stored = {"W": words, "GROUPS": weight.groups, "BITS": weight.bits}
+    cut = {"R": tile.rows, "BLOCK": tile.block, "STAGES": tile.stages}
+    return stored | cut | launch_options(tile.warps)
 
 
 @functools.cache
@@ -90,7 +99,7 @@ def launch_options(warps: int) -> dict[str, int | bool]:
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Until the kernels before this one are complete and their results can be read."""
+    """Waits until the kernels before this one are complete and their results can be read."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -98,9 +107,11 @@ def wait(PDL: tl.constexpr):
 
 @triton.jit
 def arrive_last(counter_ptr, count):
-    """True in the last of `count` programs to come here, which sees what the others have written
-    (read with cache_modifier=".cg": the first-level cache may hold what was there before). The
-    counter is 0 again afterwards."""
+    """True in the last of `count` programs that come here. The counter is 0 again afterwards.
+
+    The last program sees what the others have written, if it reads with cache_modifier=".cg": the
+    first-level cache may hold what was there before.
+    """
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1
     if last:

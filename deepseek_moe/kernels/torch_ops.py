@@ -1,4 +1,4 @@
-"""What the kernels of dispatch.py and launch.py compute, in torch."""
+"""What the kernels that both rooms use compute, in torch."""
 
 import torch
 from torch.nn import functional as F
@@ -7,9 +7,12 @@ from torch.nn import functional as F
 def sort_picks(
     index_TK: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Picks side by side with those of the same expert, in the order of the tokens: the token of
-    each place [N], the place of each pick [T, K], and where each expert's places end [E]. Picks of
-    no expert have place 0 and leave places of token 0 at the end. All int32."""
+    """Gives each pick a place, so that those of one expert lie side by side, in the tokens' order.
+
+    Returns the token of each place [N], the place of each pick [T, K], and where the places of each
+    expert end [E], all int32. Picks of no expert have place 0, and leave places of token 0 at the
+    end.
+    """
     T, K = index_TK.shape
     expert_N, order_N = index_TK.flatten().sort(stable=True)
     numbers_E = torch.arange(num_experts, device=expert_N.device, dtype=expert_N.dtype)

@@ -111,8 +111,7 @@ class DeepseekConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers' own, with a warning of a tokenizer that AutoTokenizer would read as
-        another class.
+        """As transformers' own, but warns if AutoTokenizer would take a class without BOS.
 
         AutoTokenizer calls this through AutoConfig, which passes `name_or_path`. AutoModel sets
         `return_unused_kwargs`, and needs no warning.
@@ -134,8 +133,10 @@ class DeepseekConfig(PreTrainedConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers' own, with the official files' `rope_theta` and `rope_scaling`, which
-        vLLM, SGLang, llama.cpp and mlx-lm read, in place of transformers 5's `rope_parameters`."""
+        """As transformers' own, but with `rope_theta` and `rope_scaling` as in the official files.
+
+        vLLM, SGLang, llama.cpp and mlx-lm read these, not transformers 5's `rope_parameters`.
+        """
         fields = super().to_dict()
         rope = dict(fields.pop("rope_parameters", None) or {})
         fields["rope_theta"] = rope.pop("rope_theta", 10000)
@@ -145,52 +146,39 @@ class DeepseekConfig(PreTrainedConfig):
         return fields
 
     def _refuse_what_is_not_implemented(self) -> None:
-        def refuse(field: str, value: object, wanted: str) -> None:
-            raise ValueError(
-                f"config field {field} is {value!r}, but this model implements {wanted}"
-            )
-
-        if self.scoring_func != "softmax":
-            refuse("scoring_func", self.scoring_func, "'softmax' only")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            refuse("rope_scaling type", rope_type, f"{', '.join(ROPE_TYPES)} only")
-        if self.hidden_act not in ACT2FN:
-            refuse("hidden_act", self.hidden_act, "the activations of transformers only")
-        if self.num_attention_heads < 1:
-            refuse("num_attention_heads", self.num_attention_heads, "1 and above")
-        if self.hidden_size % self.num_attention_heads:
-            refuse(
-                "hidden_size", self.hidden_size, f"multiples of {self.num_attention_heads} heads"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            refuse(
-                "num_key_value_heads",
-                self.num_key_value_heads,
-                f"divisors of num_attention_heads ({self.num_attention_heads})",
-            )
-        if self.n_routed_experts:
-            if self.moe_layer_freq < 1:
-                refuse("moe_layer_freq", self.moe_layer_freq, "1 and above")
-            if not 1 <= (self.num_experts_per_tok or 0) <= self.n_routed_experts:
-                refuse(
-                    "num_experts_per_tok",
-                    self.num_experts_per_tok,
-                    f"1 to n_routed_experts ({self.n_routed_experts})",
+        def need(field: str, implemented: bool, wanted: str, value: object = None) -> None:
+            if not implemented:
+                value = getattr(self, field, value)
+                raise ValueError(
+                    f"config field {field} is {value!r}, but this model implements {wanted}"
                 )
+
+        heads, experts = self.num_attention_heads, self.n_routed_experts
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        rope_types = f"{', '.join(ROPE_TYPES)} only"
+        need("scoring_func", self.scoring_func == "softmax", "'softmax' only")
+        need("rope_scaling type", rope_type in ROPE_TYPES, rope_types, rope_type)
+        need("hidden_act", self.hidden_act in ACT2FN, "the activations of transformers only")
+        need("num_attention_heads", heads >= 1, "1 and above")
+        need("hidden_size", self.hidden_size % heads == 0, f"multiples of {heads} heads")
+        divides = heads % self.num_key_value_heads == 0
+        need("num_key_value_heads", divides, f"divisors of num_attention_heads ({heads})")
+        if experts:
+            need("moe_layer_freq", self.moe_layer_freq >= 1, "1 and above")
+            enough = 1 <= (self.num_experts_per_tok or 0) <= experts
+            need("num_experts_per_tok", enough, f"1 to n_routed_experts ({experts})")
         for field in ("topk_method", "n_group", "routed_scaling_factor", "q_lora_rank"):
-            # Fields of DeepSeek-V2 and V3: to ignore one is to compute another model.
-            value = getattr(self, field, None)
-            if value not in (None, "greedy", 1, 1.0):
-                refuse(field, value, "none of DeepSeek-V2's additions")
+            # DeepSeek-V2 and V3 have these fields. To ignore one is to compute another model.
+            harmless = getattr(self, field, None) in (None, "greedy", 1, 1.0)
+            need(field, harmless, "none of DeepSeek-V2's additions")
 
 
 def _warn_of_other_tokenizer(checkpoint: str) -> None:
-    """Where tokenizer_config.json has an `auto_map`, AutoTokenizer does not ask which class is
-    registered for the model, and takes the one that the file names, which adds no BOS.
+    """If tokenizer_config.json has an `auto_map`, AutoTokenizer does not take the class that is
+    registered for the model, but the one that the file names, which adds no BOS.
 
-    This is said here because transformers has no place of its own to answer for that file. Of a hub
-    id only what was downloaded before is looked at.
+    The warning stands here because transformers calls no code of this package in that case but the
+    config's. Of a hub id only files that were downloaded before are read.
     """
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 

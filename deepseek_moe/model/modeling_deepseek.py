@@ -2,12 +2,13 @@
 
 A Llama decoder whose MLPs, from the second layer on, are mixtures of many small experts:
 
-    gate     a softmax over all routed experts, of which each token keeps the K largest
-    experts  the routed ones, 1408 wide in the 16B model where a dense MLP is 10944
+    gate            a softmax over all routed experts; each token keeps the K largest scores
+    experts         the routed ones: 1408 wide in the 16B model, where a dense MLP is 10944 wide
     shared_experts  two more that see every token, stored as one MLP of twice the width
 
-Parameter names are the official checkpoint's; only the routed experts are stacked while in memory
-(layout.py). Attention, norms and rotary embedding are transformers' own for Llama.
+Parameters have the names of the official checkpoint, but the routed experts of a layer are stacked
+while they are in memory (layout.py). Attention, norms and rotary embedding are transformers' own
+for Llama.
 
 Letters that suffix locals: B batch, L length, T = B*L tokens, K experts a token, E experts,
 D hidden size.
@@ -15,7 +16,7 @@ D hidden size.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,21 +44,23 @@ from .layout import first_few, refuse_wrong_checkpoint
 
 @dataclass
 class Routing:
-    """What one MoE layer chose in one forward pass.
+    """What one MoE layer did with one batch while training. The layer fills it.
 
     The model hands each layer a new one. Gradient checkpointing calls the layer twice with the same
-    one, so that the recomputed layer finds its picks here instead of choosing again: a tie, or a
-    kernel that rounds differently, would send tokens to other experts than in the first pass.
-
-    `sequence_T` numbers the sequence of each token (-1: padding) where a row of the batch is not
-    one sequence, and `aux_loss_scale` multiplies the balance loss's gradient.
+    one, and the second call takes the picks of the first from here. If it chose again, a tie or a
+    kernel that rounds differently would send tokens to other experts.
     """
 
     index_TK: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
-    sequence_T: torch.Tensor | None = None
-    num_sequences: int = 0
-    aux_loss_scale: float = 1.0
+
+
+class Sequences(NamedTuple):
+    """Which tokens of a batch the balance loss counts together, the same for all layers."""
+
+    number_T: torch.Tensor | None = None  # from 0, -1 for padding; None: each row is a sequence
+    count: int = 0
+    aux_loss_scale: float = 1.0  # multiplies the gradient of the balance loss
 
 
 class DeepseekGate(nn.Module):
@@ -75,11 +78,11 @@ class DeepseekGate(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns logits [T, E], the picks' weights [T, K] (both fp32) and the picks [T, K].
 
-        Picks that `routing` holds are taken; while training it is given them to keep. (Here, not
-        from what is returned, in which expert parallelism may replace the picks of other ranks.)
+        It takes the picks that `routing` holds, or, while training, puts its own there. It does so
+        itself because expert parallelism may change what it returns.
         """
         index_TK = routing.index_TK if routing is not None else None
-        # bf16 logits would swap experts whose scores are close; autocast would undo the cast.
+        # Logits in bf16 would swap experts whose scores are close. Autocast would undo the cast.
         with torch.autocast(hidden_TD.device.type, enabled=False):
             logits_TE = F.linear(hidden_TD.float(), self.weight.float())
         scores_TE = logits_TE.softmax(dim=-1)
@@ -97,9 +100,8 @@ class DeepseekGate(nn.Module):
 class DeepseekExperts(nn.Module):
     """The routed experts: `gate_up_proj` [E, 2F, D] (gate above up) and `down_proj` [E, D, F].
 
-    `forward` is the readable way through them and the reference for every other. By default
-    transformers sends the tokens through "grouped_mm" instead, one product for all experts;
-    `experts_implementation=` of `from_pretrained` chooses ("eager" is this loop).
+    `forward` is the reference ("eager"). By default transformers takes "grouped_mm" instead, one
+    product for all experts; `experts_implementation=` of `from_pretrained` chooses.
     """
 
     def __init__(self, config: DeepseekConfig) -> None:
@@ -113,19 +115,32 @@ class DeepseekExperts(nn.Module):
     def forward(
         self, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """out[t] = sum_k weights[t, k] * expert(index[t, k])(hidden[t]), in the weights' dtype.
+        """out[t] = sum_k weights[t, k] * expert(index[t, k])(hidden[t])."""
+        return loop_over_experts(self, hidden_TD, index_TK, weights_TK)
 
-        An index of `num_experts` marks a pick that another rank computes (expert parallelism).
-        """
-        out_TD = torch.zeros_like(hidden_TD, dtype=weights_TK.dtype)
-        for expert in index_TK.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            token, pick = torch.where(index_TK == expert)
-            gate, up = F.linear(hidden_TD[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            out_TD.index_add_(0, token, out * weights_TK[token, pick, None])
-        return out_TD.to(hidden_TD.dtype)
+    def matrices(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one expert: gate above up [2F, D], and down [D, F]."""
+        return self.gate_up_proj[expert], self.down_proj[expert]
+
+
+def loop_over_experts(
+    experts: Any, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """`DeepseekExperts.forward`, also for `experts` that store their matrices in another way.
+
+    The sum is in the dtype of `weights_TK`. An index of `num_experts` marks a pick that another
+    rank computes (expert parallelism).
+    """
+    out_TD = torch.zeros_like(hidden_TD, dtype=weights_TK.dtype)
+    for expert in index_TK.unique().tolist():
+        if expert == experts.num_experts:
+            continue
+        token, pick = torch.where(index_TK == expert)
+        gate_up, down = experts.matrices(expert)
+        gate, up = F.linear(hidden_TD[token], gate_up).chunk(2, dim=-1)
+        out = F.linear(experts.act_fn(gate) * up, down)
+        out_TD.index_add_(0, token, out * weights_TK[token, pick, None])
+    return out_TD.to(hidden_TD.dtype)
 
 
 class DeepseekMLP(nn.Module):
@@ -138,12 +153,12 @@ class DeepseekMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class DeepseekMoE(nn.Module):
-    """Route, send, add."""
+    """The router sends each token to K experts; the shared experts see all of them."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
@@ -156,53 +171,53 @@ class DeepseekMoE(nn.Module):
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = DeepseekMLP(config, width)
 
-    def forward(self, hidden_BLD: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_BLD: torch.Tensor,
+        routing: Routing | None = None,
+        sequences: Sequences | None = None,
+    ) -> torch.Tensor:
         routing = Routing() if routing is None else routing
         hidden_TD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
         logits_TE, weights_TK, index_TK = self.gate(hidden_TD, routing)
         loss = None
         if self.training and self.aux_loss_alpha > 0:
-            scores_TE = logits_TE.softmax(dim=-1)
-            sequence_T, count = routing.sequence_T, routing.num_sequences
-            if sequence_T is None:  # a row of the batch is a sequence
-                sequence_T, count = _number_rows(hidden_BLD), hidden_BLD.shape[0]
+            number_T, count, scale = sequences or Sequences()
+            if number_T is None:
+                B, L = hidden_BLD.shape[:2]
+                number_T, count = torch.arange(B * L, device=hidden_BLD.device) // L, B
             if not self.seq_aux:
-                sequence_T, count = sequence_T.clamp(max=0), 1
-            loss = balance_loss(scores_TE, routing.index_TK, sequence_T, count)
+                number_T, count = number_T.clamp(max=0), 1
+            loss = balance_loss(logits_TE.softmax(dim=-1), routing.index_TK, number_T, count)
             routing.aux_loss = self.aux_loss_alpha * loss.detach()
         shared_BLD = self.shared_experts(hidden_BLD) if self.shared_experts is not None else None
-        # Last, since checkpointing computes nothing again after the last tensor that is kept.
+        # The routed experts come last: a checkpointed layer is computed again only as far as the
+        # last tensor that the backward pass needs, so their output is spared.
         out_BLD = self.experts(hidden_TD, index_TK, weights_TK).view_as(hidden_BLD)
         if shared_BLD is not None:
             out_BLD = out_BLD + shared_BLD
         if loss is not None:
-            scale = self.aux_loss_alpha * routing.aux_loss_scale
-            out_BLD = _AddLossGradient.apply(out_BLD, scale * loss)
+            out_BLD = _AddLossGradient.apply(out_BLD, self.aux_loss_alpha * scale * loss)
         return out_BLD
-
-
-def _number_rows(hidden_BLD: torch.Tensor) -> torch.Tensor:
-    B, L = hidden_BLD.shape[:2]
-    return torch.arange(B, device=hidden_BLD.device).repeat_interleave(L)
 
 
 def balance_loss(
     scores_TE: torch.Tensor, index_TK: torch.Tensor, sequence_T: torch.Tensor, num_sequences: int
 ) -> torch.Tensor:
-    """How unevenly the experts are used: 1 when evenly, up to E when all tokens go one way.
+    """How unevenly the experts are used: 1 if all are used alike, up to E if all tokens pick one.
 
-    sum_e f_e * P_e, with f_e the picks of expert e over their even share and P_e its mean score
-    (equations 12 to 14 of the paper), counted in each sequence and averaged. Only P carries
-    gradient. `sequence_T` numbers the sequence of each token from 0 to `num_sequences` - 1, none of
-    which may be empty; tokens of a negative number are left out.
+    sum_e f_e * P_e, where f_e is the number of picks of expert e over its even share, and P_e its
+    mean score (equations 12 to 14 of the paper), in each sequence, averaged over the sequences.
+    Only P carries gradient. `sequence_T` numbers the sequence of each token from 0 to
+    `num_sequences` - 1, none of which may be empty; tokens of a negative number do not count.
     """
     with torch.autocast(scores_TE.device.type, enabled=False):
         return _BalanceLoss.apply(scores_TE, index_TK, sequence_T, num_sequences)
 
 
 class _BalanceLoss(torch.autograd.Function):
-    """Keeps a number for each sequence and expert; autograd would keep which token is in which
-    sequence, with many short ones in a batch more than everything else."""
+    """Keeps one number for each sequence and expert. Autograd would keep which token is in which
+    sequence: with many short ones in a batch, that is more than all else that is kept."""
 
     @staticmethod
     def forward(
@@ -230,8 +245,8 @@ class _BalanceLoss(torch.autograd.Function):
 
 
 class _AddLossGradient(torch.autograd.Function):
-    """Passes `hidden` through and gives `loss` the gradient that adding it to the model's loss
-    would: the published model's way to train its router from inside the layer."""
+    """Returns `hidden`, and gives `loss` the gradient that it would have as a part of the model's
+    loss. So the published model trains its router from inside the layer."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -247,19 +262,22 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = (
-            DeepseekMoE(config)
-            if config.is_moe_layer(layer_idx)
-            else DeepseekMLP(config, config.intermediate_size)
-        )
+        self.is_moe = config.is_moe_layer(layer_idx)
+        dense = config.intermediate_size
+        self.mlp = DeepseekMoE(config) if self.is_moe else DeepseekMLP(config, dense)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_BLD: torch.Tensor, routing: Routing | None = None, **kwargs: Any
+        self,
+        hidden_BLD: torch.Tensor,
+        routing: Routing | None = None,
+        sequences: Sequences | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         hidden_BLD = hidden_BLD + self.self_attn(self.input_layernorm(hidden_BLD), **kwargs)[0]
-        return hidden_BLD + self.mlp(self.post_attention_layernorm(hidden_BLD), routing)
+        for_moe = (routing, sequences) if self.is_moe else ()
+        return hidden_BLD + self.mlp(self.post_attention_layernorm(hidden_BLD), *for_moe)
 
 
 class DeepseekPreTrainedModel(PreTrainedModel):
@@ -274,7 +292,6 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {
         "router_logits": OutputRecorder(DeepseekGate, index=0),
         "hidden_states": DeepseekDecoderLayer,
@@ -299,7 +316,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, but every tensor must be there, no other, and of the right shape.
+        """As transformers' own, but every tensor must be there with its shape, and no other.
 
         Raises:
             ValueError: names the missing, surplus or misshapen tensors. transformers would warn,
@@ -311,7 +328,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             refuse_wrong_checkpoint(path, kwargs, DeepseekForCausalLM)
         try:
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        finally:  # a hub id's files are here now; an error that names tensors is the better one
+        finally:  # Now the files of a hub id are here. An error that names tensors says more.
             if path is not None and not local:
                 refuse_wrong_checkpoint(path, kwargs, DeepseekForCausalLM)
         wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
@@ -349,13 +366,19 @@ class DeepseekModel(DeepseekPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         sequence_ids: torch.LongTensor | None = None,
+        num_sequences: int | None = None,
         aux_loss_scale: float = 1.0,
         **kwargs: Any,
     ) -> "DeepseekModelOutput":
-        """For training: `sequence_ids` [B, L] numbers the sequences in the batch from 0 (-1:
-        padding), so that the balance loss counts each by itself also in padded or packed rows; else
-        a row is a sequence. `aux_loss_scale` multiplies the gradient of the balance loss: the share
-        of this batch in the step's sequences, where gradients are accumulated."""
+        """Three arguments are for the balance loss in training.
+
+        Args:
+            sequence_ids: [B, L] numbers the sequences of the batch from 0 (-1: padding), so that
+                each counts by itself in padded and packed rows too. Without it a row is a sequence.
+            num_sequences: how many they are. Without it the GPU is asked, and waited for.
+            aux_loss_scale: multiplies the gradient of the balance loss. Where gradients are
+                accumulated, it is the share of this batch in the sequences of the step.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -376,15 +399,17 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         hidden_BLD = inputs_embeds
         cos_sin = self.rotary_emb(hidden_BLD, position_ids=position_ids)
-        aux_losses = []
-        sequence_T, num_sequences = None, 0
+        sequences = Sequences(aux_loss_scale=aux_loss_scale)
         if sequence_ids is not None:
-            sequence_T, num_sequences = sequence_ids.flatten(), int(sequence_ids.max()) + 1
+            count = int(sequence_ids.max()) + 1 if num_sequences is None else num_sequences
+            sequences = Sequences(sequence_ids.flatten(), count, aux_loss_scale)
+        aux_losses = []
         for layer in self.layers:
-            routing = Routing(None, None, sequence_T, num_sequences, aux_loss_scale)
+            routing = Routing()
             hidden_BLD = layer(
                 hidden_BLD,
                 routing=routing,
+                sequences=sequences,
                 attention_mask=mask,
                 position_ids=position_ids,
                 position_embeddings=cos_sin,
@@ -403,7 +428,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
 @dataclass
 class DeepseekModelOutput(MoeModelOutputWithPast):
-    """transformers' output, with the balance loss summed over the layers (training only)."""
+    """transformers' output, and while training the balance loss, summed over the layers."""
 
     aux_loss: torch.Tensor | None = None
 
@@ -414,7 +439,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     head_has_loss = False
-    """Whether training has made `lm_head` take labels too, and give the loss without logits."""
+    """Whether training has made an `lm_head` that takes labels, and returns the loss at once."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
@@ -435,14 +460,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """`loss` is the language loss of `labels` (shifted inside; -100 is not counted).
+        """`loss` is the language loss of `labels`, which are shifted here (-100 does not count).
 
         While training, the balance loss reaches the gradients from inside the layers, as in the
-        published model; it is not part of `loss`, and `aux_loss` shows its value.
-        `logits_to_keep` > 0 computes the logits of that many last positions only. Where
-        `head_has_loss`, there are none.
+        published model. It is not part of `loss`; `aux_loss` shows its value. `logits_to_keep` > 0
+        computes the logits of that many last positions only. With `head_has_loss` there are none.
         """
-        # All named above: generate and Trainer read this signature to see what the model takes.
+        # generate and Trainer read the signature above to see what the model takes.
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,7 +1,7 @@
 """The tokenizer, with the BOS token that the published files lose on transformers 5.
 
-The model has never seen text without BOS and writes worse after none, or after two. The published
-files ask for it by `add_bos_token` in tokenizer_config.json, which transformers 5 does not read.
+The model has never seen text without BOS, and writes worse after none or two. The published files
+ask for one by `add_bos_token` in tokenizer_config.json, which transformers 5 does not read.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import BatchEncoding, TokenizersBackend
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 
-# The format of the chat models; chat.py tells it once more in Python.
+# The format of the chat models. chat.py renders the same, and a test compares them.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -34,13 +34,13 @@ CHAT_TEMPLATE = """\
 class DeepseekTokenizer(TokenizersBackend):
     """transformers' tokenizer with BOS in front exactly once, left padding, and the chat template.
 
-    Which tokens are BOS and EOS is what tokenizer_config.json says. Where it says nothing, or is
-    missing, they are this family's own tokens, if tokenizer.json has them, else those with the ids
-    in config.json. PAD is EOS, if nothing else is said.
+    tokenizer_config.json says which tokens are BOS and EOS. If it does not, or is missing, they are
+    this family's own tokens, if tokenizer.json has them, else those with the ids in config.json.
+    PAD is EOS unless the files name another.
 
-    BOS is added to plain text, kept single where the text already begins with it (a rendered chat),
-    and left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json, so that
-    every reader of that file adds it too.
+    BOS is added to plain text, stays single if the text already begins with it (as a rendered chat
+    does), and is left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json,
+    so that every reader of that file adds it too.
     """
 
     padding_side = "left"  # a batch is continued at its right end
@@ -48,7 +48,7 @@ class DeepseekTokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What `from_pretrained` hands to the constructor; here the defaults come in.
+        """What `from_pretrained` hands to the constructor, with the defaults added.
 
         Raises:
             ValueError: there is no BOS or EOS, or the files name one that tokenizer.json lacks.
@@ -67,20 +67,24 @@ class DeepseekTokenizer(TokenizersBackend):
     def _encode_plus(
         self, text: Any, *args: Any, add_special_tokens: bool = True, **kwargs: Any
     ) -> BatchEncoding:
+        # The public ways to encode (`__call__`, `encode`, `tokenize`) have only this private one in
+        # common, of transformers' tokenization_utils_tokenizers.py.
         if add_special_tokens and self.add_bos_token:
             text = _without_bos(text, self.bos_token)
         return super()._encode_plus(text, *args, add_special_tokens=add_special_tokens, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        """As transformers' own, with a class name and fields that other readers know too, and
-        without the `auto_map` of the files that it was loaded from, whose code stays behind."""
-        self.backend_tokenizer.no_truncation()  # the last call's limits would be saved with it
+        """As transformers' own, with a class name and fields that other readers know too.
+
+        An `auto_map` of the files that it was loaded from is left out, because their code is too.
+        """
+        self.backend_tokenizer.no_truncation()  # or the limits of the last call would be saved
         self.backend_tokenizer.no_padding()
         files = super().save_pretrained(save_directory, *args, **kwargs)
         prefix = kwargs.get("filename_prefix")
         path = Path(save_directory) / f"{prefix + '-' if prefix else ''}tokenizer_config.json"
         fields = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("auto_map", "is_local", "local_files_only"):  # of how it was loaded
+        for key in ("auto_map", "is_local", "local_files_only"):  # these tell how it was loaded
             fields.pop(key, None)
         fields |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -95,8 +99,11 @@ class DeepseekTokenizer(TokenizersBackend):
 def _find_special_tokens(
     file: Path, vocabulary: Tokenizer, named: dict[str, Any]
 ) -> dict[str, Any]:
-    """BOS, EOS and PAD, which all are in the `vocabulary` of tokenizer.json (`file`): transformers
-    would give others new ids, which the model has never seen. `named` are those of the files."""
+    """BOS, EOS and PAD; `named` has those that tokenizer_config.json names.
+
+    All are in the `vocabulary` of tokenizer.json (`file`). transformers would give others new ids,
+    which the model has never seen.
+    """
     found: dict[str, Any] = {}
     for name, own in (("bos_token", BOS), ("eos_token", EOS)):
         token = named.get(name)
@@ -121,7 +128,7 @@ def _find_special_tokens(
 
 
 def _token_of_config(config: Path, field: str, vocabulary: Tokenizer) -> str | None:
-    """The token whose id the config gives in `field`, the first of several."""
+    """The token whose id the config gives in `field`, or the first of several; None if none."""
     try:
         ids = json.loads(config.read_text(encoding="utf-8")).get(field)
     except (OSError, ValueError, AttributeError):  # no config, or none that can be used

@@ -120,6 +120,7 @@ class FineTuner(ResumingTrainer):
         share = len(sources) / self._sequences_in_step
         # Processes average their gradients, as they do the language loss's.
         inputs["aux_loss_scale"] = share * self.accelerator.num_processes
+        inputs["num_sequences"] = len(sources)
         self._tokens += int((inputs["sequence_ids"] >= 0).sum())
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if outputs.aux_loss is not None:

@@ -282,7 +282,7 @@ def test_an_engine_that_computes_an_old_model_is_found(
     monkeypatch.setattr(checks.changes, "Generator", partial(generator_with_engine, checks))
     assert checks.changes.check_change(change, CPU).startswith("engine")
     monkeypatch.setattr(engine, "signature_of", lambda model: [])
-    monkeypatch.setattr(decoder, "as_one", lambda tensors: None)
+    monkeypatch.setattr(decoder, "joined_view", lambda tensors: None)
     with pytest.raises(RuntimeError, match="not those of the changed model"):
         checks.changes.check_change(change, CPU)
 

@@ -1,5 +1,5 @@
-"""The decode engine, on the plain twins of its kernels: the same ids as the plain way. And the
-decoder's whole steps, with the kernels themselves in Triton's interpreter."""
+"""The engine on the twins of its kernels gives the ids of the plain way; so do the decoder's whole
+steps with the kernels themselves, in Triton's interpreter."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,48 +7,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from text_fixtures import BUNDLED, bundled_model, tokenizer_of
+from text_fixtures import BUNDLED, bundled_model
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode import decoder, engine
 from deepseek_moe.decode.decoder import FEW, Decoder, StaticCache
-from deepseek_moe.decode.engine import Engine, _chunks, size_for
+from deepseek_moe.decode.engine import Engine, size_for
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.int_quantizer import PackingConfig
+from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.decode.load import load
-from deepseek_moe.decode.sampling import Sampler, greedy, make_sampler
-from deepseek_moe.decode.supported import is_supported
+from deepseek_moe.decode.sampling import Sampler, greedy
+from deepseek_moe.decode.supported import fits_kernels
 from deepseek_moe.errors import UserError
-from deepseek_moe.kernels.decode import torch_ops as twins
+from deepseek_moe.kernels.decode import torch_ops
 
 MakeModel = Callable[..., DeepseekForCausalLM]
-TEXTS = ["Once upon a time", "The", "It was a cold night, and nobody in the house could sleep. He"]
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    return tokenizer_of(BUNDLED)(TEXTS).input_ids
 
 
 def with_engine(model: DeepseekForCausalLM, chunk: int = engine.CHUNK) -> Generator:
     """A generator whose engine runs step by step on the CPU, with the plain twins."""
-    return Generator(model, engine=Engine(model, chunk))
+    return Generator(model, engine=Engine(model, chunk, torch_ops))
 
 
 def plain(model: DeepseekForCausalLM) -> Generator:
     return Generator(model, fast=False)
-
-
-def test_equals_the_plain_way(prompts: list[list[int]]) -> None:
-    model = bundled_model()
-    assert with_engine(model).generate(prompts, 30) == plain(model).generate(prompts, 30)
-
-
-def test_batch_equals_single(prompts: list[list[int]]) -> None:
-    generator = with_engine(bundled_model())
-    single = [generator.generate([prompt], 12)[0] for prompt in prompts]
-    assert generator.generate(prompts, 12) == single
-    assert generator.generate(prompts[::-1], 12) == single[::-1]
 
 
 def test_the_way_of_many_equals_the_way_of_few(
@@ -59,25 +41,22 @@ def test_the_way_of_many_equals_the_way_of_few(
     assert with_engine(bundled_model()).generate(prompts, 12) == few
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 20])
-def test_prompts_in_chunks_equal_prompts_at_once(prompts: list[list[int]], chunk: int) -> None:
-    model = bundled_model()
-    assert with_engine(model, chunk).generate(prompts, 8) == with_engine(model).generate(prompts, 8)
+@pytest.mark.parametrize(("chunk", "most"), [(1, 1), (7, 7), (20, 16)])
+def test_prompts_in_chunks_equal_prompts_at_once(
+    prompts: list[list[int]], chunk: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of up to `chunk` tokens: pieces of a long prompt, or several whole ones that are short."""
+    model, sizes, prefill = bundled_model(), [], Decoder.prefill
 
+    def spy(self: Decoder, ids_T: torch.Tensor, *args: object) -> torch.Tensor:
+        sizes.append(len(ids_T))
+        return prefill(self, ids_T, *args)
 
-@pytest.mark.parametrize(
-    ("lengths", "chunk", "pieces"),
-    [
-        ([3, 2], 8, [[(0, 0, 3), (1, 0, 2)]]),
-        ([3, 2], 4, [[(0, 0, 3)], [(1, 0, 2)]]),
-        ([9, 2], 4, [[(0, 0, 4)], [(0, 4, 8)], [(0, 8, 9)], [(1, 0, 2)]]),
-        ([4, 4], 4, [[(0, 0, 4)], [(1, 0, 4)]]),
-        ([2, 9, 1, 1], 4, [[(0, 0, 2)], [(1, 0, 4)], [(1, 4, 8)], [(1, 8, 9)],
-                           [(2, 0, 1), (3, 0, 1)]]),
-    ],
-)  # fmt: skip
-def test_chunks(lengths: list[int], chunk: int, pieces: list[list[tuple[int, int, int]]]) -> None:
-    assert _chunks(lengths, chunk) == pieces
+    at_once = with_engine(model).generate(prompts, 8)
+    monkeypatch.setattr(Decoder, "prefill", spy)
+    assert with_engine(model, chunk).generate(prompts, 8) == at_once
+    assert sum(sizes) == sum(map(len, prompts))
+    assert max(sizes) == most
 
 
 def test_sequences_that_end_leave_the_batch(
@@ -107,28 +86,17 @@ def test_more_prompts_than_the_way_of_few_takes(prompts: list[list[int]]) -> Non
 
 def test_the_cache_grows_and_is_used_again(prompts: list[list[int]]) -> None:
     generator = with_engine(bundled_model())
-    first = generator.generate(prompts[:1], 4)
+    generator.generate(prompts[:1], 4)
     cache = generator.engine.cache
     assert generator.generate(prompts[1:2], 3) == plain(bundled_model()).generate(prompts[1:2], 3)
     assert generator.engine.cache is cache
-    long = generator.generate(prompts[:1], 4 * engine.BLOCK)[0]
+    long = generator.generate(prompts[:1], engine.CACHE_BLOCK)
     assert generator.engine.cache is not cache
-    assert long[:4] == first[0]
-    assert long == plain(bundled_model()).generate(prompts[:1], 4 * engine.BLOCK)[0]
+    assert long == plain(bundled_model()).generate(prompts[:1], engine.CACHE_BLOCK)
 
 
-def test_the_context_ends_a_sequence(tiny_model: MakeModel) -> None:
-    model = tiny_model()
-    context = model.config.max_position_embeddings
-    prompts = [list(range(2, context - 4)), [5, 6]]
-    made = with_engine(model).generate(prompts, 2 * context)
-    assert [len(ids) for ids in made] == [context - len(ids) for ids in prompts]
-    assert made == plain(model).generate(prompts, 2 * context)
-
-
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_packed_weights(prompts: list[list[int]], quantization: str) -> None:
-    model, _ = load(str(BUNDLED), device="cpu", quantization=quantization)
+def test_quantised_weights(prompts: list[list[int]]) -> None:
+    model, _ = load(str(BUNDLED), device="cpu", quantization="int4")
     expected = plain(model).generate(prompts, 12)
     assert with_engine(model).generate(prompts, 12) == expected
     assert plain(model).generate(prompts, 12) == expected  # its weights are views now
@@ -140,31 +108,12 @@ def test_the_model_is_as_before(prompts: list[list[int]]) -> None:
     ids = torch.tensor([prompts[2]])
     before = model(ids).logits
     state = {name: x.clone() for name, x in model.state_dict().items()}
-    Engine(model)
+    Engine(model, ops=torch_ops)
     assert torch.equal(model(ids).logits, before)
     after = model.state_dict()
     assert after.keys() == state.keys()
     for name, x in after.items():
         assert torch.equal(x, state[name]), name
-
-
-def test_penalty_and_seed(prompts: list[list[int]]) -> None:
-    penalised = [make_sampler(repetition_penalty=1.5) for _ in range(2)]
-    ours = with_engine(bundled_model()).generate(prompts, 20, penalised[0])
-    assert ours == plain(bundled_model()).generate(prompts, 20, penalised[1])
-    assert ours != plain(bundled_model()).generate(prompts, 20)
-    drawn = [make_sampler(temperature=1.0, top_k=20, seed=3) for _ in range(2)]
-    first = with_engine(bundled_model()).generate(prompts, 20, drawn[0])
-    assert first == with_engine(bundled_model()).generate(prompts, 20, drawn[1])
-
-
-def test_a_second_stream_ends_the_first(prompts: list[list[int]]) -> None:
-    generator = with_engine(bundled_model())
-    first = generator.stream(prompts, 5)
-    next(first)
-    next(generator.stream(prompts[:1], 5))
-    with pytest.raises(UserError, match="another generation has begun"):
-        next(first)
 
 
 def test_a_stream_that_was_ended_leaves_the_second_alone(prompts: list[list[int]]) -> None:
@@ -254,9 +203,7 @@ def model_for_kernels(
         return model
     folder: Path = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
-    return DeepseekForCausalLM.from_pretrained(
-        folder, quantization_config=PackingConfig(request.param)
-    )
+    return DeepseekForCausalLM.from_pretrained(folder, quantization_config=IntConfig(request.param))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/check_gpu.py does it on a GPU")
@@ -270,9 +217,9 @@ def test_whole_steps_with_kernels(
     pytest.importorskip("triton", reason="Triton is not installed")
     from deepseek_moe.kernels.decode import triton_ops as fused
 
-    kernels = SimpleNamespace(**vars(fused) | {"dense": twins.dense})  # torch.mm, on GPUs only
+    kernels = SimpleNamespace(**vars(fused) | {"dense": torch_ops.dense})  # torch.mm, on GPUs only
     made = []
-    for ops in (kernels, twins):
+    for ops in (kernels, torch_ops):
         torch.manual_seed(0)
         cache = StaticCache(model_for_kernels, slots=FEW + 4, capacity=64)
         cache.keys.fill_(float("nan"))
@@ -288,31 +235,16 @@ def test_whole_steps_with_kernels(
         torch.testing.assert_close(part, twin_part, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
-def test_what_the_kernels_know(tiny_model: Callable[..., DeepseekForCausalLM]) -> None:
-    sizes = {"hidden_size": 64, "num_attention_heads": 2, "n_shared_experts": 2}
-    assert is_supported(tiny_model(**sizes))
+def test_which_sizes_the_kernels_take(tiny_model: MakeModel) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2}
+    assert fits_kernels(tiny_model(**sizes))
     for change in (
         {"n_shared_experts": None},
         {"attention_bias": True},
         {"hidden_act": "gelu"},
         {"num_attention_heads": 4},
     ):
-        assert not is_supported(tiny_model(**sizes | change))
-
-
-@pytest.mark.parametrize("place", ["lm_head", "model.layers.1.mlp.experts", "model.embed_tokens"])
-def test_a_changed_model_is_not_taken(
-    tiny_model: Callable[..., DeepseekForCausalLM], place: str
-) -> None:
-    model = tiny_model(hidden_size=64, num_attention_heads=2, n_shared_experts=2)
-    model(torch.tensor([[1, 2]]), output_hidden_states=True)
-    assert is_supported(model)  # with the hooks of transformers itself
-    model.get_submodule(place).register_forward_hook(lambda *_: None)
-    assert not is_supported(model)
-    wrapped = tiny_model(hidden_size=64, num_attention_heads=2, n_shared_experts=2)
-    assert is_supported(wrapped)
-    wrapped.set_submodule(place, torch.nn.Sequential(wrapped.get_submodule(place)))
-    assert not is_supported(wrapped)
+        assert not fits_kernels(tiny_model(**sizes | change))
 
 
 def test_one_expert_is_not_normed(tiny_model: Callable[..., DeepseekForCausalLM]) -> None:

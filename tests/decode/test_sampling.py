@@ -63,18 +63,12 @@ PROCESSORS = {  # in the order of `generate`
     "options",
     [
         {"temperature": 1.0},
-        {"temperature": 0.3},
         {"temperature": 3.0},
         {"temperature": 1.0, "top_k": 1},
-        {"temperature": 1.0, "top_k": 7},
         {"temperature": 1.0, "top_k": 1000},
-        {"temperature": 1.0, "top_p": 0.9},
         {"temperature": 2.0, "top_p": 0.9},  # the temperature comes before top_p
         {"temperature": 1.0, "top_p": 1e-6},
-        {"temperature": 1.0, "top_k": 20, "top_p": 0.8},
         {"temperature": 1.0, "top_k": 1000, "top_p": 0.8},
-        {"temperature": 1.0, "min_p": 0.1},
-        {"temperature": 1.0, "min_p": 1.0},
         {"temperature": 3.0, "min_p": 0.1},
         {"temperature": 2.0, "top_p": 0.7, "min_p": 0.05},  # top_p counts what min_p drops
         {"temperature": 1.0, "repetition_penalty": 1.5},
@@ -137,58 +131,36 @@ def test_no_more_than_top_k_stay_where_logits_are_equal() -> None:
     ("limits", "kept"),
     [
         ({}, {0, 1, 2, 3}),
-        ({"top_k": 1}, {1}),
+        ({"temperature": 0.5}, {0, 1, 2, 3}),
         ({"top_k": 2}, {1, 3}),
-        ({"top_k": 3}, {1, 2, 3}),
-        ({"top_k": 99}, {0, 1, 2, 3}),
-        ({"top_p": 1e-9}, {1}),
         ({"top_p": 0.49}, {1}),
         ({"top_p": 0.51}, {1, 3}),
-        ({"top_p": 0.79}, {1, 3}),
         ({"top_p": 0.81}, {1, 2, 3}),
-        ({"top_p": 0.96}, {0, 1, 2, 3}),
-        ({"top_p": 0.96, "top_k": 2}, {1, 3}),
-        ({"top_p": 0.4, "top_k": 3}, {1}),
-        # top_p counts what top_k leaves: 0.5 / 0.8 alone is above 0.6.
-        ({"top_p": 0.6, "top_k": 2}, {1}),
-        ({"min_p": 0.09}, {0, 1, 2, 3}),
-        ({"min_p": 0.11}, {1, 2, 3}),
+        ({"top_p": 0.6, "top_k": 2}, {1}),  # 0.5 / 0.8, of what top_k leaves, is above 0.6
         ({"min_p": 0.59}, {1, 3}),
-        ({"min_p": 1.0}, {1}),
         ({"min_p": 0.11, "top_k": 2}, {1, 3}),
         ({"min_p": 0.31, "top_p": 0.96}, {1, 3}),
     ],
 )
-def test_limits_keep_the_likeliest_in_proportion(limits: dict[str, float], kept: set[int]) -> None:
-    shares = drawn(make_sampler(1.0, seed=0, **limits))
-    expected = torch.tensor([p if i in kept else 0.0 for i, p in enumerate(PROBS.tolist())])
+def test_what_is_kept_is_drawn_in_proportion(limits: dict[str, float], kept: set[int]) -> None:
+    options = {"temperature": 1.0} | limits
+    shares = drawn(make_sampler(**options, seed=0))
+    probs = (PROBS.log() / options["temperature"]).softmax(-1)
+    expected = torch.tensor([p if i in kept else 0.0 for i, p in enumerate(probs.tolist())])
     assert {i for i, share in enumerate(shares) if share} == kept
     assert shares == pytest.approx((expected / expected.sum()).tolist(), abs=0.03)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_divides_the_logits(temperature: float) -> None:
-    shares = drawn(make_sampler(temperature, seed=0))
-    expected = (PROBS.log() / temperature).softmax(-1)
-    assert shares == pytest.approx(expected.tolist(), abs=0.03)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1e-4, 1e-30, 1e-45, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1e-4, 1e-45, 1e-300])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = torch.randn(8, 100, generator=seeded()) * 20
     sample = make_sampler(temperature, seed=0)
     assert sample(logits, unseen(logits)).tolist() == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("temperature", [1e6, 1e38, 1e300])
+@pytest.mark.parametrize("temperature", [1e6, 1e300])
 def test_a_huge_temperature_draws_evenly(temperature: float) -> None:
     assert drawn(make_sampler(temperature, seed=0)) == pytest.approx([0.25] * 4, abs=0.03)
-
-
-def test_top_k_1_is_greedy() -> None:
-    logits = torch.randn(8, 100, generator=seeded())
-    sample = make_sampler(5.0, top_k=1)
-    assert sample(logits, unseen(logits)).tolist() == logits.argmax(-1).tolist()
 
 
 def test_rows_are_drawn_independently() -> None:
@@ -220,12 +192,11 @@ def test_weight_0_is_not_drawn_whatever_the_noise(
 # Seeds
 
 
-@pytest.mark.parametrize("limits", [{}, {"top_k": 20}, {"top_p": 0.5}], ids=str)
-def test_a_seed_makes_the_draws_repeatable(limits: dict[str, float]) -> None:
+def test_a_seed_makes_the_draws_repeatable() -> None:
     logits = torch.zeros(16, 50)
 
     def draws(seed: int) -> list[list[int]]:
-        sample = make_sampler(1.0, seed=seed, **limits)
+        sample = make_sampler(1.0, top_k=20, seed=seed)
         return [sample(logits, unseen(logits)).tolist() for _ in range(3)]
 
     first = draws(7)
@@ -316,39 +287,27 @@ def test_greedy_unless_asked_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "values"),
     [
-        ("temperature", -0.1),
-        ("temperature", NAN),
-        ("temperature", INF),
-        ("top_p", 0.0),
-        ("top_p", -1.0),
-        ("top_p", 1.01),
-        ("top_p", NAN),
-        ("top_k", -1),
-        ("min_p", -0.01),
-        ("min_p", 1.01),
-        ("min_p", NAN),
-        ("repetition_penalty", 0.0),
-        ("repetition_penalty", -1.0),
-        ("repetition_penalty", NAN),
-        ("repetition_penalty", INF),
-        ("seed", -1),
-        ("seed", 2**64),
+        ("temperature", (-0.1, NAN, INF)),
+        ("top_p", (0.0, 1.01, NAN)),
+        ("top_k", (-1,)),
+        ("min_p", (-0.01, 1.01, NAN)),
+        ("repetition_penalty", (0.0, -1.0, NAN, INF)),
+        ("seed", (-1, 2**64)),
     ],
 )
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_impossible_sampling_values(name: str, value: float, temperature: float) -> None:
-    with pytest.raises(UserError, match=f"^{name} is .*must be") as caught:
-        make_sampler(**{"temperature": temperature, name: value})
-    assert "\n" not in str(caught.value)
+def test_impossible_sampling_values(name: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name} is .*must be") as caught:
+            make_sampler(**{name: value})
+        assert "\n" not in str(caught.value)
 
 
 def test_rows_with_a_logit_that_is_no_number_are_marked() -> None:
     """One of a row as large as the official vocabulary, and all of a row."""
-    inf, nan = float("inf"), float("nan")
     logits_BV = torch.randn(8, 102400) * 1e4
-    for row, value in enumerate((nan, inf, -inf)):
+    for row, value in enumerate((NAN, INF, -INF)):
         logits_BV[row, 70000] = value
         logits_BV[3 + row] = value
     ids_B = torch.arange(8)

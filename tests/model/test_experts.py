@@ -166,13 +166,9 @@ def test_balance_loss_is_1_when_even_and_grows_to_E(per_sequence: bool) -> None:
     sequences = numbered(2, 4, per_sequence)
     assert balance_loss(even, torch.tensor([[0], [1], [2], [3]] * 2), *sequences) == 1
     assert balance_loss(one_way, torch.full((8, 1), 2), *sequences) == 4
-
-
-def test_each_sequence_is_counted_alone() -> None:
-    """Two sequences, each all to one expert: uneven within, even over both."""
+    # Two sequences, each all to one expert, are uneven within and even over both.
     scores, picks = torch.eye(2)[[0, 0, 1, 1]], torch.tensor([[0], [0], [1], [1]])
-    assert balance_loss(scores, picks, *numbered(2, 2, per_sequence=True)) == 2
-    assert balance_loss(scores, picks, *numbered(2, 2, per_sequence=False)) == 1
+    assert balance_loss(scores, picks, *numbered(2, 2, per_sequence)) == 1 + per_sequence
 
 
 def test_many_short_sequences_keep_little_for_the_backward_pass() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
-from deepseek_moe.decode.int_quantizer import PackingConfig
+from deepseek_moe.decode.int_quantizer import IntConfig
 from deepseek_moe.model.layout import official_tensors
 
 MakeModel = Callable[..., DeepseekForCausalLM]
@@ -98,28 +98,9 @@ def test_saved_names_are_the_official_ones(
             assert held == {name for name, place in places.items() if place == file}
 
 
-def test_saved_config_is_what_other_engines_read(tiny_model: MakeModel, tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    fields = json.loads((tmp_path / "config.json").read_text())
-    assert "rope_parameters" not in fields
-    wanted = {
-        "model_type": "deepseek",
-        "architectures": ["DeepseekForCausalLM"],
-        "rope_theta": 10000,
-        "rope_scaling": None,
-        "norm_topk_prob": False,
-        "moe_layer_freq": 1,
-        "hidden_act": "silu",
-        "scoring_func": "softmax",
-        "pad_token_id": 1,
-        "n_routed_experts": 8,
-        "num_key_value_heads": 4,
-    }
-    assert {name: fields.get(name, "absent") for name in wanted} == wanted
-
-
-@pytest.mark.parametrize("shard_size", ["20KB", "5GB"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "shard_size"), [(torch.float32, "5GB"), (torch.bfloat16, "20KB")]
+)
 def test_load_save_load_is_bit_for_bit(
     dtype: torch.dtype, shard_size: str, tiny_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -144,40 +125,23 @@ def test_load_save_load_is_bit_for_bit(
 @pytest.mark.parametrize(
     "asked",
     [
-        {"dtype": torch.bfloat16},
-        {"dtype": "float16"},
-        {"attn_implementation": "eager"},
-        {"attn_implementation": "sdpa"},
-        {"experts_implementation": "eager"},
+        {"dtype": torch.bfloat16, "attn_implementation": "eager"},
         {"experts_implementation": "batched_mm"},
-        {"experts_implementation": "grouped_mm"},
-        {"device_map": "cpu"},
         {"device_map": "auto"},
     ],
-    ids=lambda asked: "-".join(str(x) for pair in asked.items() for x in pair),
+    ids=str,
 )
 def test_from_pretrained_does_as_asked(
     asked: dict[str, Any], tiny_model: MakeModel, tmp_path: Path
 ) -> None:
     tiny_model().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **asked)
-    assert isinstance(model, DeepseekForCausalLM)
+    assert type(model) is DeepseekForCausalLM
     assert not model.training
-    if "dtype" in asked:
-        assert {str(x.dtype) for x in model.parameters()} == {
-            f"torch.{str(asked['dtype']).removeprefix('torch.')}"
-        }
-    if "attn_implementation" in asked:
-        assert model.config._attn_implementation == asked["attn_implementation"]
-    if "experts_implementation" in asked:
-        assert model.config._experts_implementation == asked["experts_implementation"]
-    if asked.get("device_map") == "cpu":
-        assert {x.device.type for x in model.parameters()} == {"cpu"}
+    assert {x.dtype for x in model.parameters()} == {asked.get("dtype", torch.float32)}
+    for name in asked.keys() & {"attn_implementation", "experts_implementation"}:
+        assert getattr(model.config, f"_{name}") == asked[name]
     assert model(IDS.to(model.device)).logits.isfinite().all()
-
-
-def test_unknown_experts_implementation_is_an_error(tiny_model: MakeModel, tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
     with pytest.raises((ValueError, KeyError), match="psychic"):
         AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="psychic")
 
@@ -199,34 +163,28 @@ def renumber(tensors: dict[str, torch.Tensor]) -> None:
 
 WRONG: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "expert_matrix_missing": (without(EXPERT_3), EXPERT_3),
-    "norm_missing": (without("model.norm.weight"), "model.norm.weight"),
     "router_missing": (without("model.layers.2.mlp.gate.weight"), "layers.2.mlp.gate.weight"),
     "head_missing": (without("lm_head.weight"), "lm_head.weight"),
     "surplus_bias": (with_("lm_head.bias", (96,)), "lm_head.bias"),
-    "surplus_layer": (with_("model.layers.3.mlp.gate.weight", (8, 32)), "model.layers.3"),
     "surplus_expert": (
         with_("model.layers.1.mlp.experts.8.up_proj.weight", (8, 32)),
         "model.layers.1.mlp.experts.8.up_proj.weight",
     ),
-    "expert_misshapen": (with_(EXPERT_3, (9, 32)), EXPERT_3),
     "expert_transposed": (with_(EXPERT_3, (32, 8)), EXPERT_3),
     "head_misshapen": (with_("lm_head.weight", (95, 32)), "lm_head.weight"),
     "expert_renumbered": (renumber, r"model.layers.1.mlp.experts.[38].(gate|up|down)_proj.weight"),
 }
 
 
-@pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_tensors_are_named(
-    case: str, shards: int, tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_wrong_tensors_are_named(case: str, tiny_model: MakeModel, tmp_path: Path) -> None:
     change, named = WRONG[case]
     tiny_model().save_pretrained(tmp_path)
     tensors = tensors_in(tmp_path)
-    rewrite(tmp_path, tensors, shards)
+    rewrite(tmp_path, tensors, shards=3)
     AutoModelForCausalLM.from_pretrained(tmp_path)  # the way of writing is not what is wrong
     change(tensors)
-    rewrite(tmp_path, tensors, shards)
+    rewrite(tmp_path, tensors, shards=3)
     with pytest.raises(ValueError, match=named):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     if not case.startswith("head"):
@@ -237,9 +195,7 @@ def test_wrong_tensors_are_named(
 @pytest.mark.parametrize(
     ("dtype", "stored"),
     [
-        (torch.int8, "I8"),
         (torch.int64, "I64"),
-        (torch.uint8, "U8"),
         (torch.bool, "BOOL"),
         (torch.float8_e4m3fn, "F8_E4M3"),
     ],
@@ -253,7 +209,7 @@ def test_weights_that_are_no_floats_are_named(
     tensors = tensors_in(tmp_path)
     tensors[EXPERT_3] = tensors[EXPERT_3].to(dtype)
     rewrite(tmp_path, tensors, shards=1)
-    for options in ({}, {"quantization_config": PackingConfig(4)}):
+    for options in ({}, {"quantization_config": IntConfig(4)}):
         for auto in (AutoModel, AutoModelForCausalLM)[bool(options) :]:
             with pytest.raises(ValueError, match=rf"{EXPERT_3} is stored as {stored}"):
                 auto.from_pretrained(tmp_path, **options)
@@ -285,21 +241,17 @@ def test_an_fp8_checkpoint_is_said_to_be_one(
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("case", ["expert_matrix_missing", "expert_misshapen", "expert_renumbered"])
-def test_wrong_tensors_of_a_hub_id_are_named(
-    case: str, tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_wrong_tensors_of_a_hub_id_are_named(tiny_model: MakeModel, tmp_path: Path) -> None:
     """What was downloaded before is checked like a folder (a made-up cache, no network)."""
     folder = tmp_path / "models--some--model" / "snapshots" / "0123abc"
     (tmp_path / "models--some--model" / "refs").mkdir(parents=True)
     (tmp_path / "models--some--model" / "refs" / "main").write_text(folder.name)
     tiny_model().save_pretrained(folder)
     AutoModelForCausalLM.from_pretrained("some/model", cache_dir=tmp_path, local_files_only=True)
-    change, named = WRONG[case]
     tensors = tensors_in(folder)
-    change(tensors)
+    del tensors[EXPERT_3]
     rewrite(folder, tensors, shards=1)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=EXPERT_3):
         AutoModelForCausalLM.from_pretrained(
             "some/model", cache_dir=tmp_path, local_files_only=True
         )
@@ -342,10 +294,3 @@ def test_a_tied_head_may_be_stored_or_not(tiny_model: MakeModel, tmp_path: Path)
         tensors.pop("lm_head.weight", None)
         rewrite(tmp_path, tensors | head, shards=1)
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, want)
-
-
-def test_the_bundled_model_is_saved_as_it_was(bundled_model: Path, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(bundled_model).save_pretrained(tmp_path)
-    before, after = tensors_in(bundled_model), tensors_in(tmp_path)
-    assert before.keys() == after.keys() == names_by_hand(DeepseekConfig.from_pretrained(tmp_path))
-    assert all(torch.equal(x, after[name]) for name, x in before.items())

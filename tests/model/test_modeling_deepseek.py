@@ -13,7 +13,6 @@ from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.model.modeling_deepseek import (
     DeepseekExperts,
     DeepseekGate,
-    DeepseekMoE,
     balance_loss,
 )
 
@@ -24,15 +23,11 @@ MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 9, 31, 62, 23], [0, 3, 3, 71, 12, 95, 50, 28, 6]])
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped_heads": {"num_key_value_heads": 2},
-    "one_kv_head": {"num_key_value_heads": 1},
     "attention_bias": {"attention_bias": True},
     "tied_head": {"tie_word_embeddings": True},
     "every_other_layer": {"moe_layer_freq": 2, "num_hidden_layers": 4, "first_k_dense_replace": 0},
-    "two_dense_layers_first": {"first_k_dense_replace": 2},
     "dense": {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None},
     "no_shared": {"n_shared_experts": None},
-    "normed": {"norm_topk_prob": True},
-    "loss_over_all_tokens": {"seq_aux": False},
     "dynamic_rope": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
 }
 
@@ -62,36 +57,29 @@ def state(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
     return {name: x for name, x in model.state_dict().items() if "inv_freq" not in name}
 
 
-def test_moe_layers_are_where_the_config_says(tiny_model: MakeModel) -> None:
-    model = tiny_model(num_hidden_layers=6, first_k_dense_replace=1, moe_layer_freq=2)
-    kinds = [isinstance(layer.mlp, DeepseekMoE) for layer in model.model.layers]
-    assert kinds == [False, False, True, False, True, False]
-
-
 def gradients(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model.train()(IDS, labels=IDS).loss.backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(
-    use_reentrant: bool, tiny_model: MakeModel
-) -> None:
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: MakeModel) -> None:
     model = tiny_model()
     want = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    calls = count_calls(model.model.layers[1].mlp)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls: list[None] = []
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     have = gradients(model)
+    hook.remove()
     assert len(calls) == 2, "nothing was recomputed"
     for name, grad in want.items():
         torch.testing.assert_close(have[name], grad, msg=name)
-
-
-def count_calls(module: torch.nn.Module) -> list[None]:
-    calls: list[None] = []
-    module.register_forward_pre_hook(lambda *_: calls.append(None))
-    return calls
+    # Routing belongs to one pass: two passes before one backward do not mix.
+    other = IDS.flip(0)
+    model.zero_grad()
+    (model(IDS, labels=IDS).loss + model(other, labels=other).loss).backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, 2 * want[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -119,19 +107,6 @@ def test_gradient_checkpointing_keeps_the_first_routing(
     model(IDS)
     chosen_now = [seen[2] for seen in picks.values()]
     assert not any(torch.equal(a, b) for a, b in zip(kept, chosen_now, strict=True))
-
-
-def test_each_forward_routes_anew(tiny_model: MakeModel) -> None:
-    """The saved routing belongs to one pass: two passes before one backward do not mix."""
-    model = tiny_model().train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    other = IDS.flip(0)
-    (model(IDS, labels=IDS).loss + model(other, labels=other).loss).backward()
-    both = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    model.gradient_checkpointing_disable()
-    once = gradients(model)
-    for name, grad in once.items():
-        torch.testing.assert_close(both[name], 2 * grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -164,28 +139,6 @@ def test_lower_precision_runs_forward_and_backward(autocast: bool, tiny_model: M
     assert out.aux_loss.dtype == torch.float32
     out.loss.backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_left_padding_equals_no_padding(attention: str, tiny_model: MakeModel) -> None:
-    model = tiny_model(attn_implementation=attention)
-    padding = torch.full((2, 4), model.config.pad_token_id)
-    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(IDS)], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    padded = model(torch.cat([padding, IDS], dim=1), attention_mask=mask, position_ids=positions)
-    torch.testing.assert_close(padded.logits[:, 4:], model(IDS).logits, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_generate_continues_a_padded_prompt_like_the_bare_one(tiny_model: MakeModel) -> None:
-    model = tiny_model(eos_token_id=None, pad_token_id=1)
-    batch = torch.cat([torch.cat([torch.full((1, 4), 1), IDS[:1, :5]], dim=1), IDS[1:]])
-    mask = (batch != 1).long()
-    padded = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    for row, prompt in zip(padded, (IDS[:1, :5], IDS[1:]), strict=True):
-        alone = model.generate(prompt, max_new_tokens=8, do_sample=False)
-        assert torch.equal(row[9:], alone[0, prompt.shape[1] :])
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import deepseek_moe  # noqa: F401  (registers the model)
+from deepseek_moe.model.layout import official_parts
 
 REFERENCE = Path(__file__).with_name("published_reference.safetensors")
 TOLERANCE = 1e-5
@@ -41,20 +41,11 @@ def load(
 
 def official_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The gradients under official names: those of a layer's experts unstacked again."""
-    grads = {}
-    for name, parameter in model.named_parameters():
-        prefix, _, last = name.rpartition(".")
-        if last == "gate_up_proj":
-            matrices = dict(zip(("gate_proj", "up_proj"), parameter.grad.chunk(2, 1), strict=True))
-        elif last == "down_proj":
-            matrices = {last: parameter.grad}
-        else:
-            grads[f"grad/{name}"] = parameter.grad
-            continue
-        for matrix, stacked in matrices.items():
-            for expert, grad in enumerate(stacked):
-                grads[f"grad/{prefix}.{expert}.{matrix}.weight"] = grad
-    return grads
+    return {
+        f"grad/{official}": parameter.grad[where]
+        for name, parameter in model.named_parameters()
+        for official, where in official_parts(name, tuple(parameter.shape))
+    }
 
 
 def compute(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -47,6 +47,9 @@ def rendered_again(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 PATHS = {
     "plain": lambda t: [t("Hello world").input_ids],
     "encode": lambda t: [t.encode("Hello world")],
+    "BOS in tokens": lambda t: [
+        t.convert_tokens_to_ids(t.tokenize(BOS + "a", add_special_tokens=True))
+    ],
     "empty text": lambda t: [t("").input_ids],
     "batch": lambda t: t(["Hello", "Hello world, here we are"]).input_ids,
     "padded batch": lambda t: t(["Hello", "Hello world, here we are"], padding=True).input_ids,
@@ -73,25 +76,16 @@ def test_bos_is_there_exactly_once(folder: Path, path: str) -> None:
 
 
 @both_tokenizers
-def test_bos_in_the_text_changes_nothing_else(folder: Path) -> None:
-    tokenizer = tokenizer_of(folder)
-    assert tokenizer.encode(BOS + "Hello world") == tokenizer.encode("Hello world")
-
-
-@both_tokenizers
-def test_no_bos_without_special_tokens(folder: Path) -> None:
+def test_bos_of_the_text_and_without_special_tokens(folder: Path) -> None:
     tokenizer = tokenizer_of(folder)
     ids = tokenizer("Hello world").input_ids
+    assert tokenizer.encode(BOS + "Hello world") == ids
     assert tokenizer("Hello world", add_special_tokens=False).input_ids == ids[1:]
     assert tokenizer.encode("Hello world", add_special_tokens=False) == ids[1:]
     # Who asks for the text as it is gets it as it is.
     assert tokenizer.encode(BOS + "Hello world", add_special_tokens=False) == ids
-
-
-@both_tokenizers
-def test_no_bos_where_it_is_switched_off(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=False)
-    assert tokenizer("Hello").input_ids == tokenizer_of(folder)("Hello").input_ids[1:]
+    switched_off = AutoTokenizer.from_pretrained(folder, add_bos_token=False)
+    assert switched_off("Hello world").input_ids == ids[1:]
 
 
 @pytest.mark.parametrize(
@@ -110,15 +104,9 @@ def test_official_ids(text: str, ids: list[int]) -> None:
 
 
 @both_tokenizers
-def test_special_tokens(folder: Path) -> None:
-    tokenizer = tokenizer_of(folder)
-    assert (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-
-
-@both_tokenizers
 def test_a_batch_is_padded_on_the_left(folder: Path) -> None:
     tokenizer = tokenizer_of(folder)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
     short, long = tokenizer("Hello").input_ids, tokenizer("Hello world, here we are").input_ids
     batch = tokenizer(["Hello", "Hello world, here we are"], padding=True)
     pads = len(long) - len(short)
@@ -144,20 +132,20 @@ WITHOUT_NAMES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("door", [DeepseekTokenizer, AutoTokenizer])
 @pytest.mark.parametrize("change", WITHOUT_NAMES)
 @both_tokenizers
-def test_bos_and_eos_are_known_where_the_files_name_none(
-    folder: Path, change: str, door: Any, tmp_path: Path
+def test_bos_and_eos_are_known_if_the_files_name_none(
+    folder: Path, change: str, tmp_path: Path
 ) -> None:
     copy(folder, tmp_path, without="")
     WITHOUT_NAMES[change](tmp_path / "tokenizer_config.json")
-    tokenizer = door.from_pretrained(tmp_path)
-    assert type(tokenizer) is DeepseekTokenizer
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, EOS, EOS)
-    for path in ("plain", "BOS in the text", "padded batch", "chat template"):
-        assert PATHS[path](tokenizer) == PATHS[path](tokenizer_of(folder))
-    assert tokenizer.get_vocab() == tokenizer_of(folder).get_vocab()
+    for door in (DeepseekTokenizer, AutoTokenizer):
+        tokenizer = door.from_pretrained(tmp_path)
+        assert type(tokenizer) is DeepseekTokenizer
+        assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, EOS, EOS)
+        for path in ("plain", "BOS in the text", "padded batch", "chat template"):
+            assert PATHS[path](tokenizer) == PATHS[path](tokenizer_of(folder))
+        assert tokenizer.get_vocab() == tokenizer_of(folder).get_vocab()
 
 
 def with_other_names(folder: Path, adds_bos: bool = False, **config: Any) -> None:
@@ -172,10 +160,10 @@ def with_other_names(folder: Path, adds_bos: bool = False, **config: Any) -> Non
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize("eos", [2, [2, 3]])
-@pytest.mark.parametrize("door", [DeepseekTokenizer, AutoTokenizer])
-def test_bos_and_eos_are_those_of_the_config_where_the_vocabulary_has_not_ours(
+@pytest.mark.parametrize(
+    ("door", "eos", "adds_bos"), [(DeepseekTokenizer, 2, False), (AutoTokenizer, [2, 3], True)]
+)
+def test_bos_and_eos_are_those_of_the_config_if_the_vocabulary_lacks_ours(
     door: Any, eos: Any, adds_bos: bool, tmp_path: Path
 ) -> None:
     with_other_names(tmp_path, adds_bos, bos_token_id=1, eos_token_id=eos)
@@ -229,13 +217,9 @@ def test_code_that_the_files_name_makes_autotokenizer_warn(
     assert tokenizer("Hello").input_ids == tokenizer_of(BUNDLED)("Hello").input_ids
 
 
-def test_template_is_built_in_where_the_files_have_none(tmp_path: Path) -> None:
+def test_the_template_is_that_of_the_files_or_built_in(tmp_path: Path) -> None:
     copy(BUNDLED, tmp_path, without="chat_template.jinja")
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATE
-
-
-def test_template_of_the_files_is_kept(tmp_path: Path) -> None:
-    copy(BUNDLED, tmp_path, without="chat_template.jinja")
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.apply_chat_template([user("mine")], tokenize=False) == "mine"
@@ -272,25 +256,15 @@ def test_saved_files_give_the_same_ids(folder: Path, with_config: bool, tmp_path
 
 
 @both_tokenizers
-def test_saved_file_carries_bos_for_other_readers(folder: Path, tmp_path: Path) -> None:
+def test_saved_files_have_what_other_readers_look_for(folder: Path, tmp_path: Path) -> None:
+    """Also if the last call had limits, which transformers leaves in the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(tmp_path)
-    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert plain.encode("Hello world").ids == tokenizer.encode("Hello world")
-
-
-def test_saved_file_does_not_carry_the_limits_of_the_last_call(tmp_path: Path) -> None:
-    """transformers leaves them in the tokenizer, and other readers would truncate for ever."""
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    ids = tokenizer.encode("Hello world")
     tokenizer(["Hello world", "a"], truncation=True, padding="max_length", max_length=3)
     tokenizer.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    assert (saved["truncation"], saved["padding"]) == (None, None)
-
-
-@both_tokenizers
-def test_saved_config_has_what_other_readers_look_for(folder: Path, tmp_path: Path) -> None:
-    tokenizer_of(folder).save_pretrained(tmp_path)
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert plain.encode("Hello world").ids == ids
+    assert plain.truncation is plain.padding is None
     expected = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": True,
@@ -302,11 +276,8 @@ def test_saved_config_has_what_other_readers_look_for(folder: Path, tmp_path: Pa
     }
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert {name: saved[name] for name in expected} == expected
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    }
+    files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {p.name for p in tmp_path.iterdir()} == files
 
 
 def test_saved_config_does_not_name_code_that_stays_behind(tmp_path: Path) -> None:

@@ -13,3 +13,10 @@ between them (elementwise, dispatch). A prompt is attended to by attend_prompt.
 
 `triton_ops` and `torch_ops` have the same functions. The decoder is given one of the two.
 """
+
+import torch
+
+CosSin = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of each position's angles, fp32 [context, D / 2]."""
+Cache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each [slots, heads, capacity, D]."""

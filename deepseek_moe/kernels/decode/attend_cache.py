@@ -1,5 +1,5 @@
-"""Attention of one new token a sequence over the cache, split over the length so that few
-sequences, too, fill the GPU.
+"""Attention of one new token a sequence over the cache. It is split over the length, so that a few
+sequences fill the GPU too.
 
 Plain twin: `torch_ops.attend`.
 """
@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 
 from ..launch import arrive_last, launch_options, wait
+from . import Cache
 
-# Positions read at once, positions that one program takes alone, warps, stages: for few sequences,
-# and for many, which fill the GPU by themselves. Measured on an H200.
+# For few sequences, and for many, which fill the GPU by themselves: positions that are read at
+# once, positions that one program takes alone, warps, stages. Measured on an H200.
 SHAPES = (64, 64, 4, 1), (32, 256, 2, 4)
-SPLITS = 16  # programs that share a sequence, at most
+SPLITS = 16  # at most so many programs share a sequence
 
 
 @triton.jit
@@ -51,8 +52,8 @@ def _attend(
         if split == 0:
             tl.store(out_D, tl.zeros([D], tl.float32))
     else:
-        # What earlier steps wrote to the cache can be read before the last kernel is done; the
-        # token that it adds comes apart, in the first program.
+        # What earlier steps wrote to the cache can be read before the last kernel is done. The
+        # token that this adds comes separately, in the first program.
         base = (slot * KV + h // (H // KV)) * capacity * D
         end = tl.minimum(position, (split + 1) * chunk)
         n_N = split * chunk + tl.arange(0, BLOCK)
@@ -86,7 +87,7 @@ def _attend(
 
 @triton.jit
 def _merge(part_ptr, stat_ptr, out_D, active, D: tl.constexpr, SPLITS: tl.constexpr):
-    """What the first `active` programs of a head found, as one."""
+    """Merges what the first `active` programs of a head found."""
     s_S = tl.arange(0, SPLITS)
     ok_S = s_S < active
     stat_S = stat_ptr + s_S * 2
@@ -112,14 +113,13 @@ def _more(top, total, acc_D, q_D, k_ND, v_ND, ok_N):
 
 def attend(
     q_TD: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
     position_T: torch.Tensor,
     slot_T: torch.Tensor,
     scale: float,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """As `torch_ops.attend`; `counters` holds min(512, T * heads) int32 zeros, before
-    and after."""
+    """As `torch_ops.attend`. `counters` holds min(512, T * heads) int32 zeros, before and after."""
     T = q_TD.shape[0]
     _, kv_heads, capacity, width = cache[0].shape
     heads = q_TD.shape[1] // width

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import Cache
+
 M, N, WARPS, STAGES = 128, 64, 8, 3
 """Queries and keys of a tile, measured on an H200."""
 
@@ -33,7 +35,7 @@ def _attend_prompt(
 ):
     b, h = tl.program_id(2), tl.program_id(1)
     start, end = tl.load(ends_ptr + b), tl.load(ends_ptr + b + 1)
-    # The last queries have most to do, and begin first.
+    # The last queries have most to do, so they begin first.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     if start + first < end:
         seen = tl.load(position_ptr + b) + 1 - (end - start)  # positions before the first query
@@ -56,9 +58,9 @@ def _attend_prompt(
             acc_MD, top_M, total_M = _more(score_MN, v_now_ND, scale, acc_MD, top_M, total_M)
         for at in tl.range(whole, tl.minimum(seen + first + M, seen + end - start), N):
             n_N = at + tl.arange(0, N)
-            here_N = n_N < seen + end - start
-            more_k_DN = tl.load(k_DN + at * D, mask=here_N[None, :], other=0.0)
-            more_v_ND = tl.load(v_ND + at * D, mask=here_N[:, None], other=0.0)
+            ok_N = n_N < seen + end - start
+            more_k_DN = tl.load(k_DN + at * D, mask=ok_N[None, :], other=0.0)
+            more_v_ND = tl.load(v_ND + at * D, mask=ok_N[:, None], other=0.0)
             score_MN = tl.dot(q_MD, more_k_DN, input_precision="ieee")
             score_MN = tl.where(n_N[None, :] <= position_M[:, None], score_MN, float("-inf"))
             acc_MD, top_M, total_M = _more(score_MN, more_v_ND, scale, acc_MD, top_M, total_M)
@@ -78,7 +80,7 @@ def _more(score_MN, v_ND, scale, acc_MD, top_M, total_M):
 
 def attend_prompt(
     q_TD: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
     ends: torch.Tensor,
     position_B: torch.Tensor,
     slot_B: torch.Tensor,

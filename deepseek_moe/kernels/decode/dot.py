@@ -1,22 +1,21 @@
-"""How rows of a weight, packed or not, meet the vectors of a few tokens: what the kernels of a step
-of few tokens share.
+"""Products of rows of a weight with the vectors of one or a few tokens.
 
-A weight is [O, I] in the model's dtype (BITS 16) or packed (int_weights.py): P = 32 // BITS columns
-in an int32 word, column j * W + w in word w of the W = I // P of a row, and a scale for each GROUP
-words. A row normed by RMSNorm needs no pass of its own: with h the hidden state, g the norm's
-weight and r = rsqrt(mean(h^2) + eps),
+A weight is [O, I] in the model's dtype (BITS 16, where a word is a number), or the words of
+int_weights.py: P = 32 // BITS columns in each of the W = I // P words of a row, and a scale for
+each GROUP words. One token needs no pass of its own for RMSNorm: with h the hidden state, g the
+norm's weight and r = rsqrt(mean(h^2) + eps),
 
     W norm(h) = r * (W (g * h)),
 
-so for one token the sum of squares is gathered beside the product and r multiplies the result.
-(For several, x must be ready for the tensor cores, and `between.add_norm` makes it.)
+so the sum of squares is gathered beside the product, and r multiplies the result. For several
+tokens x must be ready for the tensor cores, so `elementwise.add_norm` makes it before.
 """
 
 import triton
 import triton.language as tl
 
-from ..launch import wait
-from .dot_int import fixed_point, packed_dot, unpack
+from ..launch import swiglu, wait
+from .dot_int import dot_words, fixed_point, int_value
 
 
 @triton.jit
@@ -35,8 +34,10 @@ def dot_one(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,  # wait before the first read of x
 ):
-    """Adds times * w[r, i] * x[i] to acc[r, .] (to be summed over its last axis; A is BLOCK, or
-    BLOCK over the words of a group), x^2 to square."""
+    """Adds times * w[r, i] * x[i] to acc[r, .], and x^2 to square.
+
+    The caller sums acc over its last axis A, which is BLOCK, or BLOCK over the words of a group.
+    """
     P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
     GROUP: tl.constexpr = 64 // P
     for at in tl.static_range(0, W, BLOCK):
@@ -62,7 +63,7 @@ def dot_one(
                 square_1B, x_1, g_ptr, column_B[None, :], inside_B[None, :], W, BITS, NORM, 1, BLOCK
             )
             square_B += tl.reshape(square_1B, [BLOCK])
-            part_RB = packed_dot(words_RB, eu, el, ou, ol, sum_1B, BITS)
+            part_RB = dot_words(words_RB, eu, el, ou, ol, sum_1B, BITS)
             part_RG = tl.sum(tl.reshape(part_RB, [R, BLOCK // GROUP, GROUP]), 2).to(tl.float32)
             acc_RA += part_RG * (scale_RG.to(tl.float32) * (steps_1G * times))
     return acc_RA, square_B
@@ -123,12 +124,12 @@ def dot_few(
             scale_RGB = tl.broadcast_to(scale_RG[:, :, None], [R, BLOCK // GROUP, GROUP])
             scale_RB = tl.reshape(scale_RGB, [R, BLOCK]).to(tl.float32)
         for j in tl.static_range(P):
-            here_BT = inside_B[:, None] & ok_T[None, :]
-            x_BT = tl.load(x_T[None, :] + j * W + column_B[:, None], mask=here_BT, other=0.0)
+            ok_BT = inside_B[:, None] & ok_T[None, :]
+            x_BT = tl.load(x_T[None, :] + j * W + column_B[:, None], mask=ok_BT, other=0.0)
             if BITS == 16:
                 acc_RT = tl.dot(words_RB, x_BT, acc_RT, input_precision="ieee")
             else:
-                weight_RB = (unpack(words_RB, j, BITS) * scale_RB).to(x_BT.dtype)
+                weight_RB = (int_value(words_RB, j, BITS) * scale_RB).to(x_BT.dtype)
                 acc_RT = tl.dot(weight_RB, x_BT, acc_RT, input_precision="ieee")
     return acc_RT
 
@@ -168,3 +169,22 @@ def product(
 def halves(x_RT, R: tl.constexpr, TP: tl.constexpr):
     """The first R / 2 rows, and the others."""
     return tl.split(tl.permute(tl.reshape(x_RT, [2, R // 2, TP]), [1, 2, 0]))
+
+
+@triton.jit
+def swiglu_rows(first, F: tl.constexpr, R: tl.constexpr):
+    """The rows of a weight [2 * F, .], gate above up, that a program reads: R / 2 of gate, from
+    `first` on, and the R / 2 of up that belong to them."""
+    r_R = tl.arange(0, R)
+    return r_R // (R // 2) * F + tl.minimum(first + r_R % (R // 2), F - 1)
+
+
+@triton.jit
+def store_swiglu(
+    out_ptr, place_T, ok_T, out_RT, first, F: tl.constexpr, R: tl.constexpr, TP: tl.constexpr
+):
+    """Of the products of `swiglu_rows`: silu(gate) * up into out[place[t], first:] of rows of F."""
+    gate_RT, up_RT = halves(out_RT, R, TP)
+    f_R = first + tl.arange(0, R // 2)
+    ok_RT = (f_R < F)[:, None] & ok_T[None, :]
+    tl.store(out_ptr + place_T[None, :] * F + f_R[:, None], swiglu(gate_RT, up_RT), mask=ok_RT)

@@ -1,9 +1,9 @@
-"""Products of packed weights (int_weights.py): P = 32 // BITS columns in an int32 word, column
-j * W + w in word w of the W words of a row, a scale for each GROUP words, values plus an offset.
+"""Products with int8 or int4 weights, whose format int_weights.py describes: P = 32 // BITS values
+in a word, column j * W + w in word w of the W words of a row, a scale for each GROUP words.
 
-For several tokens the values are unpacked for the tensor cores. For one token unpacking would take
-longer than reading: there the token's vector becomes integers of 16 bits instead, and the products
-are of bytes, four an instruction.
+For several tokens the values are made floats for the tensor cores. For one token that would take
+longer than reading them. There the token's vector becomes integers of 16 bits instead, and the
+products are of bytes, four an instruction.
 """
 
 import triton
@@ -16,8 +16,8 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
-def unpack(words, j: tl.constexpr, BITS: tl.constexpr):
-    """Value j of each word less its offset, fp32. The bits are put into the mantissa of 2^23, which
+def int_value(words, j: tl.constexpr, BITS: tl.constexpr):
+    """Value j of each word less its offset, fp32. Its bits are put into the mantissa of 2^23, which
     costs half of what converting an integer does."""
     if BITS == 4:
         return (((words >> (4 * j)) & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
@@ -27,7 +27,7 @@ def unpack(words, j: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def dot_bytes(words, x, acc):
-    """acc + sum of four products: unsigned bytes of `words`, signed bytes of `x`, int32."""
+    """acc plus four products of the unsigned bytes of `words` and the signed ones of `x`, int32."""
     if INTERPRETED:
         for i in tl.static_range(4):
             acc += ((words >> (8 * i)) & 0xFF) * ((x << (24 - 8 * i)) >> 24)
@@ -55,13 +55,13 @@ def fixed_point(
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x (times g if NORM) of one token as integers of 16 bits, a step for each group of columns, so
-    that products with packed weights are integer ones, of four bytes an instruction: by far the
-    fastest way through them. What 16 bits lose is a hundredth of what bf16 has lost already.
+    """x (times g if NORM) of one token as integers of 16 bits, with a step for each column group.
+
+    What 16 bits lose is a hundredth of what bf16 has lost already.
 
     Returns the upper and lower bytes that meet the even values of each word, those that meet the
-    odd (int4), each sum of x that the weights' offset multiplies, and the steps [Q, groups]; adds
-    x^2 to `square`.
+    odd ones (int4), the sums of x that the weights' offset multiplies, the steps [Q, groups], and
+    `square` plus x^2.
     """
     P: tl.constexpr = 32 // BITS
     GROUP: tl.constexpr = 64 // P
@@ -103,8 +103,8 @@ def fixed_point(
 
 
 @triton.jit
-def packed_dot(words, even_upper, even_lower, odd_upper, odd_lower, sum_x, BITS: tl.constexpr):
-    """sum (value - offset) x of each word, int32; the vectors broadcast to the words."""
+def dot_words(words, even_upper, even_lower, odd_upper, odd_lower, sum_x, BITS: tl.constexpr):
+    """The sum of (value - offset) x of each word, int32. The vectors are broadcast to the words."""
     OFFSET: tl.constexpr = 2 ** (BITS - 1)
     even_upper, words = tl.broadcast(even_upper, words)
     even_lower = tl.broadcast_to(even_lower, words.shape)
@@ -134,8 +134,11 @@ def dot_picks(
     BLOCK: tl.constexpr,  # at least W
     PDL: tl.constexpr,
 ):
-    """sum_q times[q] * w[q, r] . x[q], fp32 [R]: as `dot_one` for packed weights, with the words of
-    several experts on their way at once, and before the activations are ready."""
+    """sum_q times[q] * w[q, r] . x[q], fp32 [R].
+
+    Unlike `dot_one` it reads the words of several experts at once, and begins before the
+    activations are ready.
+    """
     P: tl.constexpr = 32 // BITS
     GROUP: tl.constexpr = 64 // P
     column_B = tl.arange(0, BLOCK)[None, None, :]
@@ -151,7 +154,7 @@ def dot_picks(
     eu, el, ou, ol, sum_QB, steps_QG, square_QB = fixed_point(
         square_QB, x_Q, x_Q, column_1B, in_QB, W, BITS, False, Q, BLOCK
     )
-    part_QRB = packed_dot(
+    part_QRB = dot_words(
         words_QRB, eu[:, None, :], el[:, None, :], ou[:, None, :], ol[:, None, :],
         sum_QB[:, None, :], BITS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What stands between the products of a step of many tokens, one pass over memory each.
+"""What comes between the products of a step of many tokens, in one pass over memory each.
 
 Plain twins: `torch_ops.add_norm`, `torch_ops.rotate`, `torch_ops.swiglu`, `torch_ops.combine`,
 `torch_ops.advance`.
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..launch import launch_options, wait
 from ..launch import swiglu as _swiglu
-from .torch_ops import Cache, CosSin
+from . import Cache, CosSin
 
 
 @triton.jit
@@ -28,12 +28,11 @@ def _add_norm(
     out_ptr,
     eps,
     D: tl.constexpr,
-    DP: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait(PDL)
-    d_D = tl.arange(0, DP)
+    d_D = tl.arange(0, triton.next_power_of_2(D))
     ok_D = d_D < D
     row = tl.program_id(0).to(tl.int64) * D
     x_D = tl.load(x_ptr + row + d_D, mask=ok_D, other=0.0).to(tl.float32)
@@ -54,8 +53,7 @@ def add_norm(
     out_TD = torch.empty_like(x_TD)
     _add_norm[(T,)](
         x_TD, x_TD if residual_TD is None else residual_TD, norm_D, sum_TD, out_TD, eps,
-        D=D, DP=triton.next_power_of_2(D), RESIDUAL=residual_TD is not None,
-        **launch_options(4),
+        D=D, RESIDUAL=residual_TD is not None, **launch_options(4),
     )  # fmt: skip
     return sum_TD, out_TD
 
@@ -73,10 +71,9 @@ def _rotate(
     H: tl.constexpr,
     KV: tl.constexpr,
     D: tl.constexpr,
-    HP: tl.constexpr,  # H + 2 * KV, to a power of two
 ):
     t = tl.program_id(0)
-    h_H = tl.arange(0, HP)[:, None]
+    h_H = tl.arange(0, triton.next_power_of_2(H + 2 * KV))[:, None]
     d_D = tl.arange(0, D // 2)[None, :]
     position = tl.load(position_ptr + t)
     slot = tl.load(slot_ptr + t).to(tl.int64)
@@ -112,10 +109,9 @@ def rotate(
 ) -> torch.Tensor:
     """As `torch_ops.rotate`, in place: what it returns is a view of `qkv_TO`."""
     _, kv_heads, capacity, width = cache[0].shape
-    all_heads = heads + 2 * kv_heads
     _rotate[(qkv_TO.shape[0],)](
         qkv_TO, *cos_sin, position_T, slot_T, *cache, capacity,
-        H=heads, KV=kv_heads, D=width, HP=triton.next_power_of_2(all_heads), num_warps=8,
+        H=heads, KV=kv_heads, D=width, num_warps=8,
     )  # fmt: skip
     return qkv_TO[:, : heads * width]
 
@@ -135,9 +131,7 @@ def swiglu(gate_up_NF: torch.Tensor) -> torch.Tensor:
     N, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
     out_NF = gate_up_NF.new_empty(N, width)
     block = min(2048, triton.next_power_of_2(width))
-    _act[(N, triton.cdiv(width, block))](
-        gate_up_NF, out_NF, F=width, BLOCK=block, num_warps=4
-    )  # fmt: skip
+    _act[(N, triton.cdiv(width, block))](gate_up_NF, out_NF, F=width, BLOCK=block, num_warps=4)
     return out_NF
 
 
@@ -154,10 +148,9 @@ def _combine(
     eps,
     K: tl.constexpr,
     D: tl.constexpr,
-    DP: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
-    d_D = tl.arange(0, DP)
+    d_D = tl.arange(0, triton.next_power_of_2(D))
     ok_D = d_D < D
     sum_D = tl.load(residual_ptr + t * D + d_D, mask=ok_D, other=0.0).to(tl.float32)
     sum_D += tl.load(shared_ptr + t * D + d_D, mask=ok_D, other=0.0).to(tl.float32)
@@ -185,7 +178,7 @@ def combine(
     sum_TD, normed_TD = torch.empty_like(residual_TD), torch.empty_like(residual_TD)
     _combine[(T,)](
         out_ND, place_TK, weights_TK, shared_TD, residual_TD, norm_D, sum_TD, normed_TD, eps,
-        K=K, D=D, DP=triton.next_power_of_2(D), num_warps=4,
+        K=K, D=D, num_warps=4,
     )  # fmt: skip
     return sum_TD, normed_TD
 

@@ -1,5 +1,6 @@
-"""The chosen experts for a few tokens: gate and up of each pick, then down with the weighted sum,
-the shared experts and the residual. An expert that several tokens chose is read once.
+"""The chosen experts for a few tokens. One kernel computes gate and up of each pick; the other
+computes down, the weighted sum, the shared experts and the residual. An expert that several tokens
+chose is read once.
 
 Plain twins: `torch_ops.experts_gate_up`, `torch_ops.experts_down`.
 """
@@ -9,19 +10,19 @@ import triton
 import triton.language as tl
 
 from ..int_weights import Weight
-from ..launch import arrive_last, launch_options, padded_tokens, scale_of, swiglu, tile_of, wait
-from .dot import dot_few, dot_one, halves, product, product_one
+from ..launch import arrive_last, padded_tokens, product_options, scale_of, wait
+from .dot import dot_few, dot_one, product, product_one, store_swiglu, swiglu_rows
 from .dot_int import dot_picks
 
-# Programs that share the experts of a tile of down's rows: measured.
-SPLITS = 9  # several tokens; the last for the shared experts
-PICKS = 2  # one token, packed: picks a program
+# How the programs of a tile of down's rows share the experts. Measured.
+SPLITS = 9  # programs for several tokens, the last of them for the shared experts
+PICKS = 2  # picks a program for one token with int8 or int4 weights
 
 
 @triton.jit
-def _picked(index_ptr, e, T: tl.constexpr, TP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+def _picked(index_ptr, e, T: tl.constexpr, TP: tl.constexpr, K: tl.constexpr):
     """Which tokens picked expert e, and as which of their picks."""
-    t_T, k_K = tl.arange(0, TP), tl.arange(0, KP)
+    t_T, k_K = tl.arange(0, TP), tl.arange(0, triton.next_power_of_2(K))
     ok_TK = (t_T < T)[:, None] & (k_K < K)[None, :]
     index_TK = tl.load(index_ptr + t_T[:, None] * K + k_K[None, :], mask=ok_TK, other=-1)
     hit_TK = (index_TK == e).to(tl.int32)
@@ -39,7 +40,6 @@ def _gate_up(
     TP: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
-    KP: tl.constexpr,
     F: tl.constexpr,
     W: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -52,30 +52,20 @@ def _gate_up(
     wait(PDL)
     first = tl.program_id(0) * (R // 2)
     t_T = tl.arange(0, TP)
-    if T == 1:  # a program of a pick
+    if T == 1:  # a program for each pick
         k_T = tl.program_id(1) + tl.zeros([TP], tl.int32)
         e = tl.load(index_ptr + tl.program_id(1))
         hit_T = t_T < tl.where(e < E, T, 0)
-    else:  # a program of an expert
+    else:  # a program for each expert
         e = tl.program_id(1)
-        hit_T, k_T = _picked(index_ptr, e, T, TP, K, KP)
+        hit_T, k_T = _picked(index_ptr, e, T, TP, K)
     if tl.max(hit_T.to(tl.int32), 0) > 0:
-        r_R = tl.arange(0, R)
-        row_R = r_R // (R // 2) * F + tl.minimum(first + r_R % (R // 2), F - 1)
-        row_R = (e * (2 * F) + row_R).to(tl.int64)
+        row_R = (e * (2 * F) + swiglu_rows(first, F, R)).to(tl.int64)
         out_RT = product(
-            x_ptr,
-            x_ptr,
-            0.0,
-            weight_ptr + row_R * W,
-            scale_ptr + row_R * GROUPS,
+            x_ptr, x_ptr, 0.0, weight_ptr + row_R * W, scale_ptr + row_R * GROUPS,
             T, TP, W, BITS, False, R, BLOCK, STAGES, False,
         )  # fmt: skip
-        gate_RT, up_RT = halves(out_RT, R, TP)
-        f_R = first + tl.arange(0, R // 2)
-        ok_RT = (f_R < F)[:, None] & hit_T[None, :]
-        place_RT = (t_T * K + k_T)[None, :] * F + f_R[:, None]
-        tl.store(act_ptr + place_RT, swiglu(gate_RT, up_RT), mask=ok_RT)
+        store_swiglu(act_ptr, t_T * K + k_T, hit_T, out_RT, first, F, R, TP)
 
 
 @triton.jit
@@ -101,14 +91,14 @@ def _down_one(
     there_R = tl.minimum(row_R, D - 1)
     acc_RB = tl.zeros([R, BLOCK], tl.float32)
     unused_B = tl.zeros([BLOCK], tl.float32)
-    # The shared experts' weights first: they are known before anything is ready.
+    # The shared experts come first, because which they are is known before the router is done.
     shared_R = shared_ptr + there_R * SW
     acc_RB, unused_B = dot_one(
         acc_RB, unused_B, shared_act_ptr, shared_act_ptr, shared_R, shared_R, 1.0,
         SW, 16, False, R, BLOCK, PDL,
     )  # fmt: skip
     for k in tl.static_range(K):
-        e = tl.minimum(tl.load(index_ptr + k), E - 1)  # a lone row always has a token
+        e = tl.minimum(tl.load(index_ptr + k), E - 1)  # the only row always has a token
         row_of_R = weight_ptr + (e * D + there_R).to(tl.int64) * W
         acc_RB, unused_B = dot_one(
             acc_RB, unused_B, act_ptr + k * W, act_ptr, row_of_R, row_of_R,
@@ -119,7 +109,7 @@ def _down_one(
 
 
 @triton.jit
-def _down_one_packed(
+def _down_one_int(
     act_ptr,  # [K, P * W]
     shared_act_ptr,  # [P * SW]
     weight_ptr,  # [E, D, W]
@@ -142,12 +132,12 @@ def _down_one_packed(
     BITS: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SHARED_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,  # ceil(K / Q) programs that share the picks, one for the shared experts
     PDL: tl.constexpr,
 ):
     P: tl.constexpr = 32 // BITS
+    BLOCK: tl.constexpr = max(16, triton.next_power_of_2(W))
+    SHARED_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(SW))
     split = tl.program_id(1)
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     there_R = tl.minimum(row_R, D - 1)
@@ -158,7 +148,7 @@ def _down_one_packed(
         )  # fmt: skip
     else:
         k_Q = split * Q + tl.arange(0, Q)
-        # The router was done before the kernel that this one waits for: its choice can be read.
+        # The choice can be read: the router was done before the kernel that this one waits for.
         e_Q = tl.minimum(tl.load(index_ptr + k_Q, mask=k_Q < K, other=0), E - 1)
         times_Q = tl.load(weights_ptr + k_Q, mask=k_Q < K, other=0.0)
         row_of_QR = (e_Q[:, None] * D + there_R[None, :]).to(tl.int64)
@@ -192,7 +182,6 @@ def _down_few(
     TP: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
-    KP: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     SW: tl.constexpr,
@@ -219,7 +208,7 @@ def _down_few(
         )  # fmt: skip
     else:
         for e in range(split, E, SPLITS - 1):
-            hit_T, k_T = _picked(index_ptr, e, T, TP, K, KP)
+            hit_T, k_T = _picked(index_ptr, e, T, TP, K)
             if tl.max(hit_T.to(tl.int32), 0) > 0:
                 pick_T = t_T * K + k_T
                 row_of_R = (e * D + there_R).to(tl.int64)
@@ -234,7 +223,7 @@ def _down_few(
     ok_RT = (row_R < D)[:, None] & (t_T < T)[None, :]
     tl.store(part_ptr + split * T * D + place_RT, total_RT, mask=ok_RT)
     if arrive_last(counter_ptr + tl.program_id(0), SPLITS):
-        # Summed in the same order by whichever program is last: the same result in each run.
+        # Whichever program is last sums in the same order, so each run has the same result.
         sum_RT = tl.load(residual_ptr + place_RT, mask=ok_RT, other=0.0).to(tl.float32)
         for s in range(SPLITS):
             part_RT = part_ptr + s * T * D + place_RT
@@ -245,14 +234,12 @@ def _down_few(
 def experts_gate_up(x_TD: torch.Tensor, weight: Weight, index_TK: torch.Tensor) -> torch.Tensor:
     """As `torch_ops.experts_gate_up`."""
     T, K = index_TK.shape
-    E, width, words = weight.data.shape[0], weight.data.shape[1] // 2, weight.data.shape[2]
+    E, width = weight.data.shape[0], weight.data.shape[1] // 2
     act_TKF = x_TD.new_empty(T, K, width)
-    tile = tile_of("gate_up", T, weight.bits, words)
-    _gate_up[(triton.cdiv(width, tile.rows // 2), K if T == 1 else E)](
+    options = product_options("gate_up", T, weight)
+    _gate_up[(triton.cdiv(width, options["R"] // 2), K if T == 1 else E)](
         x_TD, weight.data, scale_of(weight), index_TK, act_TKF,
-        T=T, TP=padded_tokens(T), E=E, K=K, KP=triton.next_power_of_2(K), F=width, W=words,
-        GROUPS=weight.groups, BITS=weight.bits, R=tile.rows, BLOCK=tile.block, STAGES=tile.stages,
-        **launch_options(tile.warps),
+        T=T, TP=padded_tokens(T), E=E, K=K, F=width, **options,
     )  # fmt: skip
     return act_TKF
 
@@ -267,31 +254,26 @@ def experts_down(
     residual_TD: torch.Tensor,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """As `torch_ops.experts_down`; `counters` holds D int32 zeros, and does so after."""
-    (T, K), (E, D, words) = index_TK.shape, weight.data.shape
+    """As `torch_ops.experts_down`. `counters` holds D int32 zeros, before and after."""
+    (T, K), (E, D, _) = index_TK.shape, weight.data.shape
     out_TD = torch.empty_like(residual_TD)
-    tile = tile_of("down", T, weight.bits, words)
-    tiles = triton.cdiv(D, tile.rows)
-    stacks = (weight.data, scale_of(weight), shared.data, scale_of(shared))
+    options = product_options("down", T, weight) | {"E": E, "K": K, "D": D}
+    options["SW"] = shared.data.shape[1]
+    tiles = triton.cdiv(D, options["R"])
     routing = (index_TK, weights_TK, residual_TD, out_TD)
-    sizes = {"E": E, "K": K, "D": D, "W": words, "SW": shared.data.shape[1], "R": tile.rows}
-    sizes |= {"BLOCK": tile.block} | launch_options(tile.warps)
     if T == 1 and weight.bits == 16:
-        _down_one[(tiles,)](act_TKF, shared_act_TF, weight.data, shared.data, *routing, **sizes)
+        for name in ("GROUPS", "BITS", "STAGES"):
+            del options[name]
+        _down_one[(tiles,)](act_TKF, shared_act_TF, weight.data, shared.data, *routing, **options)
         return out_TD
-    sizes |= {"GROUPS": weight.groups, "SHARED_GROUPS": shared.groups, "BITS": weight.bits}
     splits = triton.cdiv(K, PICKS) + 1 if T == 1 else SPLITS
+    options |= {"SHARED_GROUPS": shared.groups, "SPLITS": splits}
+    stacks = (weight.data, scale_of(weight), shared.data, scale_of(shared))
     part = residual_TD.new_empty(splits, T, D, dtype=torch.float32)
     args = (act_TKF, shared_act_TF, *stacks, *routing, part, counters)
     if T == 1:
-        sizes["BLOCK"] = max(16, triton.next_power_of_2(words))
-        shared_block = max(16, triton.next_power_of_2(sizes["SW"]))
-        _down_one_packed[(tiles, splits)](
-            *args, Q=PICKS, SHARED_BLOCK=shared_block, SPLITS=splits, **sizes
-        )
+        del options["STAGES"], options["BLOCK"]
+        _down_one_int[(tiles, splits)](*args, Q=PICKS, **options)
     else:
-        _down_few[(tiles, splits)](
-            *args, T=T, TP=padded_tokens(T), KP=triton.next_power_of_2(K), STAGES=tile.stages,
-            SPLITS=splits, **sizes,
-        )  # fmt: skip
+        _down_few[(tiles, splits)](*args, T=T, TP=padded_tokens(T), **options)
     return out_TD

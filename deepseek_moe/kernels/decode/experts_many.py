@@ -1,4 +1,4 @@
-"""One product for all experts: of thousands of tokens, or of a batch of sequences.
+"""One product for all experts, for the thousands of tokens of prompts or a batch of sequences.
 
 Plain twins in torch_ops.py: `grouped_gate_up`, `grouped_down`, `dense`, `matrix`.
 """
@@ -9,12 +9,12 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from ..int_weights import Weight
-from ..launch import launch_options, scale_of, swiglu, tile_of, wait
-from . import elementwise as between
-from .dot import dot_few, halves
-from .dot_int import unpack
+from ..launch import product_options, scale_of, wait
+from .dot import dot_few, store_swiglu, swiglu_rows
+from .dot_int import int_value
+from .elementwise import swiglu
 
-READING = 48  # picks an expert up to which reading the weights, not multiplying, takes the time
+READING = 48  # with up to so many picks an expert, reading the weights is what takes the time
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _matrix(
     words_B = tl.load(words_ptr + row * W + column_B, mask=ok_B, other=0)
     scale_B = tl.load(scale_ptr + row * GROUPS + column_B // (64 // P), mask=ok_B, other=0.0)
     for j in tl.static_range(P):
-        value_B = unpack(words_B, j, BITS) * scale_B.to(tl.float32)
+        value_B = int_value(words_B, j, BITS) * scale_B.to(tl.float32)
         tl.store(out_ptr + row * (P * W) + j * W + column_B, value_B, mask=ok_B)
 
 
@@ -77,14 +77,12 @@ def _grouped(
     e = tl.program_id(1)
     start = tl.load(ends_ptr + e - 1, mask=e > 0, other=0)
     end = tl.load(ends_ptr + e)
-    r_R = tl.arange(0, R)
     if GLU:
-        F: tl.constexpr = O // 2
         first = tl.program_id(0) * (R // 2)
-        row_R = r_R // (R // 2) * F + tl.minimum(first + r_R % (R // 2), F - 1)
+        row_R = swiglu_rows(first, O // 2, R)
     else:
         first = tl.program_id(0) * R
-        row_R = tl.minimum(first + r_R, O - 1)
+        row_R = tl.minimum(first + tl.arange(0, R), O - 1)
     row_R = (e * O + row_R).to(tl.int64)
     for at in range(start, end, N):
         n_N = at + tl.arange(0, N)
@@ -97,13 +95,9 @@ def _grouped(
             weight_ptr + row_R * W, scale_ptr + row_R * GROUPS, W, BITS, R, BLOCK, STAGES,
         )  # fmt: skip
         if GLU:
-            gate_RN, up_RN = halves(out_RN, R, N)
-            f_R = first + tl.arange(0, R // 2)
-            place_RN = n_N.to(tl.int64)[None, :] * F + f_R[:, None]
-            glu_ok_RN = (f_R < F)[:, None] & ok_N[None, :]
-            tl.store(out_ptr + place_RN, swiglu(gate_RN, up_RN), mask=glu_ok_RN)
+            store_swiglu(out_ptr, n_N.to(tl.int64), ok_N, out_RN, first, O // 2, R, N)
         else:
-            o_R = first + r_R
+            o_R = first + tl.arange(0, R)
             out_RN_ptr = out_ptr + n_N.to(tl.int64)[None, :] * O + o_R[:, None]
             tl.store(out_RN_ptr, out_RN, mask=(o_R < O)[:, None] & ok_N[None, :])
 
@@ -111,17 +105,15 @@ def _grouped(
 def _launch(
     x: torch.Tensor, weight: Weight, ends_E: torch.Tensor, token_N: torch.Tensor | None, glu: bool
 ) -> torch.Tensor:
-    E, rows, words = weight.data.shape
+    E, rows, _ = weight.data.shape
     picks = x.shape[0] if token_N is None else token_N.shape[0]
-    # About as many picks at once as most experts have: their weights are read once.
+    # About as many picks at once as most experts have, so that their weights are read once.
     together = min(64, max(16, triton.next_power_of_2(picks // E)))
-    tile = tile_of("grouped", together, weight.bits, words)
+    options = product_options("grouped", together, weight)
     out = x.new_empty(picks, rows // 2 if glu else rows)
-    _grouped[(triton.cdiv(rows, tile.rows), E)](
+    _grouped[(triton.cdiv(rows, options["R"]), E)](
         x, x if token_N is None else token_N, weight.data, scale_of(weight), ends_E, out,
-        O=rows, W=words, GROUPS=weight.groups, BITS=weight.bits, GATHER=token_N is not None,
-        GLU=glu, R=tile.rows, N=together, BLOCK=tile.block, STAGES=tile.stages,
-        **launch_options(tile.warps),
+        O=rows, GATHER=token_N is not None, GLU=glu, N=together, **options,
     )  # fmt: skip
     return out
 
@@ -136,7 +128,7 @@ def grouped_gate_up(
     """As `torch_ops.grouped_gate_up`, but nothing is written after the last expert's places."""
     if step or _reads_most(token_N.shape[0], weight):
         return _launch(x_TD, weight, ends_E, token_N, glu=True)
-    return between.swiglu(_library(x_TD[token_N], weight, ends_E))
+    return swiglu(_library(x_TD[token_N], weight, ends_E))
 
 
 def grouped_down(
@@ -149,8 +141,11 @@ def grouped_down(
 
 
 def _reads_most(picks: int, weight: Weight) -> bool:
-    """Whether the kernel here is the faster one. (A decode step always takes it: the library's
-    product cannot be captured on every GPU, nor a kernel loaded in a capture.)"""
+    """Whether the kernel here is faster than the library's product.
+
+    A decode step always takes it, because the library's product cannot be captured on every GPU,
+    and no kernel can be loaded during a capture.
+    """
     return picks <= READING * weight.data.shape[0]
 
 

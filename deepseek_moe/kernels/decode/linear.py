@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..int_weights import Weight
-from ..launch import launch_options, padded_tokens, scale_of, tile_of
+from ..launch import padded_tokens, product_options, scale_of
 from .dot import product
 from .elementwise import add_norm
 
@@ -38,11 +38,7 @@ def _linear(
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     there_R = tl.minimum(row_R, rows - 1).to(tl.int64)
     out_RT = product(
-        x_ptr,
-        norm_ptr,
-        eps,
-        weight_ptr + there_R * W,
-        scale_ptr + there_R * GROUPS,
+        x_ptr, norm_ptr, eps, weight_ptr + there_R * W, scale_ptr + there_R * GROUPS,
         T, TP, W, BITS, NORM, R, BLOCK, STAGES, PDL,
     )  # fmt: skip
     t_T = tl.arange(0, TP)
@@ -62,23 +58,15 @@ def linear(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """As `torch_ops.linear`."""
-    T = x_TI.shape[0]
-    rows, words = weight.data.shape
+    T, rows = x_TI.shape[0], weight.data.shape[0]
     out_TO = x_TI.new_empty(T, rows, dtype=dtype or x_TI.dtype)
-    tile = tile_of("o" if rows < 32768 else "head", T, weight.bits, words)
+    options = product_options("o" if rows < 32768 else "head", T, weight)
     if norm_I is not None and T > 1:
         x_TI, norm_I = add_norm(x_TI, None, norm_I, eps)[1], None
-    _linear[(triton.cdiv(rows, tile.rows),)](
-        x_TI,
-        x_TI if norm_I is None else norm_I,
-        weight.data,
-        scale_of(weight),
-        x_TI if residual_TO is None else residual_TO,
-        out_TO,
-        eps,
-        rows,
-        T=T, TP=padded_tokens(T), W=words, GROUPS=weight.groups, BITS=weight.bits,
-        NORM=norm_I is not None, RESIDUAL=residual_TO is not None,
-        R=tile.rows, BLOCK=tile.block, STAGES=tile.stages, **launch_options(tile.warps),
+    _linear[(triton.cdiv(rows, options["R"]),)](
+        x_TI, x_TI if norm_I is None else norm_I, weight.data, scale_of(weight),
+        x_TI if residual_TO is None else residual_TO, out_TO, eps, rows,
+        T=T, TP=padded_tokens(T), NORM=norm_I is not None, RESIDUAL=residual_TO is not None,
+        **options,
     )  # fmt: skip
     return out_TO

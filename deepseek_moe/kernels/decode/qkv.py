@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from ..int_weights import Weight
-from ..launch import launch_options, padded_tokens, scale_of, tile_of
+from ..launch import padded_tokens, product_options, scale_of
+from . import Cache, CosSin
 from .dot import halves, product
 from .elementwise import add_norm
 
@@ -41,17 +42,13 @@ def _qkv(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # A program makes R rows of one head: R / 2 of its first half and the R / 2 that they turn with.
+    # A program makes R rows of one head: R / 2 of its first half, and those that turn with them.
     head = tl.program_id(0) // (D // R)
     first = tl.program_id(0) % (D // R) * (R // 2)
     r_R = tl.arange(0, R)
     row_R = head * D + r_R // (R // 2) * (D // 2) + first + r_R % (R // 2)
     out_RT = product(
-        hidden_ptr,
-        norm_ptr,
-        eps,
-        weight_ptr + row_R * W,
-        scale_ptr + row_R * GROUPS,
+        hidden_ptr, norm_ptr, eps, weight_ptr + row_R * W, scale_ptr + row_R * GROUPS,
         T, TP, W, BITS, True, R, BLOCK, STAGES, PDL,
     )  # fmt: skip
     a_RT, b_RT = halves(out_RT, R, TP)
@@ -71,8 +68,7 @@ def _qkv(
         tl.store(at_RT + D // 2, b_RT, mask=(t_T < T)[None, :])
     else:
         slot_T = tl.load(slot_ptr + t_T, mask=t_T < T, other=0).to(tl.int64)
-        kv = (head - H) % KV
-        place_T = ((slot_T * KV + kv) * capacity + position_T) * D
+        place_T = ((slot_T * KV + (head - H) % KV) * capacity + position_T) * D
         if head < H + KV:
             at_RT = k_ptr + place_T[None, :] + column_R[:, None]
         else:
@@ -86,24 +82,21 @@ def qkv(
     norm_D: torch.Tensor,
     eps: float,
     weight: Weight,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cos_sin: CosSin,
     position_T: torch.Tensor,
     slot_T: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
     heads: int,
 ) -> torch.Tensor:
     """As `torch_ops.qkv`."""
     T = hidden_TD.shape[0]
     _, kv_heads, capacity, width = cache[0].shape
-    words = weight.data.shape[-1]
-    tile = tile_of("qkv", T, weight.bits, words)
-    rows = min(tile.rows, width)
+    options = product_options("qkv", T, weight)
+    options["R"] = min(options["R"], width)
     x_TD = hidden_TD if T == 1 else add_norm(hidden_TD, None, norm_D, eps)[1]
     q_TD = hidden_TD.new_empty(T, heads * width)
-    _qkv[((heads + 2 * kv_heads) * width // rows,)](
+    _qkv[((heads + 2 * kv_heads) * width // options["R"],)](
         x_TD, norm_D, weight.data, scale_of(weight), *cos_sin, position_T, slot_T, q_TD, *cache,
-        eps, capacity, T=T, TP=padded_tokens(T), H=heads, KV=kv_heads, D=width, W=words,
-        GROUPS=weight.groups, BITS=weight.bits, R=rows, BLOCK=tile.block, STAGES=tile.stages,
-        **launch_options(tile.warps),
+        eps, capacity, T=T, TP=padded_tokens(T), H=heads, KV=kv_heads, D=width, **options,
     )  # fmt: skip
     return q_TD

@@ -1,7 +1,7 @@
-"""Norm, router, softmax and choice of the experts in one launch; the shared experts' (or a dense
-layer's) gate and up products, which do not wait for the choice, run beside them.
+"""Norm, router, softmax and choice of the experts in one launch. The gate and up products of the
+shared experts (or of a dense layer) run beside them, since they do not wait for the choice.
 
-Plain twins: `torch_ops.route`, `torch_ops.gate_up`.
+Plain twins: `torch_ops.route`, `torch_ops.gate_up`, `torch_ops.pick_experts`.
 """
 
 import torch
@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from ..int_weights import Weight
-from ..launch import arrive_last, launch_options, padded_tokens, scale_of, swiglu, tile_of
-from .dot import halves, product
+from ..launch import arrive_last, padded_tokens, product_options, scale_of, tile_of
+from .dot import product, store_swiglu, swiglu_rows
 from .elementwise import add_norm
 
-TILE = 16  # tokens a program chooses for
+TILE = 16  # tokens that a program of `pick_experts` chooses for
 
 
 @triton.jit
@@ -25,16 +25,13 @@ def _pick_experts(
     tokens,
     TILE: tl.constexpr,
     E: tl.constexpr,
-    EP: tl.constexpr,
     K: tl.constexpr,
-    KP: tl.constexpr,
     NORM_TOPK: tl.constexpr,
 ):
     t_T = tl.program_id(0) * TILE + tl.arange(0, TILE)
     top_k_of_tile(
-        logits_ptr, position_ptr, index_ptr, weights_ptr, t_T, t_T < tokens,
-        TILE, E, EP, K, KP, NORM_TOPK,
-    )  # fmt: skip
+        logits_ptr, position_ptr, index_ptr, weights_ptr, t_T, t_T < tokens, TILE, E, K, NORM_TOPK
+    )
 
 
 def pick_experts(
@@ -45,9 +42,8 @@ def pick_experts(
     index_TK = logits_TE.new_empty(T, top_k, dtype=torch.int32)
     weights_TK = logits_TE.new_empty(T, top_k, dtype=torch.float32)
     _pick_experts[(triton.cdiv(T, TILE),)](
-        logits_TE, position_T, index_TK, weights_TK, T, TILE=TILE, E=E,
-        EP=triton.next_power_of_2(E), K=top_k, KP=triton.next_power_of_2(top_k),
-        NORM_TOPK=norm_topk, num_warps=4,
+        logits_TE, position_T, index_TK, weights_TK, T,
+        TILE=TILE, E=E, K=top_k, NORM_TOPK=norm_topk, num_warps=4,
     )  # fmt: skip
     return index_TK, weights_TK
 
@@ -62,12 +58,11 @@ def top_k_of_tile(
     ok_T,
     TP: tl.constexpr,
     E: tl.constexpr,
-    EP: tl.constexpr,
     K: tl.constexpr,
-    KP: tl.constexpr,
     NORM_TOPK: tl.constexpr,
 ):
-    e_E, k_K = tl.arange(0, EP), tl.arange(0, KP)
+    KP: tl.constexpr = triton.next_power_of_2(K)
+    e_E, k_K = tl.arange(0, triton.next_power_of_2(E)), tl.arange(0, KP)
     ok_TE = ok_T[:, None] & (e_E < E)[None, :]
     logits_TE = tl.load(
         logits_ptr + t_T[:, None] * E + e_E[None, :],
@@ -84,13 +79,12 @@ def top_k_of_tile(
     weights_TK = tl.zeros([TP, KP], tl.float32)
     for k in tl.static_range(K):
         best_T, which_T = tl.max(score_TE, 1, return_indices=True)
-        here_TK = (k_K == k)[None, :]
-        index_TK = tl.where(here_TK, which_T[:, None], index_TK)
-        weights_TK = tl.where(here_TK, best_T[:, None], weights_TK)
+        index_TK = tl.where((k_K == k)[None, :], which_T[:, None], index_TK)
+        weights_TK = tl.where((k_K == k)[None, :], best_T[:, None], weights_TK)
         score_TE = tl.where(e_E[None, :] == which_T[:, None], -1.0, score_TE)
     if NORM_TOPK:
         weights_TK = weights_TK / (tl.sum(weights_TK, 1)[:, None] + 1e-20)
-    # Among scores that are NaN any expert, or none, may seem the best: the weights must show it.
+    # Among scores that are NaN any expert, or none, may seem the best. The weights must show it.
     sound_T = sum_T == sum_T
     index_TK = tl.where(sound_T[:, None], index_TK, 0)
     weights_TK = tl.where(sound_T[:, None], weights_TK, float("nan"))
@@ -120,9 +114,7 @@ def _route(
     T: tl.constexpr,
     TP: tl.constexpr,
     E: tl.constexpr,
-    EP: tl.constexpr,
     K: tl.constexpr,
-    KP: tl.constexpr,
     NORM_TOPK: tl.constexpr,
     ROUTERS: tl.constexpr,  # programs that route
     RE: tl.constexpr,  # experts each of them scores
@@ -134,7 +126,6 @@ def _route(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    IP: tl.constexpr,  # I, to a power of two
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -150,43 +141,33 @@ def _route(
         scored_RT = (e_R < E)[:, None] & (t_T < T)[None, :]
         tl.store(logits_ptr + t_T[None, :] * E + e_R[:, None], logits_RT, mask=scored_RT)
         if T == 1 and pid == 0:
-            i_I = tl.arange(0, IP)
+            i_I = tl.arange(0, triton.next_power_of_2(I))
             x_I = tl.load(hidden_ptr + i_I, mask=i_I < I, other=0.0).to(tl.float32)
             x_I *= tl.rsqrt(tl.sum(x_I * x_I, 0) / I + eps)
             x_I *= tl.load(norm_ptr + i_I, mask=i_I < I, other=0.0).to(tl.float32)
             tl.store(normed_ptr + i_I, x_I, mask=i_I < I)
         if arrive_last(counter_ptr, ROUTERS):
-            # Of at least 8 rows, so that no row is divided among warps, which would have to meet.
+            # With fewer than 8 rows a row would be divided among warps, which would have to meet.
             ROWS: tl.constexpr = max(TP, 8)
             row_T = tl.arange(0, ROWS)
             top_k_of_tile(
                 logits_ptr, position_ptr, index_ptr, weights_ptr, row_T, row_T < T,
-                ROWS, E, EP, K, KP, NORM_TOPK,
+                ROWS, E, K, NORM_TOPK,
             )  # fmt: skip
     else:
         first = (pid - ROUTERS) * (R // 2)
-        r_R = tl.arange(0, R)
-        row_R = r_R // (R // 2) * F + tl.minimum(first + r_R % (R // 2), F - 1)
+        row_R = swiglu_rows(first, F, R)
         out_RT = product(
-            hidden_ptr,
-            norm_ptr,
-            eps,
-            weight_ptr + row_R.to(tl.int64) * W,
-            scale_ptr + row_R * GROUPS,
-            T, TP, W, BITS, True, R, BLOCK, STAGES, PDL,
+            hidden_ptr, norm_ptr, eps, weight_ptr + row_R.to(tl.int64) * W,
+            scale_ptr + row_R * GROUPS, T, TP, W, BITS, True, R, BLOCK, STAGES, PDL,
         )  # fmt: skip
-        gate_RT, up_RT = halves(out_RT, R, TP)
-        f_R = first + tl.arange(0, R // 2)
-        ok_RT = (f_R < F)[:, None] & (t_T < T)[None, :]
-        tl.store(act_ptr + t_T[None, :] * F + f_R[:, None], swiglu(gate_RT, up_RT), mask=ok_RT)
+        store_swiglu(act_ptr, t_T, t_T < T, out_RT, first, F, R, TP)
 
 
 def _launch(hidden_TD, norm_D, eps, gate_ED, weight, position_T, top_k, norm_topk, counters):
     T, I = hidden_TD.shape  # noqa: E741
     E = gate_ED.shape[0] if gate_ED is not None else 1
-    width, words = weight.data.shape[0] // 2, weight.data.shape[1]
-    tile = tile_of("route", T, weight.bits, words)
-    router = tile_of("route", T, 16, I)
+    width, options = weight.data.shape[0] // 2, product_options("route", T, weight)
     scored = 4 if T == 1 else 16
     routers = triton.cdiv(E, scored) if gate_ED is not None else 0
     x_TD = hidden_TD if T == 1 else add_norm(hidden_TD, None, norm_D, eps)[1]
@@ -195,14 +176,11 @@ def _launch(hidden_TD, norm_D, eps, gate_ED, weight, position_T, top_k, norm_top
     logits_TE = hidden_TD.new_empty(T, E, dtype=torch.float32)
     index_TK = hidden_TD.new_empty(T, top_k, dtype=torch.int32)
     weights_TK = hidden_TD.new_empty(T, top_k, dtype=torch.float32)
-    _route[(routers + triton.cdiv(width, tile.rows // 2),)](
+    _route[(routers + triton.cdiv(width, options["R"] // 2),)](
         x_TD, norm_D, norm_D if gate_ED is None else gate_ED, weight.data, scale_of(weight),
         position_T, logits_TE, index_TK, weights_TK, act_TF, normed_TD, counters, eps,
-        T=T, TP=padded_tokens(T), E=E, EP=triton.next_power_of_2(E),
-        K=top_k, KP=triton.next_power_of_2(top_k), NORM_TOPK=norm_topk, ROUTERS=routers, RE=scored,
-        I=I, F=width, W=words, GROUPS=weight.groups, BITS=weight.bits, R=tile.rows,
-        BLOCK=tile.block, BLOCK_I=router.block, IP=triton.next_power_of_2(I), STAGES=tile.stages,
-        **launch_options(tile.warps),
+        T=T, TP=padded_tokens(T), E=E, K=top_k, NORM_TOPK=norm_topk, ROUTERS=routers, RE=scored,
+        I=I, F=width, BLOCK_I=tile_of("route", T, 16, I).block, **options,
     )  # fmt: skip
     return normed_TD, act_TF, index_TK, weights_TK
 
@@ -218,7 +196,7 @@ def route(
     norm_topk: bool,
     counters: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `torch_ops.route`; `counters` holds an int32 zero, and does so after."""
+    """As `torch_ops.route`. `counters` holds an int32 zero, before and after."""
     return _launch(hidden_TD, norm_D, eps, gate_ED, shared, position_T, top_k, norm_topk, counters)
 
 

@@ -1,36 +1,26 @@
-"""The plain twins: what each kernel computes, in torch, a line for a line of the theory.
+"""The plain twins: what each kernel computes, in torch, line by line as in the theory.
 
-They run anywhere, which is how the engine is tested without a GPU, and they are what the kernels
-must equal. Products and norms are in fp32; what a kernel hands on is rounded to the model's dtype.
+The kernels must equal them. They run anywhere, so the engine can be tested without a GPU. Products
+and norms are in fp32; what a kernel hands on is rounded to the model's dtype.
 
 Letters: T tokens, D hidden size, H heads, E experts, K experts a token, N = T*K picks, F expert
-width, C the cache's capacity. `position_T` is -1 for a row that holds no token: its picks are
-expert E, which is none, with weight 0.
+width, C the cache's capacity. `position_T` is -1 for a row that holds no token. The picks of such a
+row are empty: expert E, which does not exist, with weight 0.
 """
 
 import torch
 from torch.nn import functional as F
 
-from ..int_weights import Weight, unpack
-from ..torch_ops import sort_picks, swiglu
-
-__all__ = [
-    "add_norm", "advance", "attend", "attend_prompt", "combine", "dense", "experts_down",
-    "experts_gate_up", "gate_up", "grouped_down", "grouped_gate_up", "linear", "matrix",
-    "pick_experts", "qkv", "rotate", "route", "sort_picks", "swiglu",
-]  # fmt: skip
-
-CosSin = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin of each position's angles, fp32 [context, D / 2]."""
-Cache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, each [slots, heads, capacity, D]."""
+from ..int_weights import Weight, dequantize
+from ..torch_ops import sort_picks, swiglu  # noqa: F401 - sort_picks is one of the twins
+from . import Cache, CosSin
 
 
 def matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """[..., O, I], unpacked."""
+    """The weight [..., O, I] in `dtype`."""
     if weight.scale is None:
         return weight.data.to(dtype)
-    return unpack(weight.data, weight.scale, weight.bits, dtype)
+    return dequantize(weight.data, weight.scale, weight.bits, dtype)
 
 
 def rms_norm(x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -38,7 +28,7 @@ def rms_norm(x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float) -> torch.Tens
     return x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps) * norm_D.float()
 
 
-# A step of few tokens: one kernel for each stage of a layer.
+# A step of few tokens has one kernel for each stage of a layer.
 
 
 def linear(
@@ -49,7 +39,7 @@ def linear(
     residual_TO: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """residual + W norm(x) [T, O], in `dtype` or that of x; without norm or residual if None."""
+    """residual + W norm(x), [T, O], in `dtype` or that of x. What is None is left out."""
     x = x_TI.float() if norm_I is None else rms_norm(x_TI, norm_I, eps)
     out_TO = x @ matrix(weight, torch.float32).T
     if residual_TO is not None:
@@ -68,7 +58,7 @@ def qkv(
     cache: Cache,
     heads: int,
 ) -> torch.Tensor:
-    """Rotated queries [T, H * D] of norm(hidden); rotated keys, and values, go into the cache."""
+    """Rotated queries [T, H * D] of norm(hidden). Rotated keys, and values, go into the cache."""
     qkv_TO = linear(hidden_TD, weight, norm_D, eps, dtype=torch.float32)
     q_TO = rotate(qkv_TO, cos_sin, position_T, slot_T, cache, heads)
     return q_TO.to(hidden_TD.dtype)
@@ -82,7 +72,7 @@ def attend(
     scale: float,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of the query of each token over its slot's positions 0 to position; 0 if none."""
+    """Attention of each token's query over the positions 0 to its own of its slot; else zeros."""
     T = q_TD.shape[0]
     k_THCD, v_THCD = (part[slot_T].float() for part in cache)
     q_THD = q_TD.view(T, -1, k_THCD.shape[-1]).float()
@@ -107,8 +97,8 @@ def route(
     norm_topk: bool,
     counters: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """norm(hidden) [T, D], the shared experts' activations [T, F], and of the router the picks
-    [T, K] (int32) with their weights [T, K] (fp32)."""
+    """Returns norm(hidden) [T, D], the activations of the shared experts [T, F], and the picks of
+    the router [T, K] (int32) with their weights [T, K] (fp32)."""
     logits_TE = linear(hidden_TD, Weight(gate_ED), norm_D, eps, dtype=torch.float32)
     index_TK, weights_TK = pick_experts(logits_TE, position_T, top_k, norm_topk)
     x_TD = rms_norm(hidden_TD, norm_D, eps).to(hidden_TD.dtype)
@@ -123,8 +113,7 @@ def gate_up(
 
 
 def experts_gate_up(x_TD: torch.Tensor, weight: Weight, index_TK: torch.Tensor) -> torch.Tensor:
-    """silu(G x) * U x of each pick, [T, K, F]; what stands where the pick is no expert means
-    nothing."""
+    """silu(G x) * U x of each pick, [T, K, F]. Rows of empty picks are undefined."""
     stack_EOD = matrix(weight, torch.float32)
     picked_TKOD = stack_EOD[index_TK.clamp(max=stack_EOD.shape[0] - 1).long()]
     return swiglu(torch.einsum("td,tkod->tko", x_TD.float(), picked_TKOD)).to(x_TD.dtype)
@@ -140,7 +129,7 @@ def experts_down(
     residual_TD: torch.Tensor,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """residual + shared experts' down + weighted sum over the picks of theirs, [T, D]."""
+    """residual + down of the shared experts + weighted sum of down of the picks, [T, D]."""
     stack_EDF = matrix(weight, torch.float32)
     none_TK = (weights_TK == 0) & (index_TK == stack_EDF.shape[0])
     act_TKF = act_TKF.float().masked_fill(none_TK[..., None], 0.0)
@@ -150,13 +139,13 @@ def experts_down(
     return (residual_TD.float() + shared_TD + routed_TD).to(residual_TD.dtype)
 
 
-# A step of many tokens: products by the library, and between them:
+# A step of many tokens has products of the library, and these between them.
 
 
 def add_norm(
     x_TD: torch.Tensor, residual_TD: torch.Tensor | None, norm_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual, and its norm."""
+    """x + residual, and the norm of that."""
     sum_TD = x_TD if residual_TD is None else (x_TD.float() + residual_TD.float()).to(x_TD.dtype)
     return sum_TD, rms_norm(sum_TD, norm_D, eps).to(x_TD.dtype)
 
@@ -169,8 +158,11 @@ def rotate(
     cache: Cache,
     heads: int,
 ) -> torch.Tensor:
-    """Queries [T, H * D] rotated by their positions (Su et al. 2021, arXiv 2104.09864, in the
-    rotate-half arrangement); keys, rotated too, and values go into the cache."""
+    """Rotated queries [T, H * D]. Rotated keys, and values, go into the cache.
+
+    The rotation is that of Su et al. 2021 (arXiv 2104.09864), where number i of the first half of a
+    head turns with number i of the second half.
+    """
     T, (_, kv_heads, _, width) = qkv_TO.shape[0], cache[0].shape
     x_THD = qkv_TO.view(T, heads + 2 * kv_heads, width)
     cos_T1D, sin_T1D = (table[position_T.clamp(min=0)][:, None] for table in cos_sin)
@@ -187,7 +179,7 @@ def rotate(
 def pick_experts(
     logits_TE: torch.Tensor, position_T: torch.Tensor, top_k: int, norm_topk: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picks [T, K] (int32) and their weights [T, K] (fp32): `DeepseekGate`."""
+    """The picks [T, K] (int32) and their weights [T, K] (fp32), as `DeepseekGate` makes them."""
     weights_TK, index_TK = logits_TE.float().softmax(-1).topk(top_k, dim=-1)
     if norm_topk:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
@@ -203,15 +195,17 @@ def grouped_gate_up(
     ends_E: torch.Tensor,
     step: bool = False,
 ) -> torch.Tensor:
-    """silu(G[e] x) * U[e] x for the places of each expert, [N, F]; 0 after the last. `step`: for a
-    decode step, which a graph may capture."""
+    """silu(G[e] x) * U[e] x for the places of each expert, [N, F], and 0 after the last of them.
+
+    `step` says that it is for a decode step, which a graph may capture.
+    """
     return swiglu(_grouped(x_TD[token_N], weight, ends_E)).to(x_TD.dtype)
 
 
 def grouped_down(
     x_NF: torch.Tensor, weight: Weight, ends_E: torch.Tensor, step: bool = False
 ) -> torch.Tensor:
-    """W[e] x for the places of each expert, [N, D]; 0 after the last. `step` as above."""
+    """W[e] x for the places of each expert, [N, D], as `grouped_gate_up`."""
     return _grouped(x_NF, weight, ends_E).to(x_NF.dtype)
 
 
@@ -238,7 +232,7 @@ def combine(
     norm_D: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """residual + shared + weighted sum over the picks, and the norm of that."""
+    """residual + shared + weighted sum of the picks, and the norm of that."""
     picked_TKD = out_ND[place_TK.long()].float()
     sum_TD = (picked_TKD * weights_TK[..., None]).sum(1) + shared_TD.float() + residual_TD.float()
     return add_norm(sum_TD.to(residual_TD.dtype), None, norm_D, eps)
@@ -251,8 +245,8 @@ def advance(
     seen_BV: torch.Tensor,
     last: int,
 ) -> None:
-    """After a step, in place: the new ids, which are now seen, and their positions, which stop at
-    `last`; a row of position -1 stays at that."""
+    """After a step, in place: the new ids count as seen, and each position grows by one, up to
+    `last`. Position -1 stays."""
     ids_B.copy_(new_B)
     seen_BV.scatter_(1, new_B[:, None], True)
     position_B.add_((position_B >= 0).int()).clamp_(max=last)
@@ -267,8 +261,11 @@ def attend_prompt(
     longest: int,
     scale: float,
 ) -> torch.Tensor:
-    """Causal attention of the queries q[ends[b]:ends[b + 1]], up to `longest` of them, of each of
-    several sequences over its slot: the last one, at position[b], sees positions 0 to that."""
+    """Causal attention of the queries of several sequences over their slots.
+
+    Sequence b has the queries q[ends[b]:ends[b + 1]], at most `longest` of them. The last of these
+    stands at position[b], and sees the positions 0 to that.
+    """
     outs, bounds = [], ends.tolist()
     for start, end, last, slot in zip(
         bounds[:-1], bounds[1:], position_B.tolist(), slot_B.tolist(), strict=True
