@@ -26,7 +26,7 @@ from . import examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
 from .merge_lora import merged_tensors
 from .quantized_base import QUANTIZATION_FILE
-from .saving import INCOMPLETE, report_failed_save, tensors_on_host
+from .saving import INCOMPLETE, report_failed_write, tensors_on_host
 from .trainer import FineTuner
 
 RUN_FILE = "run.json"
@@ -130,7 +130,7 @@ class Run:
                 f"{self.folder} cannot be written to ({error.strerror}); give another --output_dir"
             ) from error
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
-        with report_failed_save(self.folder, main=True):
+        with report_failed_write(self.folder, main=True):
             self._write(finished=False)
 
     def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
@@ -141,7 +141,7 @@ class Run:
             RunError: it cannot be written. The last checkpoint is still there.
             UserError: the adapter cannot be merged. It is there.
         """
-        with report_failed_save(self.folder, trainer.is_world_process_zero()):
+        with report_failed_write(self.folder, trainer.is_world_process_zero()):
             trainer.save_sparingly(partial(self._save_result, trainer, base, merge))
         trainer.accelerator.wait_for_everyone()
 
