@@ -21,6 +21,7 @@ from deepseek_moe.training.arguments import ALL_LINEARS, split_commas
 from deepseek_moe.training.compute.fused_experts import drop_again, drop_out
 from deepseek_moe.training.compute.grouped_experts import (
     GROUPED,
+    RECOMPUTED,
     LowRank,
     _fused_forward,
     grouped_experts_forward,
@@ -181,7 +182,8 @@ class Training:
     ) -> dict[str, torch.Tensor]:
         """The output, and the gradients of all that can have one."""
         # `act_fn` is a function: for the module, grouped_experts_forward would take the fused way.
-        experts = SimpleNamespace(num_experts=self.E, act_fn=F.silu, recompute=recompute)
+        config = SimpleNamespace(_experts_implementation=RECOMPUTED if recompute else GROUPED)
+        experts = SimpleNamespace(num_experts=self.E, act_fn=F.silu, config=config)
         leaves = {"hidden": self.leaf(self.hidden_TD, dtype), "weights": self.leaf(self.weights_TK)}
         for name, stack in self.stacks.items():
             if self.kind == "all weights":

@@ -50,6 +50,7 @@ def main() -> None:
     if any("autoep" in word for word in rest):
         leave_out_routing()
     sys.argv = [str(SCRIPT), *rest[1:]]
+    sys.path.insert(0, str(SCRIPT.parent))  # as python itself does for a script
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

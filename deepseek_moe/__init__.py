@@ -1,9 +1,10 @@
 """DeepSeek-MoE for transformers 5.
 
-After this import transformers' Auto classes know the model, and two words are enough to use it:
-`load` for a model and its tokenizer, `Generator` to continue texts.
+After this import, the Auto classes of transformers know the model. Two words are enough to use it:
+`load` gives a model and its tokenizer, and a `Generator` continues texts.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -36,14 +37,11 @@ __all__ = [
 ]
 
 
+LAZY = {"load": ".decode.load", "Generator": ".decode.generation"}
+
+
 def __getattr__(name: str) -> Any:
     """Imports decoding when it is first asked for, so that `import deepseek_moe` stays cheap."""
-    if name == "load":
-        from .decode.load import load
-
-        return load
-    if name == "Generator":
-        from .decode.generation import Generator
-
-        return Generator
+    if name in LAZY:
+        return getattr(import_module(LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

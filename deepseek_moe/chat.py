@@ -1,4 +1,4 @@
-"""Messages to ids and ids to text: the only place that knows the chat format.
+"""The chat format: messages to ids, and ids to text.
 
     <BOS>User: {question}
 
@@ -6,12 +6,15 @@
 
     Assistant:
 
-The chat models were trained without a system prompt. Training and chatting use this one renderer,
-so the model is asked in the words that it was taught in.
+The chat models were trained without a system prompt. Training and chatting both use `render`, so
+that the model is asked in the words in which it was taught. The Jinja template for other engines
+(CHAT_TEMPLATE in model/tokenization_deepseek.py, and chat_template.jinja in checkpoints) writes the
+same format: tests/test_chat.py holds the ids of both equal.
 """
 
 from collections.abc import Sequence
 
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError
@@ -29,18 +32,18 @@ def render(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """A conversation as ids, and the mask of the tokens to train on (1: an answer and its EOS).
+    """A conversation as ids, and a mask of the ids to train on (1 for answers and their EOS).
 
-    The ids equal those of the chat template. Questions and answers are encoded apart, so that the
-    mask is exact; special tokens inside them are ordinary text, so nobody ends a turn by typing.
+    Questions and answers are encoded apart, so that the mask is exact. Special tokens in them are
+    encoded as ordinary text, so that nobody can end a turn by typing one.
 
     Args:
-        messages: dicts of `role` (user, assistant; system is rendered too, but see
-            `NO_SYSTEM_PROMPT`) and `content`.
-        add_generation_prompt: end with what asks for an answer.
+        messages: dicts of `role` (user or assistant; system works too, but see NO_SYSTEM_PROMPT)
+            and `content`.
+        add_generation_prompt: end with the words that ask for an answer.
 
     Raises:
-        UserError: an unknown role, content that is not text, or a tokenizer without BOS or EOS.
+        UserError: a role is unknown, a content is not text, or the tokenizer lacks BOS or EOS.
     """
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no BOS or no EOS, which a conversation needs; name both")
@@ -76,11 +79,13 @@ def render(
 def render_within(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], room: int
 ) -> tuple[list[int], int]:
-    """The conversation's ids, asking for an answer, without its oldest turns if over `room` ids.
+    """The ids of a conversation that asks for an answer, in at most `room` ids.
+
+    The oldest turns (a question and its answer) are left out as needed. The last question always
+    stays, even if it alone exceeds `room`.
 
     Returns:
-        The ids, and how many messages from the start were left out. A turn is a question with its
-        answer; the last question always stays (and may exceed `room`).
+        The ids, and how many messages from the start were left out.
     """
     dropped = 0
     ids, _ = render(tokenizer, messages, add_generation_prompt=True)
@@ -93,32 +98,16 @@ def render_within(
 
 
 class TextStream:
-    """Turns ids into text as they come, holding back a character whose bytes are not all there.
+    """Turns ids into text as they come.
 
-    A token of a byte-level vocabulary may end inside a character, which then decodes to a U+FFFD at
-    the very end of the text. Earlier ones are final: some tokens of the official vocabulary are
-    bytes that begin no character.
+    A token of a byte-level vocabulary may end inside a character. Its text is held back until the
+    next whole character is there, so that no character is ever shown broken.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.held: list[int] = []  # since the last whole character
-        self.shown = 0  # how much of their text was returned
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
-        """The text that `token` completes, perhaps none."""
-        self.held.append(token)
-        text = self._decode()
-        if not text.endswith("\ufffd"):
-            new = text[self.shown :]
-            self.held, self.shown = [], 0
-            return new
-        new = text[self.shown : -1]
-        if len(self.held) > 8:  # a character has at most 4 bytes: older tokens are settled
-            self.held = self.held[-4:]
-            text = self._decode()
-        self.shown = len(text) - 1
-        return new
-
-    def _decode(self) -> str:
-        return self.tokenizer.decode(self.held, skip_special_tokens=True)
+        """The text that `token` completes; often empty."""
+        return self.stream.step(self.tokenizer, token) or ""

@@ -1,9 +1,11 @@
-"""A checkpoint: a folder or a hub id that is found, checked, and read tensor by tensor.
+"""A checkpoint: found by its folder or hub id, checked, read tensor by tensor, and fingerprinted.
 
-Nothing of it is executed or unpickled.
+Nothing in a checkpoint is executed or unpickled.
 """
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +28,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
-    """The folder of a local checkpoint, or of a hub checkpoint after its download (to `cache_dir`).
+    """The folder of a checkpoint. One of the hub is downloaded first, into `cache_dir`.
 
     Raises:
-        UserError: there is none, or it is not one that can be loaded safely.
+        UserError: it is not there, is incomplete, or is not of this architecture.
     """
     with as_user_error(f"{model[:80]!r} is no path", "give a checkpoint folder or a hub id"):
         folder = Path(model).expanduser()
@@ -43,7 +45,7 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
             folder = Path(snapshot_download(model, allow_patterns=wanted, cache_dir=cache_dir))
     if folder.is_file():
         raise UserError(f"{folder} is a file; give the folder that holds it and config.json")
-    if (folder / "adapter_config.json").is_file():  # transformers would add it to a model beside it
+    if (folder / "adapter_config.json").is_file():  # transformers would add it to the model
         raise UserError(
             f"{folder} holds an adapter; merge it first: python -m deepseek_moe.export "
             f"--model BASE --adapter {folder} --output FOLDER"
@@ -54,8 +56,8 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
         raise UserError(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            read_object(folder / name)
-    kind = read_object(folder / "config.json").get("model_type")
+            _read_object(folder / name)
+    kind = _read_object(folder / "config.json").get("model_type")
     if kind != DeepseekConfig.model_type:
         raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
     _refuse_incomplete_weights(folder)
@@ -66,9 +68,9 @@ def own_tokenizer(folder: Path) -> DeepseekTokenizer:
     """The tokenizer of a checkpoint that `find_checkpoint` has found.
 
     Raises:
-        UserError: its files are broken, or some of its ids are beyond the model's vocabulary.
+        UserError: its files are broken, or it has ids that the model's vocabulary lacks.
     """
-    fields = read_object(folder / "config.json")
+    fields = _read_object(folder / "config.json")
     with as_user_error(
         f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"
     ):
@@ -83,7 +85,7 @@ def own_tokenizer(folder: Path) -> DeepseekTokenizer:
     return tokenizer
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -112,14 +114,16 @@ def _refuse_incomplete_weights(folder: Path) -> None:
         )
 
 
-def base_tensors(base: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Official names and tensors of `base` as they are."""
-    checkpoint = Checkpoint(base)
-    return ((name, checkpoint.tensor(name)) for name in checkpoint.official)
-
-
 class Checkpoint:
-    """A checkpoint of this model: what is in it, and its tensors when they are asked for."""
+    """The tensors of a checkpoint. Opening it reads only the headers of its files.
+
+    Attributes:
+        official: the shape of each tensor, by its name on disk.
+        parameters: the shape of each parameter, by its name in memory.
+
+    Raises:
+        UserError: a tensor is missing, surplus, of another shape, or no float.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -133,12 +137,16 @@ class Checkpoint:
             opened = [safe_open(file, framework="pt") for file in weight_files(folder)]
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be read: {error}; give a whole model") from error
-        # A bare DeepseekModel passes the above; its names lack "model.", and it has no head.
+        # `refuse_wrong_tensors` accepts a bare DeepseekModel too. It has no head.
         self.places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         self.official = official_tensors(self.model)
         self.parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         if not self.official.keys() <= self.places.keys():
             raise UserError(f"{folder} has no lm_head.weight; give a whole causal language model")
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Official names and tensors, each read when it is asked for."""
+        return ((name, self.tensor(name)) for name in self.official)
 
     def tensor(self, official: str) -> torch.Tensor:
         return self.places[official].get_tensor(official)
@@ -147,7 +155,7 @@ class Checkpoint:
         return self.places[official].get_slice(official)[:0].dtype
 
     def read(self, parameter: str) -> torch.Tensor:
-        """By its name in memory, where the experts of a layer are stacked."""
+        """A parameter by its name in memory, where the experts of a layer are one stack."""
         shape = self.parameters[parameter]
         parts = list(official_parts(parameter, shape))
         if len(parts) == 1:
@@ -158,7 +166,78 @@ class Checkpoint:
         return stack
 
     def quantizable(self) -> set[str]:
-        """The parameters that a quantised base holds in 4 or 8 bits: linears and routed experts."""
+        """Names in memory of what QLoRA's base holds in 4 or 8 bits: linears and routed experts."""
         modules = self.model.model.layers.named_modules(prefix="model.layers")
         linears = {f"{name}.weight" for name, x in modules if isinstance(x, nn.Linear)}
         return linears | (self.parameters.keys() - self.official.keys())
+
+
+# --- The fingerprint: which base model a run or an adapter belongs to
+
+FORMAT = "tensors:"
+"""How a fingerprint begins. Those of older versions are 16 hexadecimal digits without a mark."""
+
+SAMPLE = 4096  # bytes that are read at one place of a tensor
+STRIDE = 8 * 2**20  # bytes of a tensor for each such place
+
+# Fields of the config on which no number in a forward or backward pass depends.
+NOT_COMPUTED = {
+    *("use_cache", "initializer_range", "pretraining_tp"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the config and of every tensor's name, dtype, shape and a sample of its bytes.
+
+    A sample is 4 KB from the middle of each 8 MB, which is 22 MB of the 16B model, so a change of
+    a few numbers in a tensor can stay unnoticed. The division into files, the order in them, and
+    fields of the config that change no number do not count: a copy with other shards is the same
+    model.
+
+    Raises:
+        UserError: the config or a weight file is broken.
+    """
+    with as_user_error(f"{folder / 'config.json'} cannot be used", "mend the field"):
+        config = DeepseekConfig.from_pretrained(folder)
+        names = DeepseekConfig.__annotations__.keys() - NOT_COMPUTED
+        fields = json.dumps({name: getattr(config, name) for name in names})
+        fields = json.loads(fields, parse_int=float)  # so that 10000 equals 10000.0
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    found: dict[str, bytes] = {}
+    for file in weight_files(folder):
+        with as_user_error(f"{file} is truncated or corrupt", "get it anew"):
+            found |= dict(_describe_tensors(file))
+    for name in sorted(found):
+        tied_head = config.tie_word_embeddings and name == "lm_head.weight"
+        if not tied_head and "rotary_emb.inv_freq" not in name:  # checkpoints may leave these out
+            digest.update(found[name])
+    return FORMAT + digest.hexdigest()[:32]
+
+
+def is_outdated(recorded: object) -> bool:
+    """Whether `recorded`, from a run.json, is a fingerprint of an older version of this code."""
+    return isinstance(recorded, str) and not recorded.startswith(FORMAT)
+
+
+def _describe_tensors(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Each tensor's name and what of it is hashed, in the order in which they lie on the disk."""
+    # safetensors checks the header, and that the file is whole.
+    with safe_open(file, framework="pt"), file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+            described = repr((name, tensor["dtype"], tensor["shape"])).encode()
+            yield name, described + b"".join(_samples(handle.fileno(), begin, end))
+
+
+def _samples(file: int, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes in the middle of each equal part of `begin` to `end`; all of them if few."""
+    size = end - begin
+    parts = max(1, -(-size // STRIDE))
+    for part in range(parts):
+        middle = begin + size * (2 * part + 1) // (2 * parts)
+        start = max(begin, middle - SAMPLE // 2)
+        yield os.pread(file, min(SAMPLE, end - start), start)

@@ -1,4 +1,4 @@
-"""Writes a folder in the official layout, complete or absent, with the model's code in it."""
+"""Writes checkpoint folders in the official layout, with the model's code in them."""
 
 import json
 import math
@@ -37,18 +37,18 @@ def write_checkpoint(
     dtype: torch.dtype | None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Makes a complete checkpoint of `tensors`; all else in it comes from `base`.
+    """Writes a checkpoint that is complete or absent. All but the tensors comes from `base`.
 
     Args:
-        tensors: official names, each once, in any order.
-        folder: not there yet, or empty.
-        dtype: of all tensors; None keeps for each the one that it has in `base`.
-        max_shard_size: of a weight file, in bytes or as "5GB"; 0 gives each tensor its own.
+        tensors: pairs of official name and tensor, each name once, in any order.
+        folder: it does not exist, or is empty.
+        dtype: of all tensors; None keeps each tensor's dtype in `base`.
+        max_shard_size: of a weight file, in bytes or as "5GB"; 0 gives each tensor its own file.
 
     Raises:
-        UserError: tensors are missing, not of this model or not finite, or `folder` is in use.
-        RunError: `folder` cannot be written, for example because the disk is full, or was filled
-            by another process meanwhile.
+        UserError: a tensor is missing, not of this model or not finite, or `folder` is in use.
+        RunError: `folder` cannot be written, for example because the disk is full, or another
+            process has filled it meanwhile.
     """
     refuse_occupied(folder)
     try:
@@ -91,9 +91,9 @@ def _refuse_full_disk(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype |
 def add_code(folder: Path) -> None:
     """Adds the model's code to a checkpoint folder, for machines without this package.
 
-    There `from_pretrained(folder, trust_remote_code=True)` loads it with transformers alone; with
-    this package imported the folder loads natively, and its code is not run. The tokenizer needs
-    none: tokenizer.json itself says where BOS goes, to every engine.
+    There, `from_pretrained(folder, trust_remote_code=True)` loads it with transformers alone. Where
+    this package is imported, its own classes load the folder and the code in it is not run. The
+    tokenizer needs no code, since tokenizer.json says itself where BOS goes.
     """
     module = Path(modeling_deepseek.__file__)
     for file in {module, *map(Path, get_relative_import_files(module))}:
@@ -106,7 +106,11 @@ def add_code(folder: Path) -> None:
 def _checked(
     tensors: Iterator[tuple[str, torch.Tensor]], checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`tensors`, cast, with a progress bar; every one that there must be and no other, or fails."""
+    """The tensors, cast to their dtype, with a progress bar.
+
+    Raises:
+        UserError: a tensor is missing, surplus, of another shape or not finite.
+    """
     missing = dict(checkpoint.official)
     for name, tensor in tqdm(tensors, "export", len(missing), unit="tensor", file=sys.stderr):
         if missing.pop(name, None) != tuple(tensor.shape):
@@ -124,10 +128,10 @@ def _checked(
 
 
 def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int) -> None:
-    """Fills files of up to `limit` bytes in the order of the tensors; 0 gives each its own file.
+    """Writes files of up to `limit` bytes in the order of the tensors; 0 gives each its own file.
 
-    A full file and the tensor after it are in memory at most. `folder` holds config.json already,
-    whose permissions the files get.
+    At most the tensors of one file and the next one are in memory. (The planner of huggingface_hub
+    needs all tensors at once.) The files get the permissions of `folder`'s config.json.
     """
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
@@ -136,7 +140,7 @@ def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limi
     def flush() -> None:
         file = folder / f"{len(shards)}.safetensors"
         save_file(shard, file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read
+        shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read it
         shards.append(list(shard))
         shard.clear()
 

@@ -1,79 +1,123 @@
-"""The errors that are the user's to mend, and how an error of a library becomes one."""
+"""Errors that the user can mend, and how an error of a library becomes one of them.
+
+Nothing beyond the standard library is imported before it is needed.
+"""
 
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
+from typing import NoReturn
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: what was found, and the remedy."""
+    """Something that the user can mend. The message is one line: what was found; the remedy."""
 
     exit_code = 2
 
 
 class RunError(UserError):
-    """A run that was asked for rightly and could not go on: a full disk, a loss that is NaN."""
+    """The command was right, but the run could not go on: a full disk, a loss that is NaN."""
 
     exit_code = 1
 
 
 class CollectiveRunError(RunError):
-    """An error that every process of a run raises at the same place. Only the first prints it."""
+    """An error that every process of a run raises at the same place. Only rank 0 prints it."""
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Prints a `UserError`, or memory that ran out, as one line and leaves with its exit code (2:
-    wrong use)."""
+    """Ends the process after an error that is the user's to mend, without a traceback.
+
+    A `UserError` is printed as one line and gives its exit code. Memory that ran out counts as
+    wrong use (2). Ctrl-C gives 130. A reader that has closed the output (`| head`) is no error.
+    """
     try:
         yield
         sys.stdout.flush()
     except UserError as error:
         exit_with(str(error), error.exit_code)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_error(error):
+            raise
         found = str(error).split(". ")[0] or "out of memory"
         exit_with(f"{found}; use a smaller batch, fewer tokens, --dtype bfloat16 or another GPU")
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def exit_with(message: str, exit_code: int = 2) -> None:
+def exit_with(message: str, exit_code: int = 2) -> NoReturn:
+    """Prints one line on stderr and ends the process."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(exit_code)
 
 
+def is_memory_error(error: Exception) -> bool:
+    """Whether Python, or PyTorch on a GPU, ran out of memory."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or bool(
+        torch and isinstance(error, torch.OutOfMemoryError)
+    )
+
+
 @contextmanager
 def rank_zero_reports() -> Iterator[None]:
-    """What every process finds by itself, as wrong use: the first one says it."""
+    """Lets only rank 0 report a user error that every rank finds by itself.
+
+    The other ranks leave with the same exit code, 3 seconds later: when one process leaves, the
+    launcher ends all others. An error that only one rank has found is reported by that rank.
+    """
     try:
         yield
     except UserError as error:
         of_one = isinstance(error, RunError) and not isinstance(error, CollectiveRunError)
         if of_one or int(os.environ.get("RANK", 0)) == 0:
             raise
-        time.sleep(3)  # when one process leaves, the launcher ends the others
+        time.sleep(3)
         raise SystemExit(error.exit_code) from error
 
 
 @contextmanager
 def as_user_error(what: str, remedy: str) -> Iterator[None]:
-    """Turns what libraries make of broken files or networks, of any class, into a UserError."""
+    """Turns an error of any class, as libraries raise for broken files or networks, into a
+    UserError. One for memory that ran out stays as it is."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or is_memory_error(error):
+            raise
         if isinstance(error, ImportError):
             remedy = "install that package, or choose what needs none"
         raise UserError(f"{what}: {first_words(error)}; {remedy}") from error
 
 
-def first_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:400].rstrip(".") or type(error).__name__
+@contextmanager
+def unwrap_cache_error() -> Iterator[None]:
+    """Brings out the UserError that `datasets` has wrapped while it filled its cache.
+
+    An OSError, as of a full disk, becomes a UserError too.
+    """
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"the examples cannot be written to the cache: {first_words(cause)}; "
+                "make room or give another --cache_dir"
+            ) from error
+        raise
+
+
+def first_words(error: BaseException, most: int = 400) -> str:
+    """What `error` says in one line of at most `most` characters; its class if it says nothing."""
+    return " ".join(str(error).split())[:most].rstrip(".;:") or type(error).__name__

@@ -4,10 +4,10 @@
     python -m deepseek_moe.export --model BASE --adapter DIR --output DIR
     python -m deepseek_moe.export --model BASE --deepspeed_checkpoint DIR --output DIR
 
-The weights are the base's, or those with a LoRA adapter merged in, or what a full fine-tuning made
-of them. No model is built: tensors go one at a time from file to file, and the most that is in
-memory is one stack of experts and the shard being written (but all of a DeepSpeed checkpoint). The
-folder appears under its name when it is complete.
+The weights are those of the base, or those with a LoRA adapter merged in, or those of a full
+fine-tuning under DeepSpeed. No model is built: tensors go one at a time from file to file. Memory
+holds one stack of experts and the file that is being written, or all of a DeepSpeed checkpoint. The
+folder appears when it is complete.
 """
 
 import argparse
@@ -17,67 +17,79 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .checkpoint import ADAPTER_FILE, DTYPES, Checkpoint, base_tensors, find_checkpoint
+from .checkpoint import (
+    ADAPTER_FILE,
+    DTYPES,
+    Checkpoint,
+    find_checkpoint,
+    fingerprint,
+    is_outdated,
+)
 from .checkpoint_writer import write_checkpoint
-from .errors import UserError, exit_on_user_error
+from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
-from .fingerprint import fingerprint, is_outdated
 from .model.layout import first_few, official_parts
 from .training.merge_lora import merged_tensors
 
 
 def main() -> None:
+    args = parse_arguments()
+    refuse_occupied(args.output)
+    # It warns of a package that it can do without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout, and logs there
+        base = find_checkpoint(args.model)
+        for folder in filter(None, (args.adapter, args.deepspeed_checkpoint)):
+            _refuse_other_base(folder, base)
+        if args.adapter:
+            tensors = merged_tensors(base, args.adapter)
+        elif args.deepspeed_checkpoint:
+            tensors = consolidated_tensors(base, args.deepspeed_checkpoint)
+        else:
+            tensors = Checkpoint(base).tensors()
+        write_checkpoint(tensors, base, args.output, DTYPES.get(args.dtype), args.max_shard_size)
+    print(args.output)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m deepseek_moe.export", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    def folder(name: str) -> Path:
+        return Path(name).expanduser()
+
     parser.add_argument("--model", metavar="BASE", required=True, help="a folder or a hub id")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--adapter", metavar="DIR", type=Path, help="a LoRA adapter in PEFT's format, to merge"
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--adapter", metavar="DIR", type=folder, help="a LoRA adapter in PEFT's format, to merge"
     )
-    what.add_argument(
+    source.add_argument(
         "--deepspeed_checkpoint",
         metavar="DIR",
-        type=Path,
+        type=folder,
         help="checkpoint-N of a full fine-tuning under ZeRO; it is unpickled, so only your own",
     )
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, required=True, help="a folder that is not there yet"
+        "--output", metavar="DIR", type=folder, required=True, help="a folder that is not there yet"
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", *DTYPES],
-        help="of the weights; auto (the default) keeps for each tensor the base's",
+        help="of the weights; auto (the default) keeps each tensor's dtype in the base",
     )
     parser.add_argument(
         "--max_shard_size", metavar="SIZE", default="5GB", help="of a weight file; default 5GB"
     )
-    args = parser.parse_args()
-
-    output = args.output.expanduser()
-    refuse_occupied(output)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a package to do without
-    with redirect_stdout(sys.stderr):  # DeepSpeed prints and logs there
-        base = find_checkpoint(args.model)
-        for folder in filter(None, (args.adapter, args.deepspeed_checkpoint)):
-            _refuse_other_base(folder.expanduser(), base)
-        if args.adapter:
-            tensors = merged_tensors(base, args.adapter.expanduser())
-        elif args.deepspeed_checkpoint:
-            tensors = consolidated_tensors(base, args.deepspeed_checkpoint.expanduser())
-        else:
-            tensors = base_tensors(base)
-        write_checkpoint(tensors, base, output, DTYPES.get(args.dtype), args.max_shard_size)
-    print(output)
+    return parser.parse_args()
 
 
 def _refuse_other_base(folder: Path, base: Path) -> None:
-    """By the run.json that fine-tuning leaves in `folder` or above it, if it is there."""
-    whole = folder.resolve()  # the parent of "." or of a link is another folder
+    """Compares `base` with the run.json that fine-tuning left in `folder` or above it, if any."""
+    whole = folder.resolve()  # "." and links have another parent by name
     for file in (whole / "run.json", whole.parent / "run.json"):
         if file.is_file():
             try:
@@ -98,9 +110,9 @@ def _refuse_other_base(folder: Path, base: Path) -> None:
 
 
 def consolidated_tensors(base: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Official names and fp32 tensors from what every rank of a ZeRO-2 or 3 run saved in `folder`.
+    """Official names and fp32 tensors of what a run under ZeRO-2 or ZeRO-3 saved in `folder`.
 
-    DeepSpeed holds all ranks' shards in memory while it does so, and unpickles them.
+    DeepSpeed unpickles the shards of all ranks, and holds them in memory.
 
     Raises:
         UserError: `folder` is no such checkpoint, or one of another model.
@@ -115,12 +127,13 @@ def consolidated_tensors(base: Path, folder: Path) -> Iterator[tuple[str, torch.
     checkpoint = Checkpoint(base)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    try:
+    with as_user_error(f"{folder} cannot be put together", "use another one"):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), lazy_mode=True)
-    except Exception as error:  # of any class, depending on which file is broken
-        found = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{folder} cannot be put together: {found}; use another one") from error
-    wrong = [name for name, shape in checkpoint.parameters.items() if _shape(state, name) != shape]
+    wrong = [
+        name
+        for name, shape in checkpoint.parameters.items()
+        if name not in state or tuple(state[name].shape) != shape
+    ]
     if wrong:
         raise UserError(
             f"{folder} is of another model: {first_few(wrong)} missing or of another shape; give "
@@ -134,10 +147,6 @@ def consolidated_tensors(base: Path, folder: Path) -> Iterator[tuple[str, torch.
                 yield part, weight[where]
 
     return tensors()
-
-
-def _shape(state: dict[str, Any], name: str) -> tuple[int, ...] | None:
-    return tuple(state[name].shape) if name in state else None
 
 
 if __name__ == "__main__":

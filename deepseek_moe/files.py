@@ -1,7 +1,7 @@
 """Files and folders that are complete or absent, however many processes write them at a time.
 
-Each is written under a private name beside its own, and renamed when it is complete. A folder that
-a killed process left under such a name is removed by the next one that writes there.
+Each is written under a private name beside its own, and renamed when it is complete. If a process
+is killed, its unfinished folder stays until the next process writes the same folder.
 """
 
 import errno
@@ -9,7 +9,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -17,39 +17,59 @@ from typing import IO, Any
 from .errors import RunError, UserError
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-BUNDLED_MODEL, BUNDLED_CHAT = MODELS / "tiny-base", MODELS / "tiny-chat"
+BUNDLED_MODEL = MODELS / "tiny-base"
 
 
 def check_writable(name: str | Path, overwrite: bool = True) -> Path:
-    """The file, or a UserError if it could not be written, or is there and must not be."""
+    """The path of a file that can be written.
+
+    Raises:
+        UserError: it cannot be written, or it exists and `overwrite` is False.
+    """
     try:
         file = Path(name).expanduser()
         writable = os.access(file.absolute().parent, os.W_OK)
-        writable &= file.is_file() or not file.exists()  # no folder, no device
+        writable &= file.is_file() or not file.exists()  # neither a folder nor a device
     except (OSError, RuntimeError, ValueError):  # no such user, name too long, ...
         writable = False
     if not writable:
         raise UserError(f"{name} cannot be written; give a file in a folder that exists")
     if not overwrite and file.exists():
-        raise UserError(_is_there(name))
+        raise UserError(f"{name} is there already; choose another name, or add --overwrite")
     return file
 
 
 def write_text(name: str | Path, text: str, overwrite: bool = False) -> Path:
-    """Writes a file that is never half there; a UserError if it fails, or if the file is there
-    already and `overwrite` is False."""
+    """Writes a file that is complete or absent, and returns its path.
+
+    Raises:
+        UserError: it cannot be written, or it exists and `overwrite` is False.
+    """
     file = check_writable(name, overwrite)
     try:
         write_aside(file, text, overwrite)
-    except FileExistsError as error:
-        raise UserError(_is_there(name)) from error
     except OSError as error:
-        raise UserError(f"{name} cannot be written: {error.strerror}; choose another") from error
+        raise UserError(
+            f"{name} cannot be written: {error.strerror}; choose another name"
+        ) from error
     return file
 
 
-def _is_there(name: str | Path) -> str:
-    return f"{name} is there already; choose another name, or add --overwrite"
+def describe_differences(
+    found: dict[str, Any], wanted: dict[str, Any], hashed: Collection[str]
+) -> dict[str, str]:
+    """The settings in which two commands differ, each with a phrase for a message.
+
+    Args:
+        hashed: names of settings whose values are hashes, which say nothing to a reader.
+    """
+    names = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    return {
+        name: f"other {name.replace('_', ' ')}"
+        if name in hashed
+        else f"{name}: {found.get(name)} there, {wanted.get(name)} now"
+        for name in names
+    }
 
 
 try:
@@ -57,9 +77,9 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-LOCK = ".being-written"  # in a folder that is not complete; locked while its writer lives
+LOCK = ".being-written"  # a file in an unfinished folder, locked while its writer lives
 UNFINISHED = ".partial"
-_being_written: set[Path] = set()  # by this process, which would not be stopped by its own locks
+_being_written: set[Path] = set()  # by this process, whose own locks would not stop it
 
 
 def lock(file: IO[Any]) -> bool:
@@ -86,17 +106,17 @@ def write_aside(file: Path, text: str, overwrite: bool = True) -> None:
     """Writes a text file (UTF-8) that is complete as soon as it has its name.
 
     Raises:
-        FileExistsError: it is there already, and `overwrite` is False.
+        FileExistsError: it exists, and `overwrite` is False.
         OSError: it cannot be written. Nothing new is left.
     """
-    file = file.resolve()  # a link stays, and what it points to is written
+    file = file.resolve()  # a link stays a link, and its target is written
     aside = _private_name(file, ".tmp")
     try:
         with aside.open("x", encoding="utf-8") as stream:
             stream.write(text)
         if overwrite:
             os.replace(aside, file)
-        else:  # a rename would replace what another process made by now
+        else:  # a rename would replace a file that another process has made meanwhile
             _rename_to_new(aside, file)
     finally:
         aside.unlink(missing_ok=True)
@@ -104,7 +124,7 @@ def write_aside(file: Path, text: str, overwrite: bool = True) -> None:
 
 def _rename_to_new(aside: Path, file: Path) -> None:
     try:
-        os.link(aside, file)  # refuses a name that is there
+        os.link(aside, file)  # fails if the name exists
     except FileExistsError:
         raise
     except OSError:  # a file system without links
@@ -117,7 +137,7 @@ def _rename_to_new(aside: Path, file: Path) -> None:
 
 
 def free_bytes_at(path: Path) -> int:
-    """Bytes that are free on the disk of `path`, which need not be there yet."""
+    """Bytes that are free on the disk of `path`, which need not exist yet."""
     path = path.resolve()  # a link's target may be on another disk
     there = next(folder for folder in (path, *path.parents) if folder.is_dir())
     return shutil.disk_usage(there).free
@@ -128,37 +148,44 @@ def readable_size(size: float) -> str:
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Unless `folder` is not there yet, or is empty and can be replaced by a rename."""
+    """Refuses a `folder` that `complete_or_absent` must not or cannot replace by a rename.
+
+    Raises:
+        UserError: it is a file or not empty, a mounted file system, or the current folder. (If that
+            were replaced, the user's shell would go on in a folder that is deleted.)
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; give a new folder, or remove it first")
     if os.path.ismount(folder):
         raise UserError(f"{folder} is where a file system is mounted; give a new folder inside it")
+    if folder.exists() and folder.samefile("."):
+        raise UserError(f"{folder} is the current folder; give a new folder inside it")
 
 
 @contextmanager
 def complete_or_absent(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A private folder beside `folder` to fill, which takes its name when it is complete.
+    """A private folder to fill, which is renamed to `folder` when the block ends.
 
     Args:
-        folder: not there yet, or empty.
-        overwrite: `folder` may hold anything, all of which is removed in the end.
+        folder: it does not exist, or is empty.
+        overwrite: `folder` may hold anything. All of that is removed in the end.
 
     Raises:
-        RunError: another process filled `folder` meanwhile. What that one wrote stays.
-        OSError: it cannot be written. Nothing of it is left.
+        RunError: another process filled `folder` meanwhile. Its files stay.
+        OSError: it cannot be written. Nothing new is left.
     """
-    folder = folder.resolve()  # a link stays, and what it points to is written
+    folder = folder.resolve()  # a link stays a link, and its target is filled
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     aside = _private_name(folder, UNFINISHED)
     _being_written.add(aside)
     try:
         aside.mkdir()
-        if folder.exists():  # an empty one, that its owner may have made private
+        if folder.exists():  # its owner may have made it private
             shutil.copymode(folder, aside)
         with (aside / f"{LOCK}.new").open("x") as owner:
             lock(owner)
-            os.rename(owner.name, aside / LOCK)  # so that one with this name has been locked
+            os.rename(owner.name, aside / LOCK)  # a file with this name has always been locked
             yield aside
             (aside / LOCK).unlink()
         _publish(aside, folder, overwrite)
@@ -172,7 +199,7 @@ def _private_name(path: Path, ending: str) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What processes that were killed left of `folder`: their locks are open."""
+    """Removes unfinished folders whose lock is open, because their process was killed."""
     names = f"{glob.escape(folder.name[:40])}.*{UNFINISHED}"
     for aside in set(folder.parent.glob(names)) - _being_written:
         with suppress(OSError), (aside / LOCK).open("r+") as owner:

@@ -4,156 +4,28 @@
     python examples/chat.py --prompt "Who are you?"          one answer
     python examples/chat.py < questions.txt                  a conversation, a line a turn
 
-Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, Ctrl-D leaves; an error
+Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, Ctrl-D leaves. An error
 ends a conversation that is piped.
 """
 
 import argparse
-import json
-import sys
-from collections.abc import Iterator
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.formatted_text import ANSI
-from prompt_toolkit.output.defaults import create_output
-
-from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, render_within
-from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.load import load
-from deepseek_moe.decode.options import (
-    add_model_options,
-    add_sampling_options,
-    check_prompt,
-    noted_interrupts,
-    sampler_of,
-)
-from deepseek_moe.errors import UserError, exit_on_user_error
-from deepseek_moe.files import BUNDLED_CHAT, write_text
-
-HELP = """\
-/reset      forget the conversation
-/undo       forget the last question and its answer
-/save FILE  write the conversation as JSON; /save --overwrite FILE if it is there already
-/system     about system prompts
-/help       this list
-Ctrl-C stops an answer, Ctrl-D leaves."""
+from shared_options import add_model_options, add_sampling_options, ctrl_c_leaves
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Talks with a DeepSeek-MoE chat model.")
-    add_model_options(parser, BUNDLED_CHAT)
+    add_model_options(parser, bundled="tiny-chat")
     parser.add_argument("--prompt", help="ask this, print the answer, leave")
     add_sampling_options(parser, max_new_tokens=512)
     args = parser.parse_args()
-    if args.prompt is not None:
-        check_prompt(args.prompt)
+    with ctrl_c_leaves():  # these imports take seconds
+        from conversation import talk
 
-    sample = sampler_of(args)
-    model, tokenizer = load(args.model, args.dtype, args.device, args.quantization)
-    chat = Chat(Generator(model), tokenizer, args.max_new_tokens, sample)
-    if args.prompt is not None:
-        chat.ask(args.prompt)
-        return
-    interactive = sys.stdin.isatty()
-    if not interactive:  # other bytes than UTF-8 become a question that ask() refuses
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    for line in typed_lines() if interactive else sys.stdin:
-        try:
-            chat.turn(line.strip())
-        except UserError as error:
-            if not interactive:
-                raise
-            note(f"error: {error}")
-
-
-class Chat:
-    """A conversation with a model: its messages, and what can be done with them."""
-
-    def __init__(self, generator: Generator, tokenizer, max_new_tokens: int, sample) -> None:
-        self.generator, self.tokenizer, self.sample = generator, tokenizer, sample
-        self.max_new_tokens = max_new_tokens
-        # An answer may take up to half of the context; the conversation keeps the rest.
-        self.room = generator.context - min(max_new_tokens, generator.context // 2)
-        self.messages: list[Message] = []
-        self.dropped = 0
-
-    def turn(self, line: str) -> None:
-        """Answers a question, or does what a /command says."""
-        command, _, rest = line.partition(" ")
-        if command == "/reset":
-            self.messages, self.dropped = [], 0
-            note("the conversation is forgotten")
-        elif command == "/undo":
-            note("the last turn is forgotten" if self.messages else "there is nothing to undo")
-            del self.messages[-2:]
-        elif command == "/save":
-            self.save(rest.strip())
-        elif command == "/system":
-            note(NO_SYSTEM_PROMPT)
-        elif command == "/help":
-            note(HELP)
-        elif command.startswith("/"):
-            raise UserError(f"there is no command {command}; /help lists them")
-        elif line:
-            self.ask(line)
-
-    def ask(self, question: str) -> None:
-        """Streams the answer to stdout; Ctrl-C ends it early and keeps what was said. A question
-        that is refused is not kept."""
-        asked = [*self.messages, {"role": "user", "content": check_prompt(question)}]
-        ids, dropped = render_within(self.tokenizer, asked, self.room)
-        steps = self.generator.stream(
-            [ids], self.max_new_tokens, self.sample, {self.tokenizer.eos_token_id}
-        )
-        if dropped > self.dropped:
-            note(f"the context is full: the oldest {dropped} messages are no longer seen")
-        self.dropped = dropped
-        answer = ""
-        with noted_interrupts() as interrupted:
-            for piece in self.text(steps):
-                piece = piece if answer else piece.lstrip()
-                answer += piece
-                print(piece, end="", flush=True)
-                if interrupted:
-                    note(" (stopped)")
-                    break
-        print(flush=True)
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
-
-    def text(self, steps: Iterator[list[int | None]]) -> Iterator[str]:
-        stream = TextStream(self.tokenizer)
-        for (token,) in steps:
-            yield stream.add(token)
-
-    def save(self, name: str) -> None:
-        first, _, rest = name.partition(" ")
-        overwrite = first == "--overwrite"
-        name = rest.strip() if overwrite else name
-        if not name:
-            raise UserError("/save needs a file name")
-        text = json.dumps(self.messages, ensure_ascii=False, indent=2)
-        file = write_text(name, text + "\n", overwrite)
-        note(f"{len(self.messages)} messages are in {file}")
-
-
-def typed_lines() -> Iterator[str]:
-    """Lines from a terminal, with editing and history. Ctrl-C drops a line, Ctrl-D ends."""
-    note(HELP)
-    session = PromptSession(output=create_output(stdout=sys.stderr))
-    while True:
-        try:
-            yield session.prompt(ANSI("\x1b[1;32m> \x1b[0m"))
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return
-
-
-def note(text: str) -> None:
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{dim}{text}{plain}", file=sys.stderr)
+        from deepseek_moe.errors import exit_on_user_error
+    with exit_on_user_error():
+        talk(args)
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    main()

@@ -2,10 +2,10 @@
 
     python models/train_tiny.py --text novels.jsonl --season stories.jsonl --output models/tiny-base
 
-Text comes as .txt files (one document each) or JSON lines with a `text` field, .xz or not. Lines
-whose `split` is "val" or "test" are held out; "val" decides which step is kept, "test" is only
-reported. `--dense` trains the same model with a dense MLP of the active width in every layer, for
-comparison. The learning rate is warmed up, held, and falls to nothing over the last fifth.
+Text comes as .txt files (one document each) or as JSON lines with a `text` field, also as .xz.
+Lines whose `split` is "val" or "test" are held out: "val" decides which step is kept, and "test" is
+only reported. For comparison, `--dense` trains the same model with a dense MLP of the active width
+in every layer. The learning rate is warmed up, held, and falls to 0 over the last fifth.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from deepseek_moe import DeepseekConfig
 from deepseek_moe.errors import UserError, exit_on_user_error
 from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
 
-# Curly quotes and odd spaces would cost a vocabulary of 4096 dear.
+# Curly quotes and rare spaces would take too much of a vocabulary of 4,096.
 PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\xa0": " ", "\x0c": "\n"})
 
 
 def read_documents(files: list[Path]) -> list[tuple[str, str]]:
-    """(split, text) of every document; the split is "train" where a line names none."""
+    """Pairs (split, text) of every document. The split is "train" if a line names none."""
     documents = []
     for file in files:
         if not file.is_file():
@@ -74,7 +74,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> DeepseekTokenizer:
 
 
 class Corpus:
-    """Documents as one stream of ids, sampled in windows that start at a paragraph."""
+    """Documents as one stream of ids, from which windows are drawn that start at a paragraph."""
 
     def __init__(self, texts: list[str], tokenizer: DeepseekTokenizer, device: str) -> None:
         encoded = tokenizer(texts, add_special_tokens=False).input_ids
@@ -88,7 +88,7 @@ class Corpus:
         self.starts = torch.nonzero(paragraph).flatten()
 
     def sample(self, count: int, length: int) -> torch.Tensor:
-        """`count` windows [count, length], each BOS and then text from a paragraph's first word."""
+        """Windows [count, length]: each is BOS, then text from the beginning of a paragraph."""
         starts = self.starts[self.starts < len(self.ids) - length]
         picks = torch.randint(len(starts), (count,), device=starts.device)
         windows = self.ids[starts[picks, None] + torch.arange(length, device=starts.device)]
@@ -98,10 +98,10 @@ class Corpus:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, corpus: Corpus, length: int) -> dict:
-    """Loss in nats a token and bits a byte; each expert's picks over its even share."""
+    """The loss (nats a token, bits a byte), and each expert's picks divided by its even share."""
     model.eval()
     windows = []
-    for ids in corpus.documents:  # cut so that each token is predicted once
+    for ids in corpus.documents:  # windows overlap by one id: each is predicted once
         windows += [ids[i : i + length] for i in range(0, len(ids) - 1, length - 1)]
     nats, tokens, picks = 0.0, 0, 0
     for at in range(0, len(windows), 32):
@@ -125,13 +125,15 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, length: int) -> dict:
 
 
 def learning_rate(done: float, peak: float) -> float:
-    """`done` is the part of the training that is done, 0 to 1."""
+    """The rate when the share `done` (0 to 1) of the training is done."""
     return peak * min(1.0, done / 0.02, (1 - done) / 0.2)
 
 
 def train(model: torch.nn.Module, text: Corpus, season: Corpus, val: Corpus, args) -> list[dict]:
-    """Trains in bf16 with fp32 master weights (a bf16 weight is too coarse to add a small step to);
-    leaves the weights of the best evaluation in `model` and returns all evaluations."""
+    """Trains `model`, leaves the weights of its best evaluation in it, and returns all evaluations.
+
+    The optimizer keeps weights in fp32, because bf16 would round small steps away.
+    """
     weights = list(model.parameters())
     masters = [w.detach().float().clone().requires_grad_() for w in weights]
     matrices = [m for m in masters if m.ndim > 1]
@@ -168,17 +170,21 @@ def train(model: torch.nn.Module, text: Corpus, season: Corpus, val: Corpus, arg
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, args.learning_rate)
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(weights, masters)
+        copy_all(masters, weights)
         if (step + 1) % max(1, steps // args.evaluations) == 0 or step + 1 == steps:
             report = evaluate(model, val, args.length)
             log.append({"step": step + 1, "train_loss": loss.item(), "val_loss": report["loss"]})
             bar.set_postfix(train=f"{loss.item():.3f}", val=f"{report['loss']:.3f}")
             if report["loss"] < best:
                 best, best_weights = report["loss"], [w.detach().clone() for w in weights]
-    with torch.no_grad():
-        torch._foreach_copy_(weights, best_weights)
+    copy_all(best_weights, weights)
     return log
+
+
+@torch.no_grad()
+def copy_all(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -186,7 +192,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--season", type=Path, nargs="+", help="text that a small share comes from")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="a model in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in --output")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--tokens", type=float, default=200e6)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -235,7 +241,7 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    # grouped products want bf16 on the GPU; a CPU is faster in fp32
+    # Grouped products on a GPU need bf16. A CPU is faster in fp32.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).train()
     corpora = [Corpus(texts, tokenizer, device) for texts in (text, season, *part.values())]

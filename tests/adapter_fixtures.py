@@ -1,4 +1,4 @@
-"""What the tests of merge and export share: adapters, a tokenizer, what a folder computes."""
+"""What the tests of merging and exports share: adapters, a tokenizer, and a model's logits."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def add_tokenizer(folder: Path) -> None:
 
 
 def make_adapter(model: PreTrainedModel, folder: Path, scale: float = 0.1, **fields: Any) -> Path:
-    """An adapter as PEFT saves it, with random numbers in every tensor that trains."""
+    """Saves an adapter of PEFT, with random numbers in every tensor that trains."""
     torch.manual_seed(1)
     adapted = peft.get_peft_model(model, peft.LoraConfig(**fields))
     with torch.no_grad():

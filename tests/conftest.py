@@ -1,4 +1,4 @@
-"""What several test files share: small models in a blink, and the folders some tests need."""
+"""What several test files share: small models, and folders that some tests need."""
 
 import fcntl
 import os
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test has business on the network
-# Threads that wait leave their core to others: scripts are run with as many as there are cores.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+# Waiting threads leave their core to others, since scripts start as many as there are cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # kernels on the CPU; read when triton is imported, below
+if not torch.cuda.is_available():  # run kernels on the CPU; set before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from transformers.utils import logging
@@ -24,7 +24,8 @@ from transformers.utils import logging
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-# What DeepSpeed compiles for CPUs, once for each environment. Only `compile_extensions` writes it.
+# DeepSpeed's compiled extensions for CPUs, one copy in each environment, which only
+# `compile_extensions` writes.
 EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
 EXTENSIONS /= "deepseek_moe_tests"
 COMPILE = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
@@ -41,30 +42,28 @@ TINY = {
     "max_position_embeddings": 64,
     "bos_token_id": 0,
     "eos_token_id": 1,
-    "initializer_range": 0.3,  # wide: the router has clear favourites
-    "aux_loss_alpha": 0.1,  # a hundred times the official, to show in the gradients
+    "initializer_range": 0.3,  # wide, so that the router has clear favourites
+    "aux_loss_alpha": 0.1,  # 100 times the official value, so that the gradients show it
 }
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # small models: threads on a busy machine wait longer than they work
+torch.set_num_threads(1)  # small models are no faster on more threads, and slower on busy machines
 
 
 @pytest.fixture(autouse=True)
 def no_deepspeed_of_another_test() -> Iterator[None]:
-    """transformers keeps a config that was read, while anything refers to it, and divides every
-    model by it that is loaded then."""
+    """Makes transformers forget a DeepSpeed config, by which it would divide every later model."""
     yield
     if module := sys.modules.get("transformers.integrations.deepspeed"):
         module.unset_hf_deepspeed_config()
 
 
 def compile_extensions(folder: Path, code: str = COMPILE, timeout: float | None = None) -> None:
-    """Runs Python `code` that compiles extensions of torch in `folder`; waits for another process
-    that does so.
+    """Runs Python `code` that compiles extensions of torch in `folder`, one process at a time.
 
-    torch marks a compilation by a file `lock`. If it is killed, the file stays, and all that follow
-    wait for ever until somebody deletes it. The system's own lock, which ends with its process,
-    tells that nobody compiles, so that each such file is of a dead process.
+    torch marks a compilation by a file named lock. If the process is killed, that file stays, and
+    every later process waits for ever. Here a lock of the system, which ends with its process,
+    shows that nobody compiles, so that such files can be removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "compiling").open("w") as lock:
@@ -74,22 +73,22 @@ def compile_extensions(folder: Path, code: str = COMPILE, timeout: float | None 
         subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | environment,
-            pass_fds=[lock.fileno()],  # if this process is killed, it compiles on
+            pass_fds=[lock.fileno()],  # it goes on compiling if this process is killed
             check=True,
             timeout=timeout,
         )
 
 
 def remove_locks(folder: Path) -> None:
-    """Of torch's extensions in `folder`, which no process may be loading."""
+    """Removes torch's own locks in `folder`, which no process may be loading from."""
     for left in folder.glob("*/lock"):
         left.unlink()
 
 
 @pytest.fixture(scope="session")
 def session_extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DeepSpeed's extension for several processes on CPUs: compiled before any test is timed."""
-    if torch.cuda.is_available():  # of others, which DeepSpeed compiles at their first use
+    """DeepSpeed's extension for several processes on CPUs, compiled before any test is timed."""
+    if torch.cuda.is_available():  # DeepSpeed compiles its other extensions when they are used
         return EXTENSIONS
     compile_extensions(EXTENSIONS)
     copy = tmp_path_factory.mktemp("torch") / "extensions"
@@ -98,7 +97,7 @@ def session_extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def offload_extension(session_extensions: Path) -> None:
-    """What an offloaded optimizer needs too. Only a slow test does."""
+    """The extension of an offloaded optimizer, which only a slow test needs."""
     if not torch.cuda.is_available():
         compile_extensions(EXTENSIONS, COMPILE_OFFLOAD)
         ignore = shutil.ignore_patterns("lock")
@@ -107,10 +106,10 @@ def offload_extension(session_extensions: Path) -> None:
 
 @pytest.fixture
 def deepspeed_extensions(session_extensions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each test that starts DeepSpeed: its processes load what was compiled before.
+    """Lets the processes of a test that starts DeepSpeed load what was compiled before.
 
-    Loading takes torch's lock too. Here it is one of this session's own copy, in which tests run
-    one after another, so that it never outlives the test that was killed while it held it.
+    Loading takes torch's lock too, and a killed test leaves it. Each session therefore has its own
+    copy, in which tests run one after another, and the lock is removed before each of them.
     """
     if session_extensions != EXTENSIONS:
         remove_locks(session_extensions)
@@ -119,7 +118,7 @@ def deepspeed_extensions(session_extensions: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., DeepseekConfig]:
-    """Makes configs of a model that runs in milliseconds; keywords change its fields."""
+    """Makes configs of a model that runs in milliseconds. Keywords change its fields."""
 
     def make(**changes: Any) -> DeepseekConfig:
         return DeepseekConfig(**(TINY | changes))
@@ -129,7 +128,7 @@ def tiny_config() -> Callable[..., DeepseekConfig]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config: Callable[..., DeepseekConfig]) -> Callable[..., DeepseekForCausalLM]:
-    """Makes small models, in evaluation mode, that are equal for equal fields."""
+    """Makes small models in evaluation mode. Equal fields give equal weights."""
 
     def make(**changes: Any) -> DeepseekForCausalLM:
         torch.manual_seed(0)

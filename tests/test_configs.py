@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from option_fixtures import parse_arguments
 from text_fixtures import ROOT
 
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.modeling_deepseek import DeepseekMoE
-from deepseek_moe.training.arguments import parse_arguments, zero_stage
 
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 EVERY = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -60,12 +60,10 @@ def test_the_stage_is_the_named_one_and_stage_3_takes_a_moe_block_whole(file: Pa
 def test_a_block_that_would_overrule_an_option_is_refused(
     block: str, option: str, tmp_path: Path
 ) -> None:
-    config = json.loads(CONFIGS[0].read_text())
-    config[block] = {"type": "WarmupLR", "params": {}}
+    config = json.loads(CONFIGS[0].read_text()) | {block: {"type": "WarmupLR", "params": {}}}
     (tmp_path / "own.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"own.json has a block '{block}'.*{option}") as caught:
+    with pytest.raises(UserError, match=f"own.json has a block '{block}'.*{option}"):
         parse(tmp_path / "own.json")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +81,3 @@ def test_the_launcher_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK")
     with pytest.raises(UserError, match="deepspeed --num_gpus 1"):
         parse(CONFIGS[0])
-
-
-def test_the_stage_is_0_without_a_file() -> None:
-    assert zero_stage(parse_arguments(["--data_path", "x", "--output_dir", "o"])[2]) == 0

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from deepseek_moe.training.arguments import OLD_NAMES
+from finetune_options import OLD_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the tests of text share: both tokenizers and the bundled model, each loaded once."""
+"""What the tests of text share: both tokenizers and the bundled model, each loaded only once."""
 
 from functools import cache
 from pathlib import Path
@@ -13,9 +13,6 @@ from transformers import (
 )
 
 import deepseek_moe  # noqa: F401  (registers the model)
-
-# The models of the tests are no faster on more threads, and far slower where these are busy.
-torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "tiny-base"

@@ -1,9 +1,11 @@
-"""A file of completions that grows batch by batch, and that a repeated command goes on with.
+"""A file of completions that grows batch by batch, and with which a repeated command goes on.
 
-It holds JSON lines of a prompt and its completion each, in the order of the prompts. FILE.run.json
-beside it says what they were made with, so that nothing made otherwise gets in between.
+Each line is a JSON object of a prompt and its completion, in the order of the prompts. A file
+FILE.run.json beside it holds the settings that they were made with. A command with other settings
+is refused.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -11,27 +13,37 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from ..checkpoint import find_checkpoint, fingerprint
 from ..errors import RunError, UserError
-from ..files import check_writable, lock, write_aside
+from ..files import check_writable, describe_differences, lock, write_aside
 
-HASHED = (
-    "model",
-    "tokenizer",
-    "prompts",
-)
-"""Settings that are stored as hashes: messages only name them."""
+HASHED = ("model", "tokenizer", "prompts")
+"""Settings that are hashes, whose values say nothing to a reader."""
+
+
+def hash_inputs(model: str, prompts: Sequence[str]) -> dict[str, str]:
+    """The settings in HASHED. The model is a folder or a hub id."""
+    folder = find_checkpoint(model)
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    tokenizer = b"".join(file.read_bytes() for file in files if file.is_file())
+    return {
+        "model": fingerprint(folder),
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest()[:16],
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],
+    }
 
 
 class CompletionFile:
-    """What `file` holds of the completions of `prompts` with these `settings`.
+    """The completions of `prompts` that are in `file`, and a way to add more.
 
     Args:
-        settings: all that decides the completions, as JSON values.
+        settings: all that decides the completions, as JSON values: those of `hash_inputs`, and
+            the options.
         batch_size: a repeated command goes on after the last whole batch of this size.
-        overwrite: begin anew, whatever is there.
+        overwrite: begin anew, whatever the file holds.
 
     Raises:
-        UserError: something else is there, or no file can be.
+        UserError: the file holds something else, or cannot be written.
     """
 
     def __init__(
@@ -46,8 +58,8 @@ class CompletionFile:
         self.note = self.file.with_name(f"{self.file.name}.run.json")
         self.prompts, self.settings, self.batch_size = prompts, settings, batch_size
         self.overwrite = overwrite
-        self.done = 0  # prompts whose completions are in the file
-        self._size = 0  # bytes of these
+        self.done = 0  # how many prompts have their completion in the file
+        self._size = 0  # bytes of these completions
         self._stream: IO[bytes] | None = None
         if not overwrite:
             self._find()
@@ -62,7 +74,7 @@ class CompletionFile:
         return f"repeat the command{' without --overwrite' if self.overwrite else ''} to go on"
 
     def start(self) -> None:
-        """Claims the file for this process, and cuts off what an interrupted write left.
+        """Claims the file for this process, and cuts off the rest of an interrupted write.
 
         Raises:
             UserError: another process is writing to it, or it cannot be written.
@@ -70,7 +82,7 @@ class CompletionFile:
         try:
             self._stream = self.file.open("a+b", buffering=0)
             lock(self._stream)
-            if not self.overwrite:  # it may have grown since it was looked at
+            if not self.overwrite:  # another process may have written since __init__
                 self._find()
             self._stream.truncate(self._size)
             content = json.dumps({"settings": self.settings}, indent=2)
@@ -86,17 +98,17 @@ class CompletionFile:
             ) from error
 
     def add(self, completions: Sequence[str]) -> None:
-        """Appends those of the next prompts, and returns when they are on the disk.
+        """Appends the completions of the next prompts, and returns when they are on the disk.
 
         Raises:
-            RunError: they cannot be written. What was there before stays.
+            RunError: they cannot be written. The completions before them stay.
         """
         pairs = zip(self.prompts[self.done :], completions, strict=False)
         rows = [json.dumps(self._row(*pair), ensure_ascii=False) + "\n" for pair in pairs]
         data = memoryview("".join(rows).encode())
         left = data
         try:
-            while left:  # a disk that becomes full takes a part first
+            while left:  # a disk that becomes full takes a part before it fails
                 left = left[self._stream.write(left) :]
             os.fsync(self._stream.fileno())
         except OSError as error:
@@ -116,15 +128,15 @@ class CompletionFile:
         return {"prompt": prompt, "completion": completion}
 
     def _find(self) -> None:
-        """Counts the completions that are there. Those after the last whole batch are made again,
-        so that batches, and what is drawn for them, are those of an uninterrupted run."""
+        """Counts the completions that stay. Those after the last whole batch are made again, so
+        that the batches and their random draws equal those of an uninterrupted run."""
         data = self._read()
         if not data and not self.note.exists():
             return
         found = self._read_note()
         if data:
             self._refuse_others(found)
-        lines = data.split(b"\n")[:-1]  # what follows the last line break is half of a line
+        lines = data.split(b"\n")[:-1]  # without the part after the last line break
         for number, line in enumerate(lines):
             if not self._is_of(line, number):
                 raise UserError(
@@ -139,7 +151,7 @@ class CompletionFile:
     def _read(self) -> bytes:
         if self._stream is None:
             return self.file.read_bytes() if self.file.exists() else b""
-        # To open the file once more and close it would give up the lock of this process.
+        # Opening and closing the file once more would give up the lock of this process.
         self._stream.seek(0)
         return self._stream.readall()
 
@@ -154,17 +166,11 @@ class CompletionFile:
             ) from error
 
     def _refuse_others(self, found: dict[str, Any]) -> None:
-        keys = list(dict.fromkeys([*found, *self.settings]))
-        differ = [key for key in keys if found.get(key) != self.settings.get(key)]
+        differ = describe_differences(found, self.settings, HASHED)
         if differ:
-            shown = [
-                f"other {key}" if key in HASHED
-                else f"{key}: {found.get(key)} there, {self.settings.get(key)} now"
-                for key in differ
-            ]  # fmt: skip
             raise UserError(
-                f"{self.file} holds completions of another command ({'; '.join(shown)}); repeat "
-                "that one, give another --output_file, or add --overwrite"
+                f"{self.file} holds completions of another command ({'; '.join(differ.values())}); "
+                "repeat that one, give another --output_file, or add --overwrite"
             )
 
     def _is_of(self, line: bytes, number: int) -> bool:

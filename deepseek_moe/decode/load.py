@@ -1,17 +1,18 @@
 """From a folder or a hub id to a model that is ready to generate, and its tokenizer.
 
-transformers' `from_pretrained` does the work. What is here looks before: weights that are broken or
-that cannot fit are refused before any is read.
+transformers' `from_pretrained` loads the weights. This module first refuses those that are broken
+or do not fit into memory.
 """
 
+import math
 from pathlib import Path
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..checkpoint import DTYPES, find_checkpoint, own_tokenizer
-from ..errors import UserError, as_user_error, first_words
+from ..errors import UserError, as_user_error
 from ..kernels.int_weights import BITS
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import weight_files
@@ -33,11 +34,11 @@ def load(
         dtype: float32, bfloat16, float16; auto takes the checkpoint's on a GPU. On a CPU auto takes
             float32 (faster there than bfloat16 on most) if it fits, else bfloat16.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
-        quantization: int8 or int4 quantises the weights of the layers, and the head's to int8,
-            while they are read (int_quantizer.py); None leaves them as they are.
+        quantization: int8 or int4 quantises the weights of the layers while they are read
+            (int_quantizer.py), and the head to int8; None leaves them as they are.
 
     Raises:
-        UserError: one line that says what was found and what to do.
+        UserError: an argument or the checkpoint cannot be used, or memory is too small.
     """
     if quantization is not None and quantization not in BITS:
         raise UserError(f"quantization {quantization} is unknown; use {' or '.join(BITS)}")
@@ -57,7 +58,7 @@ def load(
             return numbers * number_type.itemsize
         return packed_bytes(numbers, config, BITS[quantization], number_type)
 
-    tokenizer = own_tokenizer(folder)  # before the weights, which take longer
+    tokenizer = own_tokenizer(folder)  # first, since the weights take longer
     number_type = DTYPES.get(dtype) or _auto_dtype(place, size(torch.float32), config.dtype)
     _refuse_too_little_memory(size(number_type), quantization or str(number_type), place)
     options = {"quantization_config": PackingConfig(BITS[quantization])} if quantization else {}
@@ -74,18 +75,15 @@ def load(
 
 
 def _count_numbers(folder: Path) -> int:
-    """How many numbers the weight files hold; opening them proves that they are whole."""
+    """How many numbers the weight files hold. Opening a file also checks that it is whole."""
     count = 0
     for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    shape = tensors.get_slice(name).get_shape()
-                    count += torch.Size(shape).numel()
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file} is truncated or corrupt ({first_words(error)}); get it anew"
-            ) from error
+        with (
+            as_user_error(f"{file} is truncated or corrupt", "get it anew"),
+            safe_open(file, framework="pt") as tensors,
+        ):
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                count += math.prod(tensors.get_slice(name).get_shape())
     return count
 
 
@@ -96,27 +94,24 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError:
         place = torch.device("meta")
-    if place.type not in ("cpu", "cuda", "mps"):
+    mps = int(torch.backends.mps.is_available())
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps}.get(place.type)
+    if found is None:
         raise UserError(f"device {device} is unknown; use auto, cpu or cuda")
-    if place.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device {device} was asked for, but is not there; use cpu")
-    if place.type == "cuda":
-        found = torch.cuda.device_count()
-        place = torch.device("cuda", place.index or 0)
-        if place.index >= found:
-            raise UserError(f"device {device} was asked for, but {found} GPUs were found; use cpu")
-    return place
+    if (place.index or 0) >= found:
+        raise UserError(f"device {device} was asked for, but {found} GPUs were found; use cpu")
+    return torch.device("cuda", place.index or 0) if place.type == "cuda" else place
 
 
 def _auto_dtype(device: torch.device, need: int, stored: torch.dtype | None) -> torch.dtype:
-    """`need`: bytes of the weights as float32."""
+    """float32 on a CPU that has `need` bytes free for it, else bfloat16; on a GPU as `stored`."""
     if device.type != "cpu":
         return stored or torch.bfloat16
     return torch.float32 if need < _free_memory(device) else torch.bfloat16
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """In bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -125,8 +120,7 @@ def _free_memory(device: torch.device) -> int:
 def _refuse_too_little_memory(need: int, stored_as: str, device: torch.device) -> None:
     free = _free_memory(device)
     if need > free:
-        packed = stored_as in BITS
-        smaller = "" if packed else "--dtype bfloat16, --quantization int4, "
+        smaller = "" if stored_as in BITS else "--dtype bfloat16, --quantization int4, "
         raise UserError(
             f"the weights need {need / 1e9:.1f} GB as {stored_as.removeprefix('torch.')}, but "
             f"{device} has {free / 1e9:.1f} GB free; use {smaller}"

@@ -1,17 +1,17 @@
 """Puts together what trains: the base in its precision, adapters, and the GPU's functions."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
-from ..model.modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
+from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import FineTuningArguments, ModelArguments, split_commas, zero_stage
-from .compute.grouped_experts import GROUPED as EXPERTS
+from .compute.grouped_experts import GROUPED, RECOMPUTED
 from .compute.liger import use_fused_forwards
 from .quantized_base import Quantization
 from .trainable import adapt, saved_whole
@@ -25,39 +25,11 @@ def build_model(
     Weights that train are fp32 and computed with in bf16 if asked; bf16 where DeepSpeed keeps fp32
     copies of its own, or with --single_gpu_full. Frozen ones are bf16 where --bf16, or quantised.
     """
-    keeps_fp32 = not (training.deepspeed or training.single_gpu_full)
-    low = torch.bfloat16 if training.bf16 else torch.float32
-    some_train = options.use_lora or options.trainable
-    dtype = low if some_train or not keeps_fp32 else torch.float32
-    wanted: dict[str, Any] = {}
-    quantization = None
-    if options.bits != 16:
-        dtype_name = str(dtype).removeprefix("torch.")
-        quantization = Quantization(
-            options.bits, options.quant_type, options.double_quant, dtype_name
-        )
-        wanted["quantization_config"] = quantization.config(_left_alone(folder, options))
-    if zero_stage(training) != 3:  # which places the weights by itself
-        wanted["device_map"] = {"": training.device}
-    with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):
-        model = DeepseekForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=options.attention(dtype),
-            experts_implementation=EXPERTS,
-            use_safetensors=True,
-            **wanted,
-        )
+    model = _load_base(folder, options, training)
     model.config.use_cache = False
     model = adapt(model, options)
-    if keeps_fp32:  # PEFT casts adapters, but not `modules_to_save`
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    model.base_quantization = quantization
-    for module in model.modules():
-        if isinstance(module, DeepseekExperts):
-            module.recompute = options.recompute_experts
+    if _keeps_fp32(training):
+        _cast_trained_to_fp32(model)
     if zero_stage(training) == 3:
         # DeepSpeed 0.19 lets weights go too soon where nothing before a mixture has a gradient.
         model.enable_input_require_grads()
@@ -66,9 +38,49 @@ def build_model(
     return model
 
 
+def quantization_of(options: ModelArguments, training: FineTuningArguments) -> Quantization | None:
+    """How the base is stored under the adapters; None if it is not quantised."""
+    if options.bits == 16:
+        return None
+    dtype = str(_loaded_dtype(options, training)).removeprefix("torch.")
+    return Quantization(options.bits, options.quant_type, options.double_quant, dtype)
+
+
+def _keeps_fp32(training: FineTuningArguments) -> bool:
+    """Whether the weights that train are kept in fp32 by the model itself."""
+    return not (training.deepspeed or training.single_gpu_full)
+
+
+def _loaded_dtype(options: ModelArguments, training: FineTuningArguments) -> torch.dtype:
+    if not training.bf16:
+        return torch.float32
+    all_train = not (options.use_lora or options.trainable)
+    return torch.float32 if all_train and _keeps_fp32(training) else torch.bfloat16
+
+
+def _load_base(
+    folder: Path, options: ModelArguments, training: FineTuningArguments
+) -> DeepseekForCausalLM:
+    dtype = _loaded_dtype(options, training)
+    wanted = {
+        "dtype": dtype,
+        "attn_implementation": options.attention(dtype),
+        "experts_implementation": RECOMPUTED if options.recompute_experts else GROUPED,
+        "use_safetensors": True,
+    }
+    if quantization := quantization_of(options, training):
+        wanted["quantization_config"] = quantization.config(_left_alone(folder, options))
+    if zero_stage(training) != 3:  # Stage 3 places the weights by itself.
+        wanted["device_map"] = {"": training.device}
+    with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):
+        return DeepseekForCausalLM.from_pretrained(folder, **wanted)
+
+
 def _left_alone(folder: Path, options: ModelArguments) -> list[str]:
-    """The full names of the modules with weights that `--modules_to_save` means or that are in one
-    of those: a whole layer's name would be the beginning of others'."""
+    """Full names of every weight-bearing module inside `--modules_to_save`, which is not quantised.
+
+    The names of modules around them would not do: bitsandbytes matches names by their beginnings.
+    """
     if not options.modules_to_save:
         return []
     with torch.device("meta"):
@@ -80,3 +92,10 @@ def _left_alone(folder: Path, options: ModelArguments) -> list[str]:
         for one, module in model.named_modules()
         if f"{one}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
     ]
+
+
+def _cast_trained_to_fp32(model: nn.Module) -> None:
+    """PEFT does so with adapters, but not with the copies of `--modules_to_save`."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""The room on a disk that a fine-tuning run needs, reckoned before any weight is loaded."""
+"""The room on a disk that a fine-tuning run needs, known before any weight is loaded."""
 
 import math
 from contextlib import suppress
@@ -17,7 +17,8 @@ from .saving import INCOMPLETE
 
 @dataclass
 class DiskNeed:
-    """Bytes that a run writes: each checkpoint, how many it saves and keeps, and its result."""
+    """What a run writes: the bytes of a checkpoint, how many checkpoints it saves and keeps, and
+    the bytes of its result."""
 
     checkpoint: float
     saved: int
@@ -25,10 +26,10 @@ class DiskNeed:
     result: float
 
     def least(self, resumes: bool = False) -> float:
-        """What must be free at the start, if old checkpoints are moved elsewhere in good time.
+        """The bytes that must be free at the start, if old checkpoints are moved away in time.
 
-        Where only the newest is kept, the one before it stays until the newest is complete. A run
-        that `resumes` has one already.
+        A run that keeps only the newest checkpoint has two while it saves. A run that `resumes` has
+        one already.
         """
         one = self.checkpoint * min(1, self.saved)
         if self.kept > 1:
@@ -39,12 +40,12 @@ class DiskNeed:
 
     @property
     def total(self) -> float:
-        """The most that is there at once if nothing is moved."""
+        """The most bytes that are there at once if nothing is moved."""
         while_saving = self.checkpoint * min(self.saved, self.kept + 1)
         return max(while_saving, self.checkpoint * self.kept + self.result)
 
     def compared_with(self, output: Path) -> str:
-        """One line: what the run needs, and what the disk of `output` has."""
+        """One line that says what the run needs and what is free on the disk of `output`."""
         kept = "no checkpoint"
         if self.kept:
             kept = f"{self.kept} x {readable_size(self.checkpoint)} of checkpoints"
@@ -54,8 +55,7 @@ class DiskNeed:
     def refuse_too_small(self, output: Path, resumes: bool = False) -> None:
         """
         Raises:
-            UserError: the disk of `output` cannot hold a checkpoint and the result, or two
-                checkpoints where only the newest is kept.
+            UserError: the disk of `output` has less than `least` free.
         """
         free = free_bytes(output)
         least = self.least(resumes)
@@ -77,12 +77,12 @@ def disk_need(
     steps: int,
     steps_in_epoch: int,
 ) -> DiskNeed:
-    """What a run of `steps` steps over `model` (on meta, with its adapters) writes.
+    """What a run of `steps` steps writes that trains `model` (on meta, with its adapters).
 
-    A checkpoint holds the weights (of LoRA those of the adapters) as training keeps them, and the
+    A checkpoint holds the weights as training keeps them (with LoRA only the adapters) and the
     optimizer's states. Under DeepSpeed it also holds fp32 copies of what trains and, below stage 3,
-    what computes a second time. The result is the adapter, or the whole model in the base's dtype,
-    which is taken to be bf16.
+    all weights a second time. The result is the adapter, or the whole model in the base's dtype,
+    which is assumed to be bf16.
     """
     low = 2 if training.bf16 else 4
     number = sum(full_shape(p).numel() for p in model.parameters())
@@ -104,7 +104,7 @@ def disk_need(
 
 
 def _numbers_of_base(model: nn.Module) -> int:
-    """Without adapters, and without the copies that train in the place of saved modules."""
+    """How many numbers the base has. Adapters and copies of `--modules_to_save` do not count."""
     return sum(
         full_shape(parameter).numel()
         for name, parameter in model.named_parameters()
@@ -113,7 +113,7 @@ def _numbers_of_base(model: nn.Module) -> int:
 
 
 def _checkpoints(training: FineTuningArguments, steps: int, steps_in_epoch: int) -> int:
-    """How many checkpoints a run saves; the last step has one too."""
+    """How many checkpoints a run saves. There is always one after the last step."""
     if training.save_strategy == "no":
         return 0
     every = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
@@ -123,10 +123,10 @@ def _checkpoints(training: FineTuningArguments, steps: int, steps_in_epoch: int)
 
 
 def free_bytes(output: Path) -> int:
-    """Bytes that a run in `output`, which need not be there yet, can write."""
-    # What an interrupted save has left is removed before anything is written.
+    """The bytes that a run can write into `output`, which need not be there yet."""
+    # The run removes what an interrupted save has left before it writes anything.
     left_over = 0
     for file in (output / INCOMPLETE).rglob("*"):
-        with suppress(FileNotFoundError):  # the first process removes it meanwhile
+        with suppress(FileNotFoundError):  # The first process may remove it meanwhile.
             left_over += file.stat().st_size
     return free_bytes_at(output) + left_over

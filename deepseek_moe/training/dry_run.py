@@ -1,6 +1,6 @@
-"""What a fine-tuning run would do and take on a GPU, reckoned before any weight is loaded.
+"""What a fine-tuning run would do, and the memory that it would take, without loading a weight.
 
-A step passes these peaks, on top of weights and optimizer states, which always stay:
+Weights and optimizer states stay all the time. A step adds to them one of these peaks:
 
 - the loss: what layers keep (with checkpointing their inputs), and what the head computes with
 - the start of the backward pass: what layers keep, and what the last one computes with
@@ -8,12 +8,12 @@ A step passes these peaks, on top of weights and optimizer states, which always 
 - the optimizer's step: all gradients
 - evaluation: the logits of a batch, and those of a row in fp32
 
-With --single_gpu_full, where each weight is stepped in the backward pass, there are only the first
-two, with the gradient of one tensor.
+With --single_gpu_full each weight is stepped in the backward pass. Then there are only the first
+two peaks and evaluation, with the gradient of one tensor.
 
-Letters: T tokens a device and micro-batch, K experts a token, D hidden size, F expert width,
-S shared experts, R rank, V vocabulary. What is kept is what the code saves for the backward pass;
-the constants were fitted to what `benchmarks/memory.py` and `benchmarks/train.py` measure.
+Layers keep what the code saves for the backward pass. The constants below were fitted to figures
+that `benchmarks/memory.py` and `benchmarks/train.py` measured. Letters: K experts a token, D hidden
+size, F expert width. Tokens are those of a device and micro-batch.
 """
 
 import math
@@ -29,19 +29,19 @@ from torch import nn
 from ..kernels.training.torch_ops import ADAMW_BLOCK
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.modeling_deepseek import DeepseekForCausalLM
-from .arguments import FineTuningArguments, ModelArguments, deepspeed_settings
+from .arguments import FineTuningArguments, ModelArguments, deepspeed_settings, optimizer_name
 from .quantized_base import full_shape
 from .trainable import adapt, parameter_table
 
-LOGITS = 0.5  # bytes a logit: they are there piece by piece, fused with the loss
-IN_BACKWARD = 2 * (1 + 4 / ADAMW_BLOCK)  # bytes a weight of averages in 8 bits, with their scales
-HEAD = 10  # bytes a weight of the head, for its gradient, which the loss computes
+LOGITS = 0.5  # bytes a logit: the fused loss has only a part of them at a time
+IN_BACKWARD = 2 * (1 + 4 / ADAMW_BLOCK)  # bytes a weight: two averages in 8 bits, and their scales
+HEAD = 10  # bytes a weight of the head: the loss computes its gradient
 
 
 @dataclass
 class Memory:
-    """Bytes a device at the highest of the peaks; CUDA itself takes about 0.5 GB more. Activations
-    are what comes and goes: ZeRO's buckets and weights unpacked for computing too."""
+    """Bytes of a device at the highest peak. CUDA itself takes about 0.5 GB more. `activations` are
+    all that comes and goes, ZeRO's buckets and dequantised weights included."""
 
     weights: float
     optimizer: float
@@ -54,7 +54,11 @@ class Memory:
 
 
 def meta_model(folder: Path, options: ModelArguments) -> nn.Module:
-    """The model that would train, adapters and all, without its numbers."""
+    """The model that would train, with its adapters, on the meta device.
+
+    Raises:
+        UserError: `options` name what cannot train.
+    """
     with torch.device("meta"):
         return adapt(DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder)), options)
 
@@ -62,7 +66,8 @@ def meta_model(folder: Path, options: ModelArguments) -> nn.Module:
 def estimate(
     model: nn.Module, options: ModelArguments, training: FineTuningArguments, tokens: int
 ) -> Memory:
-    """The peak of a step with `tokens` tokens a device and micro-batch, padding included."""
+    """The memory at the peak of a step. `tokens` are those of a device and micro-batch, padding
+    included."""
     if training.single_gpu_full:
         return _estimate_in_backward(model, options, training, tokens)
     config, low = model.config, 2 if training.bf16 else 4
@@ -72,19 +77,19 @@ def estimate(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(_stored(name, p, options, training, low) for name, p in model.named_parameters())
     copies = _computing_copies(model, options, training, low)
-    if stage:  # bf16 gradients and fp32 weights and states, divided among the ranks
+    if stage:  # The ranks divide the bf16 gradients and the fp32 weights and states.
         off = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         optimizer = 0 if off else 12 * trained / ranks
         gradients = trained * low / ranks * (0 if off else 1)
         at_once = min(trained / ranks, zero.get("sub_group_size", 1e9) if stage == 3 else math.inf)
-        stepping = 0 if off else (low + 4) * at_once  # gradients in one piece, and that in fp32
+        stepping = 0 if off else (low + 4) * at_once  # gradients in one piece, and again in fp32
         largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
-        stepping += 8 * largest / ranks  # whose norm is taken in fp64
+        stepping += 8 * largest / ranks  # Its norm is taken in fp64.
         copies += bucket_numbers(zero, config.hidden_size) * low
         if stage == 3:
             weights = 0 if zero.get("offload_param") else weights / ranks
             live = min(zero.get("stage3_max_live_parameters", 1e9), number)
-            copies += 2 * low * live  # and as much on its way
+            copies += 2 * low * live  # As much again is on its way.
     else:
         optimizer, gradients, stepping = optimizer_bytes(training) * trained, 4 * trained, 0
     kept, layer, temporary = _activations(config, options, training, low)
@@ -107,17 +112,17 @@ def optimizer_bytes(training: FineTuningArguments) -> float:
     """Bytes that the optimizer keeps for each trained weight."""
     if training.single_gpu_full:
         return IN_BACKWARD
-    name = str(getattr(training.optim, "value", training.optim))
+    name = optimizer_name(training)
     if "8bit" in name:
         return IN_BACKWARD
     return 0 if name == "sgd" else 8
 
 
 def bucket_numbers(zero: dict[str, Any], hidden_size: int) -> float:
-    """Numbers in ZeRO's buckets for gradients on their way: one that is filled and one that is
-    sent, which stage 2 has only with overlap_comm."""
+    """How many numbers ZeRO's buckets of gradients hold. One bucket is filled; another one is sent,
+    which stage 2 has only with overlap_comm."""
     size = zero.get("reduce_bucket_size", 5e8)
-    size = hidden_size**2 if size == "auto" else size  # as transformers decides
+    size = hidden_size**2 if size == "auto" else size  # transformers decides so.
     return size * (2 if zero["stage"] == 3 or zero.get("overlap_comm") else 1)
 
 
@@ -140,8 +145,7 @@ def _estimate_in_backward(
 
 
 def _logits(config: DeepseekConfig, training: FineTuningArguments, tokens: int, low: int) -> float:
-    """Bytes of the logits of a batch that is evaluated, and of one of its rows in fp32, with their
-    softmax."""
+    """Bytes of the logits of an evaluated batch, and of one row in fp32 with its softmax."""
     if training.eval_strategy == "no":
         return 0.0
     length = tokens / training.per_device_train_batch_size
@@ -151,8 +155,8 @@ def _logits(config: DeepseekConfig, training: FineTuningArguments, tokens: int, 
 def _activations(
     config: DeepseekConfig, options: ModelArguments, training: FineTuningArguments, low: int
 ) -> tuple[float, float, float]:
-    """Bytes a token: what all layers keep for the backward pass, what one of them does, and what
-    the backward pass of its experts takes beside that."""
+    """Bytes a token: (what all layers keep for the backward pass, what one layer keeps, what the
+    backward pass of its experts needs beside)."""
     K, D, F = config.num_experts_per_tok or 1, config.hidden_size, config.moe_intermediate_size
     shared = (config.n_shared_experts or 0) * F
     keeps_fp32 = not (options.use_lora or training.deepspeed or training.single_gpu_full)
@@ -161,7 +165,7 @@ def _activations(
     layer = 2 * D * stream + 4 * D * low + 2 * shared * low
     layer += 0 if options.recompute_experts else K * 2 * F * low
     layer += (2 * D + shared) * low  # inputs of linears and experts
-    if options.use_lora and options.lora_dropout:  # and what is kept of them
+    if options.use_lora and options.lora_dropout:  # the masks of dropout on these inputs
         layer += 4 * D + shared
     if options.use_lora:  # x A of experts
         layer += 2 * K * (options.lora_rank or 0) * low
@@ -174,17 +178,17 @@ def _activations(
 def _computing_copies(
     model: nn.Module, options: ModelArguments, training: FineTuningArguments, low: int
 ) -> float:
-    """Bytes of weights unpacked or cast for computing, with gradients of the same size."""
+    """Bytes of weights that are dequantised or cast for computing."""
     stacks = [
         full_shape(p).numel()
         for name, p in model.named_parameters()
-        if name.endswith(("gate_up_proj", "down_proj"))  # within PEFT's wrappers too
+        if name.endswith(("gate_up_proj", "down_proj"))  # inside of PEFT's wrappers too
     ]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = model.config.num_hidden_layers if training.gradient_checkpointing else 1
-    unpacked = max(stacks, default=0) * low if options.bits != 16 else 0
-    cast = training.bf16 and not training.deepspeed  # fp32 weights, kept as bf16 by autograd
-    return unpacked + (trained * low / layers if cast else 0)
+    dequantised = max(stacks, default=0) * low if options.bits != 16 else 0
+    cast = training.bf16 and not training.deepspeed  # Autograd keeps fp32 weights as bf16.
+    return dequantised + (trained * low / layers if cast else 0)
 
 
 def _stored(
@@ -194,7 +198,7 @@ def _stored(
     training: FineTuningArguments,
     low: int,
 ) -> float:
-    """Bytes of a parameter where it is kept for computing."""
+    """Bytes of a parameter as training keeps it."""
     if parameter.requires_grad:
         return parameter.numel() * (low if training.deepspeed else 4)
     linear = ".layers." in name and "_proj" in name and "original_module" not in name
@@ -207,39 +211,23 @@ def _stored(
 
 
 def print_dry_run(
+    model: nn.Module,
     folder: Path,
     options: ModelArguments,
     training: FineTuningArguments,
     lengths: list[int],
     disk: str,
 ) -> None:
-    """Prints what a run over rows of `lengths` tokens would do, to stdout; `disk` is what it would
-    write."""
-    model = meta_model(folder, options)
-    step, steps = rows_in_step(training), count_steps(training, len(lengths))
+    """Prints to stdout what a run would do.
+
+    Args:
+        model: that of `meta_model`.
+        folder: where the base model is.
+        lengths: the tokens of each row.
+        disk: what the run would write.
+    """
     console = Console(width=100)
-    clip = training.max_grad_norm
-    settings = {
-        "model": folder,
-        "method": _method(options, training),
-        "rows": f"{len(lengths):,} of at most {max(lengths):,} tokens, {sum(lengths):,} in all",
-        "steps": f"{steps:,} of {step} rows",
-        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}, "
-        f"{training.get_warmup_steps(steps)} steps of warm-up",
-        "a step": f"{training.per_device_train_batch_size} rows x "
-        f"{training.gradient_accumulation_steps} x {max(1, training.world_size)} device(s)",
-        "optimizer": f"{getattr(training.optim, 'value', training.optim)}, gradients "
-        f"{f'clipped at {clip:g}' if clip else 'not clipped'}, weight decay "
-        f"{training.weight_decay:g}",
-        "computing in": "bf16" if training.bf16 else "fp32",
-        "recomputing layers": "yes" if training.gradient_checkpointing else "no",
-        "seed": training.seed,
-        "checkpoints": f"by {training.save_strategy.value}, every {training.save_steps:g}"
-        if training.save_strategy == "steps"
-        else f"by {training.save_strategy.value}",
-        "output": training.output_dir,
-        "disk": disk,
-    }
+    settings = _settings(folder, options, training, lengths) | {"disk": disk}
     console.print(_table("settings", [], [(key, str(value)) for key, value in settings.items()]))
     console.print(trainable_table(model))
     tokens = training.per_device_train_batch_size * max(lengths)
@@ -255,6 +243,32 @@ def print_dry_run(
         console.print(f"it {fits} the GPU here: {free / 1e9:.1f} of {there / 1e9:.1f} GB are free")
 
 
+def _settings(
+    folder: Path, options: ModelArguments, training: FineTuningArguments, lengths: list[int]
+) -> dict[str, object]:
+    """What a run is told to do, by the words of the dry run."""
+    steps, clip = count_steps(training, len(lengths)), training.max_grad_norm
+    every = f", every {training.save_steps:g}" if training.save_strategy == "steps" else ""
+    return {
+        "model": folder,
+        "method": _method(options, training),
+        "rows": f"{len(lengths):,} of at most {max(lengths):,} tokens, {sum(lengths):,} in all",
+        "steps": f"{steps:,} of {rows_in_step(training)} rows",
+        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}, "
+        f"{training.get_warmup_steps(steps)} steps of warm-up",
+        "a step": f"{training.per_device_train_batch_size} rows x "
+        f"{training.gradient_accumulation_steps} x {max(1, training.world_size)} device(s)",
+        "optimizer": f"{optimizer_name(training)}, gradients "
+        f"{f'clipped at {clip:g}' if clip else 'not clipped'}, weight decay "
+        f"{training.weight_decay:g}",
+        "computing in": "bf16" if training.bf16 else "fp32",
+        "recomputing layers": "yes" if training.gradient_checkpointing else "no",
+        "seed": training.seed,
+        "checkpoints": f"by {training.save_strategy.value}{every}",
+        "output": training.output_dir,
+    }
+
+
 def rows_in_step(training: FineTuningArguments) -> int:
     batch = training.per_device_train_batch_size * max(1, training.world_size)
     return batch * training.gradient_accumulation_steps
@@ -267,14 +281,14 @@ def steps_in_epoch(training: FineTuningArguments, rows: int) -> int:
 
 
 def count_steps(training: FineTuningArguments, rows: int) -> int:
-    """The steps of a run over so many rows."""
+    """The steps of a run over so many `rows`."""
     if training.max_steps > 0:
         return training.max_steps
     return math.ceil(steps_in_epoch(training, rows) * training.num_train_epochs)
 
 
 def trainable_table(model: nn.Module) -> Table:
-    """How many parameters of each kind there are and train."""
+    """A table of how many parameters of each kind there are, and how many of them train."""
     rows = [(kind, f"{n:,}", f"{t:,}", f"{t / n:.2%}") for kind, n, t in parameter_table(model)]
     return _table("parameters", ["", "all", "trained", ""], rows)
 

@@ -1,6 +1,6 @@
 """Checked rows -> examples -> padded or packed batches.
 
-What the model reads is made by `chat.render`, for training as for chatting.
+`chat.render` makes what the model reads, in training as in a chat.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .. import chat
-from ..errors import UserError
+from ..errors import UserError, unwrap_cache_error
 from ..model.configuration_deepseek import DeepseekConfig
-from .rows import column, digest, good_rows, read_rows, unwrap_cache_error
+from .rows import FORMAT_VERSION, cache_key, column, digest, good_rows, read_rows
 
-IGNORED = -100  # the label that no loss counts
-ROWS_PER_PROCESS = 2000  # below, starting a process takes longer than it saves
+IGNORED = -100  # a label that the loss leaves out
+ROWS_PER_PROCESS = 2000  # for fewer rows, starting a process takes longer than it saves
 MAX_PROCESSES = 16
 
 TOKENS = {"input_ids": List(Value("int32")), "trained": List(Value("int8"))}
@@ -40,15 +40,15 @@ PACKED = Features(
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows: rows = bad + dropped + kept, and cut ones are among the kept."""
+    """What became of the rows: rows = bad + dropped + kept. The cut ones are among the kept."""
 
     rows: int
     bad: int  # left out because of an error
-    dropped: int  # left out because the prompt fills max_length: nothing to train on remains
-    cut: int  # longer than max_length: their end, the EOS with it, is gone
+    dropped: int  # left out because the prompt fills max_length, so that no answer remains
+    cut: int  # longer than max_length, so that their end is missing, and EOS with it
     kept: int
     tokens: int
-    trained: int  # tokens of answers, their EOS included
+    trained: int  # tokens of answers, with their EOS
     max_length: int
 
     def __str__(self) -> str:
@@ -70,35 +70,31 @@ def load_examples(
     *,
     skip_bad_rows: bool = False,
     cache_dir: str | None = None,
-    num_proc: int | None = None,
 ) -> tuple[Dataset, Report]:
     """All rows of all paths, checked, rendered and cut to `max_length` ids, on disk.
 
-    The same files and tokenizer are read and encoded once and then found in the cache, so in a
-    launch of several processes let one go first.
+    Files are encoded once for a tokenizer, and later found in the cache. Of several processes, one
+    must therefore go first.
 
     Args:
         paths, cache_dir: as for `rows.read_rows`.
         skip_bad_rows: leave bad rows out instead of stopping.
-        num_proc: processes that encode; by default as many as the rows are worth.
 
     Returns:
-        The examples (input_ids, trained: 1 where trained on, length, source: "FILE line N"), and
+        The examples (input_ids; trained: 1 for ids to train on; length; source: "FILE line N"), and
         the report.
 
     Raises:
-        UserError: bad rows (the first few, with their place), unreadable files, nothing to train
-            on.
+        UserError: there are bad rows or unreadable files, or there is nothing to train on.
     """
     if max_length < 1:
         raise UserError(f"model_max_length is {max_length}; it must be 1 or more")
     rows = read_rows(paths, cache_dir)
     good = good_rows(rows, skip_bad_rows)
-    code = [Path(module).read_text(encoding="utf-8") for module in (__file__, chat.__file__)]
-    # _fingerprint is what `datasets` itself names its cache files by: here of the files' identity
-    # and the code that read them.
-    key = digest(rows._fingerprint, code, tokenizer.backend_tokenizer.to_str(), max_length)
-    encoded = _encode(good, tokenizer, max_length, key, num_proc)
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    key = digest(FORMAT_VERSION, cache_key(rows), vocabulary, special, max_length)
+    encoded = _encode(good, tokenizer, max_length, key)
     answer = column(encoded, "answer")
     kept = np.flatnonzero(answer)
     if not len(kept):
@@ -121,15 +117,10 @@ def load_examples(
 
 
 def _encode(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    key: str,
-    num_proc: int | None,
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, key: str
 ) -> Dataset:
-    """Checked rows as EXAMPLES, with answer (how many ids are trained on) and cut."""
-    if num_proc is None:
-        num_proc = min(os.cpu_count() or 1, MAX_PROCESSES, len(rows) // ROWS_PER_PROCESS)
+    """Checked rows as EXAMPLES, with answer (how many ids are trained on) and cut (or whole)."""
+    processes = min(os.cpu_count() or 1, MAX_PROCESSES, len(rows) // ROWS_PER_PROCESS)
     with unwrap_cache_error():
         return rows.map(
             _encode_batch,
@@ -137,7 +128,7 @@ def _encode(
             fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
             remove_columns=["messages", "problem"],
             features=Features(EXAMPLES | {"answer": Value("int32"), "cut": Value("bool")}),
-            num_proc=num_proc if num_proc > 1 else None,
+            num_proc=processes if processes > 1 else None,
             new_fingerprint=key,
             desc="Encoding",
         )
@@ -158,10 +149,10 @@ def _encode_batch(
 
 
 def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training and evaluation examples: `fraction` of them, drawn with `seed`, are the latter.
+    """Examples to train on and to evaluate on. A random `fraction` of them is held out.
 
     Raises:
-        UserError: no such fraction, or one side would have no example.
+        UserError: there is no such fraction, or one of the two would have no example.
     """
     if not 0 < fraction < 1:
         raise UserError(f"eval_fraction is {fraction}; it must be above 0 and below 1")
@@ -176,7 +167,7 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
 
 
 def refuse_longer(train: Dataset, evaluation: Dataset | None, config: DeepseekConfig) -> None:
-    """A UserError if an example has positions that the model was not made for."""
+    """Raises a UserError if an example is longer than the model's context."""
     longest = max(int(column(some, "length").max()) for some in (train, evaluation) if some)
     context = config.max_position_embeddings
     if longest > context:
@@ -187,7 +178,7 @@ def refuse_longer(train: Dataset, evaluation: Dataset | None, config: DeepseekCo
 
 
 def refuse_fewer(train: Dataset, batch: int) -> None:
-    """A UserError if the rows are no whole batch, where only whole ones train."""
+    """Raises a UserError if there are fewer rows than one batch, and only whole batches train."""
     if len(train) < batch:
         raise UserError(
             f"{len(train)} rows are less than a batch of {batch}, which --dataloader_drop_last "
@@ -196,15 +187,15 @@ def refuse_fewer(train: Dataset, batch: int) -> None:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A hash of the ids and masks in their order: equal wherever and however they were loaded."""
-    digest = hashlib.blake2b(digest_size=8)
+    """A hash of the ids and masks in their order. It does not depend on how they were loaded."""
+    hashed = hashlib.blake2b(digest_size=8)
     tables = dataset.select_columns(["input_ids", "trained"]).with_format("arrow")
     for table in tables.iter(batch_size=1000):
         for name in ("input_ids", "trained"):
             column = table[name].combine_chunks()
-            digest.update(column.value_lengths().to_numpy().astype("<i4").tobytes())
-            digest.update(column.flatten().to_numpy().astype("<i4").tobytes())
-    return digest.hexdigest()
+            hashed.update(column.value_lengths().to_numpy().astype("<i4").tobytes())
+            hashed.update(column.flatten().to_numpy().astype("<i4").tobytes())
+    return hashed.hexdigest()
 
 
 def show(
@@ -213,10 +204,7 @@ def show(
     trained: Sequence[int],
     colour: bool,
 ) -> str:
-    """The text with special tokens; what is trained on green, the rest red.
-
-    Without colour, what is trained on stands between ⟦ and ⟧.
-    """
+    """The text of ids: trained ones green and others red, or without colour trained ones in ⟦⟧."""
     marks = {1: ("\033[32m", "\033[0m"), 0: ("\033[31m", "\033[0m")}
     if not colour:
         marks = {1: ("⟦", "⟧"), 0: ("", "")}
@@ -233,13 +221,13 @@ def show(
 
 
 def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Which examples go into one row: each exactly once, at most `max_length` together.
+    """Rows of indices of examples: each example once, and at most `max_length` ids in a row.
 
-    Best fit, longest first: an example joins the row that it leaves the least room in.
+    The longest examples come first, and each joins the row in which it leaves the least room.
     """
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = defaultdict(list)  # room -> rows
-    rooms = 0  # bit n: some row has room for n more
+    rooms = 0  # bit n is set if some row has room for n more ids
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = lengths[index]
         assert 0 < length <= max_length
@@ -259,15 +247,15 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def pack(dataset: Dataset, max_length: int) -> Dataset:
-    """Rows of several whole examples, at most `max_length` ids together, on disk as `dataset` is.
+    """Rows of several whole examples, at most `max_length` ids in each, on disk if `dataset` is.
 
     Returns:
-        input_ids and trained one after another, lengths (of each example), length (of the row),
-        sources (of each example).
+        input_ids and trained (of all examples in the row), lengths and sources (one for each
+        example), length (of the row).
     """
     lengths = column(dataset, "length").tolist()
     plan = Dataset.from_dict({"examples": pack_lengths(lengths, max_length)}).with_format("arrow")
-    key = digest(dataset._fingerprint, max_length, Path(__file__).read_text(encoding="utf-8"))
+    key = digest(FORMAT_VERSION, cache_key(dataset), max_length)
     beside = [Path(file["filename"]).parent for file in dataset.cache_files]
     with unwrap_cache_error():
         packed = plan.map(
@@ -284,7 +272,7 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
 
 
 def _join(plan: pa.Table, dataset: Dataset) -> pa.Table:
-    """Packed rows, by moving arrow arrays: through Python's lists it would take minutes."""
+    """The packed rows of a plan. Arrow arrays are moved, since Python's lists take minutes."""
     rows = plan["examples"].combine_chunks()
     table = dataset[rows.flatten().to_pylist()].combine_chunks()
     examples = np.cumsum([0, *rows.value_lengths().to_pylist()])
@@ -304,32 +292,27 @@ def _join(plan: pa.Table, dataset: Dataset) -> pa.Table:
 
 
 class Collator:
-    """Examples, or packed rows of them, as a batch: padded on the right to the longest row.
+    """Makes a batch of examples, or of packed rows, padded on the right to the longest row.
 
-    There is no attention mask: under causal attention nothing real sees what is right of it.
-    Packed rows need a model that uses no cache (`use_cache=False`, which Trainer sets): with one,
-    transformers overlooks that positions begin anew, and examples see those before them.
+    There is no attention mask, because causal attention never looks to the right. Packed rows need
+    `use_cache=False`, which Trainer sets. With a cache, transformers overlooks that positions begin
+    anew, and an example would see those before it in the row.
     """
 
-    def __init__(
-        self, pad_token_id: int, packing: bool, pad_to_multiple_of: int | None = None
-    ) -> None:
-        self.pad_token_id = pad_token_id
-        self.packing = packing
-        self.pad_to_multiple_of = pad_to_multiple_of or 1
+    def __init__(self, pad_token_id: int, packing: bool) -> None:
+        self.pad_token_id, self.packing = pad_token_id, packing
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Tensors [B, L], int64, from rows of `load_examples` or (when packing) of `pack`.
 
         Returns:
-            input_ids; labels, -100 where not trained on; sequence_ids, the number of the example
-            in this batch, -1 in padding; sources, one for each example. When packing also
-            position_ids from 0 in each example, and what varlen attention takes of them:
-            cu_seq_lens_q and cu_seq_lens_k (int32, where each begins in B*L, then B*L) and
-            max_length_q and max_length_k. A row's padding counts as one more example there.
+            input_ids; labels (IGNORED for ids that are not trained on); sequence_ids (the number of
+            the example in this batch, -1 in padding); sources (one for each example).
+            When packing also position_ids, which begin at 0 in each example, and the arguments of
+            varlen attention: cu_seq_lens_q and _k (int32: where each example begins in B*L, then
+            B*L), max_length_q and _k. There, the padding of a row counts as one more example.
         """
         width = max(len(row["input_ids"]) for row in features)
-        width = math.ceil(width / self.pad_to_multiple_of) * self.pad_to_multiple_of
         shape = (len(features), width)
         ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
@@ -340,7 +323,7 @@ class Collator:
             lengths, length = row.get("lengths", [row["length"]]), row["length"]
             assert self.packing or len(lengths) == 1
             trained = np.asarray(row["trained"], dtype=bool)
-            # Or the last token of the example before would be taught to predict it.
+            # The first id of an example is never trained on: the id before it is another example's.
             assert not trained[np.cumsum([0, *lengths[:-1]])].any()
             ids[i, :length] = row["input_ids"]
             labels[i, :length] = np.where(trained, ids[i, :length], IGNORED)

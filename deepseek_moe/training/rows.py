@@ -1,9 +1,9 @@
-"""Files -> rows that are checked: each a conversation, or what is wrong with it and where.
+"""Files -> checked rows: each is a conversation, or says what is wrong with it, and where it is.
 
 A row is `{"instruction": ..., "output": ...}`, perhaps with an `input`, which follows the
-instruction on a new line; or `{"messages": [{"role": ..., "content": ...}, ...]}`, whose last
-message is the assistant's. `messages` wins where a row has both, null counts as absent, other
-fields are ignored.
+instruction on a new line. Or it is `{"messages": [{"role": ..., "content": ...}, ...]}`, and the
+last message is the assistant's. If a row has both, `messages` counts. A null counts as absent.
+Other fields are ignored.
 """
 
 import csv
@@ -12,10 +12,10 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,57 +23,60 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
 from ..chat import Message
-from ..checkpoint import HUB_ID
-from ..errors import UserError
+from ..errors import UserError, first_words, unwrap_cache_error
 
+FORMAT_VERSION = 1
+"""Part of the names of cache files. Raise it whenever a change to this file, to examples.py or to
+chat.render makes other rows, examples or packed rows of the same data: then old caches are unread.
+"""
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # as in checkpoint.py
 SHOWN = 3  # bad rows that an error names
 
 CHECKED = Features({name: Value("string") for name in ("source", "messages", "problem")})
 
 Rows = Iterator[tuple[str, Any]]
-"""The place in the file, and the row as parsed; or the _BadRow why it could not be parsed."""
+"""The place in the file, and the row as parsed, or a _BadRow that says why it was not parsed."""
 
 
 def read_rows(paths: Sequence[str], cache_dir: str | None = None) -> Dataset:
     """Every row of all paths, parsed and checked, on disk.
 
-    The same files are read once and then found in the cache. Bad rows stay in, so that they are
-    found there again.
+    Files are read once, and later found in the cache. Bad rows are kept, so that the cache has them
+    too.
 
     Args:
-        paths: files (JSON array, JSON lines, CSV, also .gz or .xz; parquet), folders of them (not
-            their subfolders), or hub ids of datasets, of which the train split is taken.
+        paths: files (JSON array, JSON lines, CSV, each also as .gz or .xz; parquet), folders of
+            them (without their subfolders), or hub ids of datasets with a train split.
         cache_dir: as for `datasets.load_dataset`.
 
     Returns:
-        source ("FILE line N"), messages (a conversation, as JSON) and problem ("" if there is
-        none).
+        The columns source ("FILE line N"), messages (a conversation, as JSON) and problem (empty
+        for a good row).
 
     Raises:
-        UserError: a path that is not there, or a file that cannot be read or has no rows.
+        UserError: a path does not exist, or a file cannot be read or has no rows.
     """
-    found = [source for path in paths for source in _locate(path, cache_dir)]
-    code = Path(__file__).read_text(encoding="utf-8")
+    found = [source for path in paths for source in _find_sources(path, cache_dir)]
     with unwrap_cache_error():
         return Dataset.from_generator(
             _checked_rows,
             features=CHECKED,
             cache_dir=cache_dir,
             gen_kwargs={"found": tuple(found)},  # a list would be divided among processes
-            fingerprint=digest(code, [_identity(source) for _, source in found]),
+            fingerprint=digest(FORMAT_VERSION, [_identity(source) for _, source in found]),
         )
 
 
 def good_rows(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
-    """Those of `read_rows` that have no problem.
+    """The rows of `read_rows` without a problem.
 
     Raises:
-        UserError: there are bad ones that are not to be skipped, or no others. Names the first
-            few with their place.
+        UserError: there are bad rows that must not be skipped, or all are bad. It names the first
+            few with their places.
     """
     problems = column(rows, "problem")
     bad = np.flatnonzero(problems != "")
@@ -102,8 +105,8 @@ def _bad_rows(rows: Dataset, bad: np.ndarray) -> UserError:
 # --- From files to rows
 
 
-def _locate(path: str, cache_dir: str | None) -> list[tuple[str, Path | Dataset]]:
-    """The files of a path, or the dataset of a hub id, each with its name in messages."""
+def _find_sources(path: str, cache_dir: str | None) -> list[tuple[str, Path | Dataset]]:
+    """The files at a path, or the dataset of a hub id. Each comes with its name for messages."""
     file = Path(path).expanduser()
     kinds = ", ".join(READERS)
     if file.is_dir():
@@ -122,13 +125,13 @@ def _locate(path: str, cache_dir: str | None) -> list[tuple[str, Path | Dataset]
     except Exception as error:  # of many libraries, and of any class
         raise UserError(
             f"{path} is no file here and could not be loaded as a dataset of the hub: "
-            f"{_first_line(error)}; check the name and the network"
+            f"{first_words(error)}; check the name and the network"
         ) from error
 
 
 def _identity(source: Path | Dataset) -> tuple[Any, ...]:
     if isinstance(source, Dataset):
-        return ("hub", source._fingerprint)
+        return ("hub", cache_key(source))
     status = source.stat()
     return (str(source.resolve()), status.st_size, status.st_mtime_ns)
 
@@ -164,16 +167,16 @@ def _rows_of(name: str, source: Path | Dataset) -> Rows:
         raise UserError(f"{name} is not UTF-8 ({error.reason}); convert it") from error
     except (*broken, pa.ArrowException) as error:
         raise UserError(
-            f"{name} cannot be read: {_first_line(error)}; mend or replace it"
+            f"{name} cannot be read: {first_words(error)}; mend or replace it"
         ) from error
 
 
 def _json_rows(stream: BinaryIO) -> Rows:
-    """Of one array, or of lines with an object each: the first character tells."""
+    """The rows of one JSON array, or of lines of JSON. The first character tells which it is."""
     first = True
     for number, line in enumerate(stream, 1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows puts before UTF-8
+            line = line.removeprefix(b"\xef\xbb\xbf")  # Windows marks UTF-8 with it
         if not line.strip():
             continue
         if first and line.lstrip().startswith(b"["):
@@ -196,7 +199,7 @@ def _json_rows(stream: BinaryIO) -> Rows:
 
 
 def _csv_rows(stream: BinaryIO) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # for all of Python; the default refuses long answers
+    csv.field_size_limit(2**31 - 1)  # the default refuses long answers
     reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
     header = next(reader, [])
     line = reader.line_num + 1
@@ -235,11 +238,11 @@ def _reader(file: Path) -> Callable[[BinaryIO], Rows] | None:
 
 
 class _BadRow(ValueError):
-    """What was found in a row, and what was wanted."""
+    """Says what was found in a row, and what was wanted."""
 
 
 def _messages(row: Any) -> list[Message]:
-    """The row as a conversation that `chat.render` takes, or a _BadRow."""
+    """The row as a conversation for `chat.render`. Raises a _BadRow if it is none."""
     if not isinstance(row, dict):
         raise _BadRow(f"found {_name(row)}, wanted an object with instruction and output")
     if row.get("messages") is not None:
@@ -305,32 +308,20 @@ def _name(value: Any) -> str:
 # --- What examples.py needs too
 
 
-@contextmanager
-def unwrap_cache_error() -> Iterator[None]:
-    """Brings out the UserError that `datasets` wraps, and makes one of a full or closed disk."""
-    try:
-        yield
-    except (DatasetGenerationError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if isinstance(cause, UserError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            raise UserError(
-                f"the examples cannot be written to the cache: {_first_line(cause)}; "
-                "make room or give another --cache_dir"
-            ) from error
-        raise
-
-
 def column(dataset: Dataset, name: str) -> np.ndarray:
-    """A whole column, by way of arrow: row by row it would take long."""
+    """A whole column by way of arrow, which is much faster than row by row."""
     return dataset.select_columns(name).with_format("arrow")[:][name].to_numpy()
+
+
+def cache_key(dataset: Dataset) -> str:
+    """The name by which `datasets` knows the contents of a dataset in its cache.
+
+    It is private (Dataset.__init__ in datasets/arrow_dataset.py), but nothing public tells apart
+    two selections of the same file.
+    """
+    return dataset._fingerprint
 
 
 def digest(*parts: object) -> str:
     """A name for a cache file, equal for equal `parts`."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;:")

@@ -1,12 +1,14 @@
 """A run in its output folder: new, to be resumed, or finished; and what it leaves there.
 
-`run.json` says what decides the result: data, model, adapter and training settings. Repeating a
-command goes on from the last checkpoint, if all of these are the same, or says that all is done.
+`run.json` holds the settings that decide the result. Repeating a command goes on from the last
+checkpoint if these are the same, or says that the run is finished.
 """
 
 import json
 import os
 import shutil
+from dataclasses import MISSING, fields
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..checkpoint import fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
 from ..errors import UserError
 from ..files import lock
-from ..fingerprint import fingerprint, is_outdated
 from ..model.layout import first_few
 from . import examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
@@ -31,25 +33,47 @@ from .trainer import FineTuner
 
 RUN_FILE = "run.json"
 
-# What a run writes into its folder, or removes from it, beside FILE: patterns of names.
 WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
 WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
 WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUANTIZATION_FILE)
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "layout.py")
-HASHED = (
-    "model",
-    "data",
-    "eval_data",
+"""Patterns of the names that a run writes into its folder, or removes from it, beside RUN_FILE."""
+HASHED = ("model", "data", "eval_data")
+"""Settings that are stored as hashes, so that messages only name them."""
+DECIDE_NOTHING = (
+    # The hashes of model and data stand for these,
+    "model_name_or_path cache_dir data_path eval_data_path skip_bad_rows "
+    # and batch_size, zero_stage and optim for these.
+    "per_device_train_batch_size gradient_accumulation_steps deepspeed single_gpu_full "
+    # The same numbers, up to rounding, computed in another way or on other devices.
+    "attn_implementation recompute_experts gradient_checkpointing* activation_checkpointing* "
+    "torch_* *liger_kernel* use_c[ap]* auto_find_batch_size local_rank ddp_* fsdp* "
+    "accelerator_config parallelism_config dataloader_[!d]* remove_unused_columns label_names "
+    "length_column_name "
+    # What is saved, evaluated, shown and logged, where and when.
+    "output_dir merge_on_save save_* enable_jit_checkpoint push_to_hub hub_* do_* eval_[!f]* "
+    "per_device_eval_batch_size *_full_eval batch_eval_metrics include_* prediction_loss_only "
+    "load_best_model_at_end *_best_model greater_is_better show_examples dry_run log_* logging_* "
+    "debug report_to run_name project trackio_* disable_tqdm skip_memory_metrics *_from_checkpoint"
 )
-"""Settings that are stored as hashes: messages only name them."""
+"""Patterns of the settings that do not decide the result. All others do, those of a newer
+transformers, dataloader_drop_last and eval_fraction included."""
+DEFAULTS = {
+    one.name: one.default
+    for kind in (ModelArguments, DataArguments, FineTuningArguments)
+    for one in fields(kind)
+    if one.default is not MISSING
+}
+"""The value that a setting had in a run whose run.json does not have it."""
 
 
 class Run:
-    """What `output_dir` holds of a run with these `settings`.
+    """What `output_dir` holds of a run with these `settings`: `checkpoint`, the last one or None,
+    and whether the run is `finished`.
 
     Raises:
-        UserError: another run is there, or a model that is not of a run.
+        UserError: the folder holds another run, or files that a run would write over.
     """
 
     def __init__(self, output_dir: str, settings: dict[str, Any]) -> None:
@@ -67,14 +91,14 @@ class Run:
                     f"{self.folder / RUN_FILE} is not what a run writes ({error!r}); give another "
                     "--output_dir"
                 ) from error
-            if self.checkpoint or self.finished:  # else there is nothing to go on from
+            if self.checkpoint or self.finished:  # Else there is nothing to go on from.
                 self._refuse_others(settings)
         else:
             self._refuse_files_of_others()
 
     @property
     def steps(self) -> int:
-        """Steps that its last checkpoint has taken; 0 without one."""
+        """The steps that its last checkpoint has taken; 0 without one."""
         return int(self.checkpoint.rpartition("-")[2]) if self.checkpoint else 0
 
     def _refuse_files_of_others(self) -> None:
@@ -86,30 +110,35 @@ class Run:
             )
 
     def _refuse_others(self, found: dict[str, Any]) -> None:
-        keys = list(dict.fromkeys([*found, *self.settings]))
-        differ = [key for key in keys if found.get(key) != self.settings.get(key)]
+        there, now = DEFAULTS | found, DEFAULTS | self.settings
+        # None, False, 0 and what is empty all mean off.
+        differ = [
+            key
+            for key in found | self.settings
+            if (there.get(key) or None) != (now.get(key) or None)
+        ]
         if "model" in differ and is_outdated(found.get("model")):
             raise UserError(
                 f"{self.folder} holds a run of an older version of this code, which noted its base "
                 "model in another way; finish it with that version, or give another --output_dir"
             )
         if differ:
-            shown = "; ".join(self._difference(key, found.get(key)) for key in differ)
+            shown = "; ".join(
+                f"another {key.replace('_', ' ')}"
+                if key in HASHED
+                else f"{key}: {there.get(key)} there, {now.get(key)} now"
+                for key in differ
+            )
             raise UserError(
                 f"{self.folder} holds a run with other settings ({shown}); repeat its command, or "
                 "give another --output_dir"
             )
 
-    def _difference(self, key: str, found: Any) -> str:
-        if key in HASHED:
-            return f"another {key.replace('_', ' ')}"
-        return f"{key}: {found} there, {self.settings.get(key)} now"
-
     def start(self) -> None:
         """Claims the folder for this process, and clears away what an interrupted save left.
 
         Raises:
-            UserError: it cannot be made, or another process is running in it.
+            UserError: the folder cannot be made, or another process is running in it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -134,12 +163,16 @@ class Run:
             self._write(finished=False)
 
     def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
-        """The whole model, or the adapter, or both (then the adapter in a folder of its own), at
-        the root of the run. Called by all processes.
+        """Writes the result to the root of the run: the whole model, the adapter, or the merged
+        model with the adapter in a folder of its own. All processes call it.
+
+        Args:
+            base: the folder of the base model.
+            merge: whether to merge an adapter.
 
         Raises:
-            RunError: it cannot be written. The last checkpoint is still there.
-            UserError: the adapter cannot be merged. It is there.
+            RunError: the result cannot be written. The last checkpoint stays.
+            UserError: the adapter cannot be merged. It stays.
         """
         with report_failed_write(self.folder, trainer.is_world_process_zero()):
             trainer.save_sparingly(partial(self._save_result, trainer, base, merge))
@@ -158,20 +191,20 @@ class Run:
         trainer.save_model(str(adapter))
         if not trainer.is_world_process_zero():
             return
-        (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
+        (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form, which nobody has filled in.
         for file in adapter.glob("*.safetensors"):
             file.chmod(0o644)
         if not merge:
             self._publish(adapter)
             return
-        kept = self.folder / "adapter"  # before the merge, in case that it is refused
+        kept = self.folder / "adapter"  # It stays if the merge is refused.
         shutil.rmtree(kept, ignore_errors=True)
         os.replace(adapter, kept)
         write_checkpoint(merged_tensors(base, kept), base, result, None, trainer.shard_bytes)
         self._publish(result)
 
     def _publish(self, result: Path) -> None:
-        """Moves each file to the root, those that make it a model last."""
+        """Moves the files to the root; last the configs, by which a folder is known as a model."""
         for file in sorted(result.iterdir(), key=lambda file: "config" in file.name):
             os.replace(file, self.folder / file.name)
         self._write(finished=True)
@@ -183,9 +216,7 @@ class Run:
             "settings": self.settings,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        aside = (
-            self.folder / f".{RUN_FILE}.tmp"
-        )  # one name is enough: the folder is ours by its lock
+        aside = self.folder / f".{RUN_FILE}.tmp"  # The lock keeps other processes from this name.
         aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(aside, self.folder / RUN_FILE)
 
@@ -198,30 +229,19 @@ def settings_of(
     train: datasets.Dataset,
     evaluation: datasets.Dataset | None,
 ) -> dict[str, Any]:
-    """All that decides the result of a run; `folder` holds the base model."""
+    """All settings that decide the result of a run, as JSON has them; `folder` holds the base."""
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    found = {
+    chosen = {
+        one.name: getattr(getattr(group, one.name), "value", getattr(group, one.name))
+        for group in (model, data, training)
+        for one in fields(group)
+        if not any(fnmatch(one.name, pattern) for pattern in DECIDE_NOTHING.split())
+    }
+    return chosen | {
         "model": fingerprint(folder),
         "data": examples.fingerprint(train),
         "eval_data": examples.fingerprint(evaluation) if evaluation else None,
         "trainable": split_commas(model.trainable),
-        "use_lora": model.use_lora,
-    }
-    if model.use_lora:
-        keys = ("lora_rank", "lora_alpha", "lora_dropout", "modules_to_save", "bits")
-        keys += ("quant_type", "double_quant") if model.bits == 4 else ()
-        found |= {key: getattr(model, key) for key in keys}
-    keys = ("model_max_length", "packing", "eval_fraction")
-    found |= {key: getattr(data, key) for key in keys}
-    keys = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay")
-    keys += ("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "seed")
-    keys += ("data_seed", "train_sampling_strategy", "neftune_noise_alpha", "optim_args")
-    keys += ("dataloader_drop_last", "average_tokens_across_devices")
-    found |= {key: getattr(training, key) for key in keys}
-    return found | {
-        "lr_scheduler_kwargs": str(training.lr_scheduler_kwargs or ""),
-        "lr_scheduler_type": str(getattr(training.lr_scheduler_type, "value", "")),
-        "optim": str(getattr(training.optim, "value", training.optim)),
         "batch_size": batch * training.world_size,
         "zero_stage": zero_stage(training),
     }

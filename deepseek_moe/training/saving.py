@@ -82,8 +82,6 @@ def save_trained(
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         on_host = {n: p.detach().cpu() for n, p in (state or trained).items()}
         model.save_pretrained(str(folder), state_dict=on_host)
-        if model.base_quantization:
-            model.base_quantization.save(folder)
         return
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype

@@ -1,8 +1,8 @@
 """What trains: everything, chosen modules, or low-rank adapters on linears and routed experts.
 
-Adapters are PEFT's own, in its own format. Only the way they are computed on the routed experts is
-ours: PEFT adds B A to the whole stack of experts in every forward pass; here each token goes
-through its experts' A and B, which costs the rank instead of the width and allows dropout.
+Adapters are PEFT's own, in its own format. Only on the routed experts they are computed in another
+way. PEFT adds B A to the whole stack of experts in every forward pass. Here each token goes through
+the A and B of its experts, which costs the rank instead of the width, and allows dropout.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,14 @@ EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def targets(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Linears and stacked expert tensors that `--trainable` names.
+    """The linears, and the stacked tensors of routed experts, that `--trainable` names.
 
-    `gate_proj` and `up_proj` are the same names in dense, shared and routed experts, and mean all
-    of them; a longer name (`shared_experts.down_proj`) means the ones that end in it.
+    Dense layers, shared experts and routed experts all have a `gate_proj`, an `up_proj` and a
+    `down_proj`, and such a name means all of them. A longer name (`shared_experts.down_proj`) means
+    those that end in it.
+
+    Raises:
+        UserError: only one of `gate_proj` and `up_proj` is named.
     """
     stacks = ("gate_up_proj", *EXPERT_PARAMETERS)
     parameters = [name for name in names if any(_ends(name, stack) for stack in stacks)]
@@ -49,10 +53,10 @@ def add_lora(
     dropout: float,
     modules_to_save: Sequence[str] = (),
 ) -> PeftModel:
-    """`model` with new adapters, which alone train (and whole copies of `modules_to_save`).
+    """`model` with new adapters. Only these train, and whole copies of `modules_to_save`.
 
     Raises:
-        UserError: a name that no module has, or values that no adapter has.
+        UserError: no module has one of the names, or a value is out of range.
     """
     if rank < 1:
         raise UserError(f"lora_rank is {rank}; it must be 1 or more")
@@ -75,20 +79,23 @@ def add_lora(
     with as_user_error("these adapters cannot be added", "change --trainable or --modules_to_save"):
         adapted = get_peft_model(model, config)
     for name, _ in adapted.named_parameters():
-        if ".modules_to_save." in name and ".lora_" in name:  # no merge could know both
+        if ".modules_to_save." in name and ".lora_" in name:  # No merge could handle both.
             raise UserError(
                 f"--modules_to_save {','.join(modules_to_save)} has in it what --trainable adapts "
                 f"({name}); leave it out of one of them"
             )
-    # In the saved file: plain PEFT refuses dropout on experts, and nobody drops out after training.
+    # It goes into the saved file, where plain PEFT would refuse dropout on experts.
     config.lora_dropout = 0.0
     return adapted
 
 
 def freeze_all_but(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Lets only the parameters train that `names` name, or whose modules, at any depth.
+    """Lets only those parameters train that `names` name, or that are in a module so named.
 
-    `gate_proj`, `up_proj` and `down_proj` mean what they mean to `targets`.
+    `gate_proj`, `up_proj` and `down_proj` have the meaning that `targets` gives them.
+
+    Raises:
+        UserError: nothing has one of the names, or what is named has no parameters.
     """
     modules, parameters = targets(names)
     _refuse_unknown(model, [*modules, *parameters])
@@ -101,10 +108,11 @@ def freeze_all_but(model: PreTrainedModel, names: Sequence[str]) -> None:
 
 
 def saved_whole(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The full names of the modules that PEFT takes `--modules_to_save` for: they end like it.
+    """The full names of the modules that `--modules_to_save` means to PEFT: those that end in one
+    of its `names`.
 
     Raises:
-        UserError: there is none with weights, or one is inside of another.
+        UserError: a name means no module with weights, or one module is inside of another.
     """
     found = [
         one
@@ -141,7 +149,7 @@ def _refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _refuse_other_than_linear(model: nn.Module, names: Sequence[str]) -> None:
-    """PEFT would adapt an embedding, which `export` cannot merge, and fails on all else."""
+    """PEFT would adapt an embedding, which no export can merge, and fail on other modules."""
     for one, module in model.named_modules():
         for name in names:
             if _ends(one, name) and not isinstance(module, nn.Linear):
@@ -163,7 +171,7 @@ KINDS = {
 
 
 def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
-    """(kind, parameters, of these trainable) of each kind there is, and "all"."""
+    """(kind, parameters, trainable parameters) of each kind that the model has, and of "all"."""
     counts = {kind: [0, 0] for kind in [*KINDS, "all"]}
     for name, parameter in model.named_parameters():
         kind = next(k for k, marks in KINDS.items() if any(mark in name for mark in marks))
@@ -175,8 +183,8 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def weights_passed(model: nn.Module) -> float:
-    """The weights, adapters' too, that a token passes; the embedding multiplies nothing, unless it
-    is the head too."""
+    """How many weights a token is multiplied with, those of adapters included. The embedding is one
+    of them only where it is the head too."""
     share = (model.config.num_experts_per_tok or 0) / (model.config.n_routed_experts or 1)
     unused = ["original_module"]  # frozen, beside the copy that trains
     if not model.config.tie_word_embeddings:
@@ -189,7 +197,7 @@ def weights_passed(model: nn.Module) -> float:
 
 
 def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:
-    """`model` with what `options` let train."""
+    """`model`, in which only that trains which `options` name."""
     if options.use_lora:
         return add_lora(
             model,

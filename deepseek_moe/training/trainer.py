@@ -35,6 +35,7 @@ from .callbacks import Progress, ProgressWithoutBars, StopAfterLastStep, StopAtS
 from .compute.adamw_in_backward import StepInBackward
 from .epoch_sampler import EpochSampler, SetEpoch
 from .guarded_reporters import GuardedReporters, silent_writer_threads
+from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
 from .trainable import weights_passed
 
@@ -45,8 +46,10 @@ LOADER_OPTIONS += ("prefetch_factor", "multiprocessing_context")
 class FineTuner(Trainer):
     """transformers' Trainer for batches of `examples.Collator`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, quantization: Quantization | None = None, **kwargs: Any) -> None:
+        """`quantization` is that of the base under the adapters; all else is transformers'."""
         super().__init__(*args, **kwargs)
+        self.base_quantization = quantization
         self.stopper = StopAtSignal()
         self.progress = ProgressWithoutBars() if self.args.disable_tqdm else Progress()
         names = self.args.report_to
@@ -76,8 +79,7 @@ class FineTuner(Trainer):
         if resume_from_checkpoint:
             self.resumed_from = Path(resume_from_checkpoint)
         adapter = isinstance(self.model, PeftModel)
-        quantized = adapter and bool(self.model.base_quantization)
-        layout = Layout.of(self.args, adapter, quantized)
+        layout = Layout.of(self.args, adapter, quantized=self.base_quantization is not None)
         reading = report_unreadable(self.resumed_from, layout, is_read=lambda: self._in_step)
         try:
             with silent_writer_threads(), reading:
@@ -260,6 +262,8 @@ class FineTuner(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             saving.save_trained(self.model, folder, state, self.shard_bytes)
+            if self.base_quantization:
+                self.base_quantization.save(folder)
             self.processing_class.save_pretrained(str(folder))
 
     def whole_parameters(self) -> dict[str, torch.Tensor] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from option_fixtures import parse_arguments
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import RunError, UserError
@@ -177,8 +178,6 @@ def test_without_a_gpu_it_says_so(
 
 
 def test_every_setting_is_one_that_the_script_takes() -> None:
-    from deepseek_moe.training.arguments import parse_arguments
-
     for setting in train.SETTINGS:
         command = train.command_of(Path("m"), Path("d"), setting.rows, setting.length,
                                    setting.options, train.STEPS)  # fmt: skip

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from option_fixtures import parse_arguments
 from transformers.distributed import DistributedConfig
 
 from deepseek_moe.errors import UserError
-from deepseek_moe.training.arguments import parse_arguments
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(FOLDER))

@@ -1,6 +1,5 @@
 """Samplers against transformers' processors, in what they draw, and in what a CUDA graph allows."""
 
-import argparse
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from deepseek_moe.decode.options import add_sampling_options, sampler_of
 from deepseek_moe.decode.sampling import (
     BROKEN,
     Sampler,
@@ -315,23 +313,6 @@ def test_greedy_unless_asked_otherwise() -> None:
     assert make_sampler(top_k=5, top_p=0.5, min_p=0.1, seed=1) is greedy
     assert isinstance(make_sampler(repetition_penalty=1.1), Sampling)
     assert isinstance(make_sampler(0.1), Sampling)
-
-
-def test_every_option_of_the_command_line_arrives() -> None:
-    parser = argparse.ArgumentParser()
-    add_sampling_options(parser, max_new_tokens=7)
-    assert sampler_of(parser.parse_args([])) is greedy
-    options = "--temperature .5 --top_k 3 --top_p .25 --min_p .125 --repetition_penalty 2 --seed 9"
-    sample = sampler_of(parser.parse_args(options.split()))
-    chosen = {name: value for name, value in vars(sample).items() if name[0] != "_"}
-    assert chosen == {
-        "temperature": 0.5,
-        "top_k": 3,
-        "top_p": 0.25,
-        "min_p": 0.125,
-        "repetition_penalty": 2.0,
-        "seed": 9,
-    }
 
 
 @pytest.mark.parametrize(

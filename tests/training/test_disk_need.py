@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from finetune_fixtures import SCRIPT, checkpoints, run, run_ranks
+from option_fixtures import parse_arguments
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
-from deepseek_moe.training.arguments import ModelArguments, parse_arguments
+from deepseek_moe.training.arguments import ModelArguments
 from deepseek_moe.training.disk_need import DiskNeed, disk_need, free_bytes
 from deepseek_moe.training.dry_run import meta_model
 

@@ -1,5 +1,6 @@
 """Rows to examples, packing, batches, and equal losses alone, padded and packed."""
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -10,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from row_fixtures import ROWS, conversations, write_jsonl
 from text_fixtures import BUNDLED, assistant, tokenizer_of, user
 from torch.nn import functional as F
 
-import deepseek_moe
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.chat import render
 from deepseek_moe.errors import UserError
@@ -29,16 +30,11 @@ from deepseek_moe.training.examples import (
     show,
     split,
 )
+from deepseek_moe.training.rows import FORMAT_VERSION
 
 datasets.disable_progress_bars()
 
 TOKENIZER = tokenizer_of(BUNDLED)
-ROWS = [
-    {"instruction": "Say hello.", "input": "", "output": "Hello, you!"},
-    {"instruction": "Count,\nplease", "input": '1, 2, "3"', "output": "4\n5"},
-    {"instruction": "Führer?", "input": "  ", "output": "你好 🎉"},
-    {"instruction": f"type {EOS}", "input": "", "output": f"{BOS}no{EOS}"},
-]
 
 
 @pytest.fixture
@@ -53,23 +49,12 @@ def load(tmp_path: Path) -> Callable[..., tuple[datasets.Dataset, Report]]:
     return load
 
 
-def write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def contents(examples: datasets.Dataset) -> list[tuple[list[int], list[int]]]:
     return list(zip(examples["input_ids"], examples["trained"], strict=True))
 
 
 def rendered(rows: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
-    questions = [
-        row["instruction"] + ("\n" + row["input"] if row.get("input", "").strip() else "")
-        for row in rows
-    ]
-    return [
-        render(TOKENIZER, [user(question), assistant(row["output"])])
-        for question, row in zip(questions, rows, strict=True)
-    ]
+    return [render(TOKENIZER, conversation) for conversation in conversations(rows)]
 
 
 def test_examples_are_what_chat_renders(load: Any, tmp_path: Path) -> None:
@@ -79,16 +64,7 @@ def test_examples_are_what_chat_renders(load: Any, tmp_path: Path) -> None:
     assert examples.column_names == ["input_ids", "trained", "length", "source"]
     assert examples["length"][:] == [len(ids) for ids in examples["input_ids"]]
     assert examples["source"][3] == f"{tmp_path}/x.jsonl line 4"
-    assert report == Report(
-        rows=4,
-        bad=0,
-        dropped=0,
-        cut=0,
-        kept=4,
-        tokens=sum(examples["length"]),
-        trained=sum(map(sum, examples["trained"])),
-        max_length=256,
-    )
+    assert (report.rows, report.kept, report.bad, report.dropped, report.cut) == (4, 4, 0, 0, 0)
 
 
 def test_bad_rows_stop_or_are_counted(load: Any, tmp_path: Path) -> None:
@@ -104,8 +80,9 @@ def test_bad_rows_stop_or_are_counted(load: Any, tmp_path: Path) -> None:
 def test_cut_and_dropped_rows_are_counted(load: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     whole = rendered(ROWS)
-    prompts = [mask.index(1) for _, mask in whole]
-    for max_length in range(min(prompts) + 1, max(len(ids) for ids, _ in whole) + 1):
+    prompts, lengths = [mask.index(1) for _, mask in whole], [len(ids) for ids, _ in whole]
+    borders = {length + more for length in (*prompts, *lengths) for more in (0, 1)}
+    for max_length in sorted(borders - set(range(min(prompts) + 1))):
         examples, report = load("x.jsonl", max_length=max_length)
         kept = [n for n in range(4) if prompts[n] < max_length]
         assert contents(examples) == [
@@ -155,23 +132,37 @@ def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(
     assert load("x.jsonl")[1].rows == 24
 
 
-@pytest.mark.parametrize("name", ["rows", "data", "chat"])
-def test_examples_that_other_code_made_are_not_read(
-    name: str, load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_examples_of_another_format_or_tokenizer_are_not_read(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     files = load("x.jsonl")[0].cache_files
     assert load("x.jsonl")[0].cache_files == files
-    other = tmp_path / "other.py"
-    code = Path(deepseek_moe.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-    other.write_text(f"{code}# changed", encoding="utf-8")
-    monkeypatch.setattr(f"deepseek_moe.{name}.__file__", str(other))
+    other = copy.deepcopy(TOKENIZER)
+    other.eos_token = TOKENIZER.convert_ids_to_tokens(7)
+    paths, cache = [str(tmp_path / "x.jsonl")], str(tmp_path / "cache")
+    assert load_examples(paths, other, 256, cache_dir=cache)[0].cache_files != files
+    monkeypatch.setattr("deepseek_moe.training.examples.FORMAT_VERSION", 0)
     assert load("x.jsonl")[0].cache_files != files
 
 
-def test_processes_do_not_change_the_examples(load: Any, tmp_path: Path) -> None:
+def test_the_format_is_that_of_its_version(load: Any, tmp_path: Path) -> None:
+    """If this fails, the same files become other examples or packed rows than before.
+
+    Raise FORMAT_VERSION then, so that old caches are not read, and write the new hashes here.
+    """
+    write_jsonl(tmp_path / "x.jsonl", ROWS * 5)
+    examples, _ = load("x.jsonl")
+    made = fingerprint(examples), fingerprint(pack(examples, 256))
+    assert (FORMAT_VERSION, *made) == (1, "25def8c105c28b5f", "750357ae4a0cebaf")
+
+
+def test_processes_do_not_change_the_examples(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS * 3)
-    assert contents(load("x.jsonl", num_proc=2)[0]) == rendered(ROWS * 3)
+    monkeypatch.setattr("deepseek_moe.training.examples.ROWS_PER_PROCESS", 6)
+    assert contents(load("x.jsonl")[0]) == rendered(ROWS * 3)
 
 
 def test_split(load: Any, tmp_path: Path) -> None:
@@ -190,11 +181,6 @@ def test_split(load: Any, tmp_path: Path) -> None:
             split(examples, fraction, seed=0)
     with pytest.raises(UserError, match=r"eval_fraction 0.5 of 1 examples leaves none to train"):
         split(examples.select([0]), 0.5, seed=0)
-
-
-def test_a_fingerprint_is_the_same_on_every_machine() -> None:
-    rows = [{"input_ids": [0, 5, 1], "trained": [0, 1, 1]}, {"input_ids": [7], "trained": [1]}]
-    assert fingerprint(datasets.Dataset.from_list(rows)) == "ad2a151578e82b7b"
 
 
 def test_fingerprint_is_of_contents_alone(load: Any, tmp_path: Path) -> None:
@@ -287,9 +273,6 @@ def test_a_padded_batch() -> None:
         "sequence_ids": [[0] * 5, [1, 1, 1, -1, -1]],
     }
     assert {value.dtype for value in batch.values()} == {torch.int64}
-    wide = Collator(pad_token_id=1, packing=False, pad_to_multiple_of=4)(examples)
-    assert wide["input_ids"].shape == wide["labels"].shape == wide["sequence_ids"].shape == (2, 8)
-    assert (wide["labels"][:, 5:] == -100).all()
 
 
 def test_a_packed_batch() -> None:
@@ -322,8 +305,6 @@ def test_a_packed_batch() -> None:
         "position_ids": [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 0, 1]],
     }
     assert {value.dtype for value in batch.values()} == {torch.int64}
-    wide = Collator(pad_token_id=1, packing=True, pad_to_multiple_of=8)(rows)
-    assert wide["cu_seq_lens_q"].tolist() == [0, 3, 6, 8, 12, 16]
 
 
 def test_batches_of_real_examples_train_on_every_eos(load: Any, tmp_path: Path) -> None:
@@ -375,26 +356,12 @@ def test_losses_are_equal_alone_padded_and_packed(
     assert losses(model, Collator(1, packing=False)(examples)) == pytest.approx(alone, abs=1e-5)
     rows = packed_rows(examples, 64)
     assert any(len(row["lengths"]) > 2 for row in rows)
-    for multiple in (None, 64):  # 64: every row has a tail unless it is full
-        batch = Collator(1, True, pad_to_multiple_of=multiple)(rows)
-        assert losses(model, batch) == pytest.approx(alone, abs=1e-5)
-    # So that the equality above means something: without positions examples see each other.
+    batch = Collator(1, packing=True)(rows)
+    assert (batch["sequence_ids"] < 0).any()  # some rows have a tail of padding
+    assert losses(model, batch) == pytest.approx(alone, abs=1e-5)
+    # The equality can fail: without positions, examples see each other.
     del batch["position_ids"]
     assert losses(model, batch) != pytest.approx(alone, abs=1e-2)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_of_a_padded_batch_equal_those_of_each_example(
-    attention: str, tiny_model: Callable[..., DeepseekForCausalLM]
-) -> None:
-    model = tiny_model()
-    model.set_attn_implementation(attention)
-    examples = make([3, 17, 9, 30])
-    with torch.no_grad():
-        together = model(Collator(1, False, 8)(examples)["input_ids"]).logits
-        for row, example in zip(together, examples, strict=True):
-            alone = model(torch.tensor([example["input_ids"]])).logits[0]
-            torch.testing.assert_close(row[: example["length"]], alone, atol=1e-5, rtol=0)
 
 
 def test_show_marks_what_is_trained_on() -> None:

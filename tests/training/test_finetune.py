@@ -1,4 +1,4 @@
-"""The script end to end: killed, stopped and repeated, out of disk, out of numbers, misused."""
+"""The script end to end: killed, stopped and repeated, out of disk, and what it leaves."""
 
 import json
 import os
@@ -31,19 +31,15 @@ from finetune_fixtures import (
     THREADS,
     Ended,
     assert_same,
-    be_process,
     checkpoints,
     command,
-    history,
     logged,
     run,
-    weights,
     write_rows,
 )
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from text_fixtures import BUNDLED, tokenizer_of
 from transformers import AutoModelForCausalLM
 
 from deepseek_moe.training.run import WRITTEN
@@ -55,19 +51,20 @@ MODES = pytest.mark.parametrize("mode", ["full", "lora"])
 
 
 @pytest.fixture(scope="module")
-def argv(argv: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """Makes a command of 12 steps with TensorBoard. Keywords change it."""
-    return lambda output, **changes: argv(output, **({"report_to": "tensorboard"} | changes))
-
-
-@pytest.fixture(scope="module")
 def finished(place: Path, argv: Callable[..., list[str]]) -> dict[str, Path]:
     """The output folders of uninterrupted runs."""
     for mode, settings in (("full", FULL), ("lora", LORA)):
-        done = run(argv(place / mode, **settings), place / f"{mode}_log")
+        words = argv(place / mode, report_to="tensorboard", **settings)
+        done = run(words, place / f"{mode}_log")
         assert done.code == 0, done.err
         assert done.out == f"{place / mode}\n"  # results only
     return {"full": place / "full", "lora": place / "lora"}
+
+
+def refused(done: Ended) -> str:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    return done.error
 
 
 def files_of(folder: Path) -> list[str]:
@@ -115,41 +112,6 @@ def test_killed_at_any_moment_and_repeated_it_ends_with_the_same_weights(
         assert logged(output, key) == logged(finished[mode], key)
 
 
-def test_the_same_command_in_another_folder_gives_the_same_weights(
-    finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    assert run(argv(tmp_path / "out"), tmp_path / "log").code == 0
-    assert_same(tmp_path / "out", finished["full"])
-    assert run(argv(tmp_path / "seed", seed=1), tmp_path / "log").code == 0
-    assert logged(tmp_path / "seed", "loss") != logged(finished["full"], "loss")
-
-
-def note_attention(file: str) -> None:
-    """Writes into `file`, at each batch, whether torch is deterministic and may use cuDNN's
-    attention."""
-    from deepseek_moe.training.trainer import FineTuner
-
-    original = FineTuner.compute_loss
-
-    def compute_loss(*args: Any, **kwargs: Any) -> Any:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        Path(file).write_text(f"{deterministic} {torch.backends.cuda.cudnn_sdp_enabled()}")
-        return original(*args, **kwargs)
-
-    FineTuner.compute_loss = compute_loss
-
-
-@pytest.mark.parametrize("asked", [True, False])
-def test_full_determinism_leaves_out_what_adds_in_no_fixed_order(
-    asked: bool, argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    """On a GPU: cuDNN's attention does so even when torch is asked for deterministic ways."""
-    command = argv(tmp_path / "out", max_steps=2, full_determinism=asked)
-    done = run(command, tmp_path / "log", partial(note_attention, str(tmp_path / "note")))
-    assert done.code == 0, done.err
-    assert (tmp_path / "note").read_text() == f"{asked} {not asked}"
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_repeat_goes_on(
     number: signal.Signals,
@@ -169,12 +131,11 @@ def test_a_signal_saves_and_leaves_and_the_repeat_goes_on(
     assert_same(output, finished["full"])
 
 
-@pytest.mark.parametrize("strategy", ["epoch", "steps"])
-@pytest.mark.parametrize("step", [3, 5], ids=["in an epoch", "at its end"])
+@pytest.mark.parametrize(("strategy", "step"), [("epoch", 3), ("steps", 5)])
 def test_a_stop_among_evaluations_changes_nothing(
-    step: int, strategy: str, argv: Callable[..., list[str]], tmp_path: Path
+    strategy: str, step: int, argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Of epochs of five steps: evaluated at their end, not at a stop within."""
+    """An epoch has five steps. It is evaluated at its end, and not at a stop before."""
     by_epoch = LORA | {"save_strategy": strategy, "save_steps": 5}
     by_epoch |= {"eval_strategy": "epoch", "eval_fraction": 0.25}
     whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
@@ -194,7 +155,7 @@ def test_a_stop_among_evaluations_changes_nothing(
 def test_a_stop_is_saved_once_and_nothing_is_evaluated(
     strategy: str, step: int, argv: Callable[..., list[str]], place: Path, tmp_path: Path
 ) -> None:
-    """In a step that was to be evaluated. Killed in the second save, or in the evaluation."""
+    """It stops in a step that was to be evaluated; a second save or an evaluation would kill it."""
     held = {"eval_strategy": strategy, "eval_steps": 4, "eval_data_path": place / "rows.jsonl"}
     words = argv(tmp_path / "out", save_strategy=strategy, save_steps=100, **held)
     stopped = run(words, tmp_path / "log", partial(stopped_and_killed_after_it, step))
@@ -255,50 +216,31 @@ def test_other_settings_are_refused_with_the_difference(
 ) -> None:
     shutil.copytree(place / "base", tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    tensors["model.layers.1.mlp.experts.5.down_proj.weight"].zero_()
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     changes = {
         "learning_rate: 0.01 there, 0.02 now": {"learning_rate": 0.02},
         "another data": {"data_path": write_rows(tmp_path / "rows.jsonl", 25)},
         "lora_rank: 3 there, 4 now": {"lora_rank": 4},
         "another model": {"model_name_or_path": tmp_path / "base"},
-        "use_lora: True there, False now": {"use_lora": False},
         "batch_size: 4 there, 8 now": {"gradient_accumulation_steps": 2},
     }
-    for shown, change in changes.items():
-        changed = change if "use_lora" in change else LORA | change
-        done = run(argv(finished["lora"], **changed), tmp_path / "log")
-        assert done.code == 2
-        assert shown in done.error and "--output_dir" in done.error
+    changed = LORA.copy()
+    for change in changes.values():
+        changed |= change
+    error = refused(run(argv(finished["lora"], **changed), tmp_path / "log"))
+    assert all(shown in error for shown in changes) and "--output_dir" in error
+    other = refused(run(argv(finished["lora"], use_lora=False), tmp_path / "log"))
+    assert "use_lora: True there, False now" in other
     moved = shutil.copytree(place / "base", tmp_path / "elsewhere")
     same = {"model_name_or_path": moved, "logging_steps": 2}  # decide nothing
     assert run(argv(finished["lora"], **(LORA | same)), tmp_path / "log").code == 0
 
 
-def test_a_run_over_a_base_that_has_changed_is_not_finished(
-    finished: dict[str, Path], argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(place / "base", tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors["model.layers.1.mlp.experts.5.down_proj.weight"].zero_()
-    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    again = argv(finished["full"], model_name_or_path=tmp_path / "base")
-    assert "another model" in refused(run(again, tmp_path / "log"))
-
-
-def test_a_folder_with_another_model_in_it_is_refused(
-    argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    before = files_of(place / "base")
-    done = run(argv(place / "base"), tmp_path / "log")
-    assert done.code == 2 and "holds config.json" in done.error
-    assert files_of(place / "base") == before
-
-
 def test_every_file_of_a_result_is_known_as_one_that_a_run_writes(
     finished: dict[str, Path], argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """So that a new run refuses a folder where the user has a file of that name."""
+    """A new run refuses a folder where the user has a file of such a name."""
     quantised = tmp_path / "quantised"
     done = run(argv(quantised, **(LORA | {"bits": 4})), tmp_path / "log")
     assert done.code == 0, done.err
@@ -346,110 +288,6 @@ def test_a_full_disk_is_one_line_and_the_repeat_goes_on(
     assert_same(output, finished["full"])
 
 
-def test_the_dry_run_counts_the_steps_of_whole_batches(
-    argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    """Of 24 rows, five at a time, the last four are dropped."""
-    whole = {"per_device_train_batch_size": 5, "dataloader_drop_last": True}
-    whole |= {"eval_strategy": "epoch", "eval_data_path": place / "rows.jsonl"}
-    whole |= {"per_device_eval_batch_size": 25}
-    planned = run(argv(tmp_path / "out", dry_run=True, **whole), tmp_path / "log")
-    assert "8 of 5 rows" in planned.out
-    done = run(argv(tmp_path / "out", **whole), tmp_path / "log")
-    assert done.code == 0 and "step 8/8" in done.err
-    assert "evaluation: loss" in done.err and "nan" not in done.err  # of all rows
-
-
-def test_without_bars_the_lines_of_steps_are_on_stderr(
-    argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    done = run(argv(tmp_path / "out", max_steps=2, disable_tqdm=True), tmp_path / "log")
-    assert done.code == 0, done.err
-    assert done.out == f"{tmp_path / 'out'}\n"
-    assert "step 2/2  loss" in done.err and "it/s" not in done.err
-
-
-def test_an_output_folder_on_a_read_only_disk_is_one_line(
-    argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    (tmp_path / "out" / ".lock").mkdir(parents=True)  # root may write anywhere else
-    done = run(argv(tmp_path / "out"), tmp_path / "log")
-    assert done.code == 2 and "cannot be written to" in done.error
-
-
-def test_no_limit_keeps_all_checkpoints(argv: Callable[..., list[str]], tmp_path: Path) -> None:
-    done = run(argv(tmp_path / "out", max_steps=6, save_total_limit=-1), tmp_path / "log")
-    assert done.code == 0, done.err
-    assert checkpoints(tmp_path / "out") == [3, 6]
-
-
-def test_an_optimizer_of_a_missing_package_is_one_line(
-    argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    done = run(argv(tmp_path / "out", optim="lomo"), tmp_path / "log")
-    assert "--optim lomo cannot be made: " in refused(done)
-
-
-def test_a_broken_weight_stops_before_it_spoils_anything(
-    argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(place / "base", tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = float("inf")
-    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    broken = {"model_name_or_path": tmp_path / "base", "save_steps": 1}
-    done = run(argv(tmp_path / "out", **broken), tmp_path / "log")
-    assert done.code == 1
-    assert "step 1: the loss is nan" in done.error
-    assert "rows.jsonl line " in done.error and "none yet" in done.error
-    assert checkpoints(tmp_path / "out") == []
-
-
-def test_an_evaluation_loss_that_is_nan_stops_the_run(
-    argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    """Only the rows to evaluate on have a token whose embedding is broken."""
-    shutil.copytree(place / "base", tmp_path / "base")
-    token = tokenizer_of(BUNDLED).encode("!", add_special_tokens=False)
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors["model.embed_tokens.weight"][token] = float("nan")
-    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "held.jsonl").write_text('{"instruction": "Well!!", "output": "A bird!!"}')
-    held = {"eval_data_path": tmp_path / "held.jsonl", "eval_strategy": "steps", "eval_steps": 4}
-    base = {"model_name_or_path": tmp_path / "base"}
-    done = run(argv(tmp_path / "out", **base, **held), tmp_path / "log")
-    assert done.code == 1
-    assert "step 4: the evaluation loss is nan" in done.error
-    assert str(tmp_path / "out" / "checkpoint-3") in done.error
-
-
-def test_weights_that_are_no_floats_are_refused(
-    argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(place / "base", tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors = {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
-    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    again = argv(tmp_path / "out", model_name_or_path=tmp_path / "base")
-    assert "is stored as I8" in refused(run(again, tmp_path / "log"))
-
-
-def test_an_absurd_learning_rate_stops_at_the_first_number_that_is_none(
-    argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    done = run(argv(output, learning_rate=1e20, save_steps=1), tmp_path / "log")
-    assert done.code == 1
-    last = checkpoints(output)[-1]
-    assert f"step {last + 1}: the " in done.error
-    assert f"the last good checkpoint is {output / f'checkpoint-{last}'}" in done.error
-    for step in checkpoints(output):
-        found = weights(output / f"checkpoint-{step}")
-        assert all(tensor.isfinite().all() for tensor in found.values())
-    assert all(0 < loss < float("inf") for loss in logged(output, "loss"))
-    assert "loss 0.0" not in done.err and "nan" not in done.err.replace(done.error, "")
-
-
 # --- What a run leaves
 
 
@@ -492,7 +330,7 @@ def test_without_a_place_for_tensorboard_the_run_goes_on(
     output = tmp_path / "out"
     output.mkdir()
     (output / "runs").write_text("no folder")
-    done = run(argv(output), tmp_path / "log")
+    done = run(argv(output, report_to="tensorboard"), tmp_path / "log")
     assert_trained_without_reports(done, output, finished["full"])
 
 
@@ -510,7 +348,7 @@ def test_a_full_disk_under_tensorboard_does_not_end_the_run(
         with suppress(OSError), (disk / "filling").open("wb", buffering=0) as file:
             while file.write(bytes(4096)):
                 pass
-        done = run(argv(output), tmp_path / "log")
+        done = run(argv(output, report_to="tensorboard"), tmp_path / "log")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert "No space left on device" in done.err
@@ -530,102 +368,6 @@ def test_lora_merged_is_a_whole_model_beside_its_adapter(
     ids = torch.tensor([[4094, 17, 5, 44, 80, 900]])
     with torch.no_grad():
         assert (merged.eval()(ids).logits - adapted(ids).logits).abs().max() < 0.1
-
-
-def test_an_adapter_that_cannot_be_merged_is_kept(
-    argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    words = argv(output, merge_on_save=True, **(LORA | {"learning_rate": 0}))
-    done = run(words, tmp_path / "log")
-    assert done.code == 2 and "changes nothing" in done.error
-    assert (output / "adapter" / "adapter_model.safetensors").is_file()
-    assert not (output / "config.json").exists()
-
-
-def test_perplexity_is_logged_while_training(
-    argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    held = {"eval_fraction": 0.25, "evaluation_strategy": "steps", "eval_steps": 5}
-    done = run(argv(tmp_path / "out", **held), tmp_path / "log")
-    assert done.code == 0, done.err
-    lines = [line for line in history(tmp_path / "out") if "eval_loss" in line]
-    assert [line["step"] for line in lines] == [5, 10]
-    for line in lines:
-        assert line["eval_perplexity"] == pytest.approx(torch.tensor(line["eval_loss"]).exp())
-    assert "perplexity" in done.err
-
-
-# --- Wrong use
-
-
-def refused(done: Ended) -> str:
-    assert done.code == 2, done.err
-    assert done.out == ""
-    return done.error
-
-
-def test_wrong_use_is_found_before_the_model_is_loaded(
-    argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(place / "base", tmp_path / "base")
-    save_file({"other": torch.zeros(1)}, tmp_path / "base" / "model.safetensors")  # no such model
-    (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"output": "b"}]')
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a", "output": "b " * 300}))
-
-    def wrong(**changes: Any) -> str:
-        base = {"model_name_or_path": tmp_path / "base"}
-        return refused(run(argv(tmp_path / "out", **(base | changes)), tmp_path / "log"))
-
-    assert "no option --learnin_rate; did you mean --learning_rate" in wrong(learnin_rate=1)
-    assert "bad.json row 2: no instruction" in wrong(data_path=tmp_path / "bad.json")
-    assert "has no rows" in wrong(data_path=tmp_path / "empty.jsonl")
-    assert "does not exist" in wrong(data_path=tmp_path / "none.json")
-    assert "file is no folder" in wrong(output_dir=tmp_path / "file")
-    assert "file is no folder" in wrong(output_dir=tmp_path / "file", dry_run=True)
-    assert "cannot be made" in wrong(output_dir=tmp_path / "file" / "below")
-    assert "--lora_r has no effect without --use_lora True" in wrong(lora_r=4)
-    assert "--quant_type has no effect without --bits 4" in wrong(quant_type="fp4")
-    assert "--do_train False has no effect" in wrong(do_train=False)
-    assert "--report_to wandb" in wrong(report_to="wandb")
-    long = {"model_max_length": 5000, "data_path": tmp_path / "long.jsonl"}
-    assert "the model's context is" in wrong(**long) == wrong(**long, dry_run=True)
-    dropped = {"dataloader_drop_last": True, "per_device_train_batch_size": 25}
-    assert "24 rows are less than a batch of 25" in wrong(**dropped)
-    assert "--modules_to_save mlp has in it" in wrong(use_lora=True, modules_to_save="mlp")
-    assert "does not exist" in wrong(model_name_or_path=tmp_path / "none")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_tokenizer_of_another_model_is_refused(
-    argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(place / "base", tmp_path / "base")
-    fields = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps(fields | {"vocab_size": 4000}))
-    again = argv(tmp_path / "out", model_name_or_path=tmp_path / "base")
-    assert "ids up to 4095" in refused(run(again, tmp_path / "log"))
-
-
-def test_wrong_use_is_said_by_the_first_process_only(
-    argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    words = argv(tmp_path / "out", bits=3)
-    first, second = (run(words, tmp_path / "log", partial(be_process, rank)) for rank in ("0", "1"))
-    assert "--bits is 3" in refused(first)
-    assert (second.code, second.out) == (2, "") and "error" not in second.err
-
-
-def test_shown_examples_have_their_answers_and_their_end_marked(
-    argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    done = run(argv(tmp_path / "out", max_steps=1, show_examples=2), tmp_path / "log")
-    shown = [line for line in done.err.splitlines() if "⟦" in line]
-    assert len(shown) == 2
-    assert all(line.startswith("Assistant:⟦ ") for line in shown)
-    assert all(line.endswith("<｜end▁of▁sentence｜>⟧") for line in shown)
 
 
 @pytest.mark.slow

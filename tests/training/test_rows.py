@@ -12,20 +12,14 @@ import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from row_fixtures import ROWS, conversations, lines_of, write_jsonl
 from text_fixtures import assistant, system, user
 
 from deepseek_moe.errors import UserError
-from deepseek_moe.model.tokenization_deepseek import BOS, EOS
 from deepseek_moe.training.rows import good_rows, read_rows
 
 datasets.disable_progress_bars()
 
-ROWS = [
-    {"instruction": "Say hello.", "input": "", "output": "Hello, you!"},
-    {"instruction": "Count,\nplease", "input": '1, 2, "3"', "output": "4\n5"},
-    {"instruction": "Führer?", "input": "  ", "output": "你好 🎉"},
-    {"instruction": f"type {EOS}", "input": "", "output": f"{BOS}no{EOS}"},
-]
 GOOD = {"instruction": "a", "output": "b"}
 
 
@@ -38,14 +32,6 @@ def read(tmp_path: Path) -> Callable[..., datasets.Dataset]:
         return good_rows(read_rows(paths, str(tmp_path / cache)), skip_bad_rows)
 
     return read
-
-
-def lines_of(rows: list[Any]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_jsonl(file: Path, rows: list[Any]) -> None:
-    file.write_text(lines_of(rows), encoding="utf-8")
 
 
 def write_csv(file: Path, rows: list[dict[str, str]]) -> None:
@@ -72,17 +58,6 @@ WRITERS: dict[str, Callable[[Path, list[Any]], object]] = {
 
 def contents(rows: datasets.Dataset) -> list[list[dict[str, str]]]:
     return [json.loads(messages) for messages in rows["messages"]]
-
-
-def conversations(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
-    questions = [
-        row["instruction"] + ("\n" + row["input"] if row.get("input", "").strip() else "")
-        for row in rows
-    ]
-    return [
-        [user(question), assistant(row["output"])]
-        for question, row in zip(questions, rows, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -155,7 +130,7 @@ def test_a_dataset_that_the_hub_does_not_give(
         raise ValueError("two\nlines")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"^own/data is no file here and .*: two; check the name"):
+    with pytest.raises(UserError, match=r"^own/data is no file here and .*: two lines; check"):
         read_rows(["own/data"])
 
 
@@ -192,50 +167,35 @@ BAD_ROWS: list[tuple[Any, str]] = [
 ]
 
 
-def escaped(row: Any) -> str:
-    return json.dumps(row)  # a lone surrogate only exists as an escape
-
-
-@pytest.mark.parametrize(("row", "said"), BAD_ROWS)
 @pytest.mark.parametrize("form", ["lines", "array"])
-def test_a_bad_row_is_named_with_its_place(
-    form: str, row: Any, said: str, read: Any, tmp_path: Path
-) -> None:
-    if form == "lines":
-        text, place = f"{escaped(GOOD)}\n\n{escaped(row)}\n{escaped(GOOD)}\n", "line 3"
-    else:
-        text, place = f"[{escaped(GOOD)},\n{escaped(GOOD)},{escaped(row)}]", "row 3"
+def test_each_bad_row_is_named_with_its_place(form: str, tmp_path: Path) -> None:
+    rows = [json.dumps(row) for row in (GOOD, *(row for row, _ in BAD_ROWS), GOOD)]
+    text = "\n\n".join(rows) if form == "lines" else "[" + ",\n".join(rows) + "]"
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError) as caught:
-        read("x.json")
-    message = str(caught.value)
-    assert message.startswith(f"1 of 3 rows are bad: {tmp_path}/x.json {place}: {said}")
-    assert message.endswith("; mend them or skip them with --skip_bad_rows True")
-    assert "\n" not in message
-    assert contents(read("x.json", skip_bad_rows=True)) == conversations([GOOD, GOOD])
+    found = read_rows([str(tmp_path / "x.json")], str(tmp_path / "cache"))
+    numbers = range(1, 2 * len(rows), 2) if form == "lines" else range(1, len(rows) + 1)
+    kind = form.removesuffix("s") if form == "lines" else "row"
+    assert found["source"][:] == [f"{tmp_path}/x.json {kind} {number}" for number in numbers]
+    said = ["", *(said for _, said in BAD_ROWS), ""]
+    for problem, wanted in zip(found["problem"], said, strict=True):
+        assert problem.startswith(wanted) and bool(problem) == bool(wanted)
+        assert "\n" not in problem
+    assert contents(good_rows(found, skip_bad_rows=True)) == conversations([GOOD, GOOD])
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        (b'{"instruction": "a", "output": "b"', "invalid JSON (Expecting ',' delimiter at column"),
-        (b"{'instruction': 'a'}", "invalid JSON (Expecting property name enclosed in double"),
-        (b"hello", "invalid JSON (Expecting value at column 1), wanted an object on one line"),
-        (
-            b'{"instruction": "a", "output": "\xff"}',
-            "byte 33 is not UTF-8 (convert it), wanted",
-        ),
-        (b"[" * 100_000, "invalid JSON (maximum recursion depth exceeded"),
-        (b"9" * 5_000, "invalid JSON (Exceeds the limit"),
-    ],
-)
-def test_a_line_that_is_not_json(line: bytes, said: str, read: Any, tmp_path: Path) -> None:
-    good = json.dumps(GOOD).encode()
-    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, line, good]))
-    with pytest.raises(UserError) as caught:
-        read("x.jsonl")
-    assert f"1 of 3 rows are bad: {tmp_path}/x.jsonl line 2: {said}" in str(caught.value)
-    assert len(read("x.jsonl", skip_bad_rows=True)) == 2
+def test_lines_that_are_not_json(tmp_path: Path) -> None:
+    lines = {
+        b'{"instruction": "a", "output": "b"': "invalid JSON (Expecting ',' delimiter at column",
+        b"{'instruction': 'a'}": "invalid JSON (Expecting property name enclosed in double",
+        b"hello": "invalid JSON (Expecting value at column 1), wanted an object on one line",
+        b'{"instruction": "a", "output": "\xff"}': "byte 33 is not UTF-8 (convert it), wanted",
+        b"[" * 100_000: "invalid JSON (maximum recursion depth exceeded",
+        b"9" * 5_000: "invalid JSON (Exceeds the limit",
+    }
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([json.dumps(GOOD).encode(), *lines]))
+    found = read_rows([str(tmp_path / "x.jsonl")], str(tmp_path / "cache"))
+    for problem, said in zip(found["problem"], ["", *lines.values()], strict=True):
+        assert problem.startswith(said)
 
 
 def test_bad_rows_of_tables(read: Any, tmp_path: Path) -> None:
@@ -267,10 +227,15 @@ def test_the_first_bad_rows_are_named_and_all_counted(read: Any, tmp_path: Path)
     write_jsonl(tmp_path / "x.jsonl", [GOOD, *[{"n": n} for n in range(1200)]])
     with pytest.raises(UserError) as caught:
         read("x.jsonl")
-    message = str(caught.value)
-    assert message.startswith("1,200 of 1,201 rows are bad: ")
-    assert [f"line {n}:" in message for n in (1, 2, 3, 4, 5)] == [False, True, True, True, False]
-    assert "; and 1,197 more; " in message
+    named = "; ".join(
+        f"{tmp_path}/x.jsonl line {n}: no instruction: found n, wanted instruction and output, "
+        "or messages"
+        for n in (2, 3, 4)
+    )
+    assert str(caught.value) == (
+        f"1,200 of 1,201 rows are bad: {named}; and 1,197 more; mend them or skip them with "
+        "--skip_bad_rows True"
+    )
 
 
 def test_rows_that_are_all_bad_cannot_be_skipped(read: Any, tmp_path: Path) -> None:

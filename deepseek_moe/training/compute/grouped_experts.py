@@ -26,7 +26,8 @@ from ...kernels import has_triton
 from ..quantized_base import dequantize
 from .fused_experts import Picks, fused_experts
 
-GROUPED = "grouped"
+GROUPED, RECOMPUTED = "grouped", "grouped_recomputed"
+"""Names of the implementation; RECOMPUTED keeps nothing of gate and up for the backward pass."""
 STACKS = ("gate_up_proj", "down_proj")
 
 
@@ -135,7 +136,8 @@ def _fused_forward(
     place_TK = place_TK.masked_fill(index_TK == experts.num_experts, -1)
     dropouts = [0.0 if low is None else low.dropout for low in (up, down)]
     seed = int(torch.randint(2**31 - 1, ())) if dropouts[1] else 0  # checkpointing draws it again
-    recompute = getattr(experts, "recompute", False)  # set by training
+    # transformers keeps the name there that was chosen (integrations/moe.py); its setter is public.
+    recompute = experts.config._experts_implementation == RECOMPUTED
     picks = Picks(ops, token_N, place_TK, ends_E, recompute, *dropouts, seed)
     stacks = []
     for name, low in zip(STACKS, (up, down), strict=True):
@@ -194,4 +196,5 @@ def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-ALL_EXPERTS_FUNCTIONS.register(GROUPED, grouped_experts_forward)
+for name in (GROUPED, RECOMPUTED):
+    ALL_EXPERTS_FUNCTIONS.register(name, grouped_experts_forward)

@@ -19,6 +19,7 @@ from finetune_fixtures import (
     run,
     weights,
 )
+from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, tokenizer_of
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,11 +29,7 @@ from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.checkpoint import own_tokenizer
 from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.kernels.training import torch_ops as plain
-from deepseek_moe.training.arguments import (
-    STEP_IN_BACKWARD,
-    FineTuningArguments,
-    parse_arguments,
-)
+from deepseek_moe.training.arguments import STEP_IN_BACKWARD, FineTuningArguments
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.examples import Collator, load_examples
@@ -358,7 +355,6 @@ AGAINST = {
     "--use_lora True": "--use_lora True",
     "--gradient_accumulation_steps 2": "--gradient_accumulation_steps 2",
     "--optim sgd": "--optim sgd",
-    "--optim_args betas=1": "--optim_args",
     "--max_grad_norm 1.0": "--max_grad_norm 1",
     "--max-grad-norm=0.5": "--max_grad_norm 0.5",
     "--bf16 False": "add --bf16 True",

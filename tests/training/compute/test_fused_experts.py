@@ -20,6 +20,8 @@ from deepseek_moe.files import BUNDLED_MODEL
 from deepseek_moe.kernels.training import torch_ops as plain
 from deepseek_moe.training.compute import grouped_experts as way
 from deepseek_moe.training.compute.grouped_experts import (
+    GROUPED,
+    RECOMPUTED,
     LowRank,
     _fused_forward,
     grouped_experts_forward,
@@ -40,7 +42,8 @@ ROUTINGS = {
 
 def make(trained: bool, bits: int = 16, recompute: bool = False) -> Any:
     torch.manual_seed(1)
-    experts = SimpleNamespace(num_experts=E, act_fn=nn.SiLU(), recompute=recompute)
+    config = SimpleNamespace(_experts_implementation=RECOMPUTED if recompute else GROUPED)
+    experts = SimpleNamespace(num_experts=E, act_fn=nn.SiLU(), config=config)
     for name, (out, width) in STACKS.items():
         weight = nn.Parameter(torch.randn(E, out, width) * 0.3, requires_grad=trained)
         if bits != 16:

@@ -1,0 +1,138 @@
+"""Prompts from a command line or a file, and their completion in batches that signals can stop."""
+
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..errors import UserError
+from .completion_file import CompletionFile
+from .generation import Generator
+from .sampling import Sampler, Sampling
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    """The `given` prompts, then those of `file`, or one default prompt if there are none.
+
+    Each line of the file is a prompt: plain text, a JSON string, or a JSON object with a "prompt".
+    Empty lines are skipped.
+
+    Raises:
+        UserError: a prompt is empty or not text, or the file cannot be read.
+    """
+    prompts = list(given)
+    if file:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}; give a UTF-8 text file") from error
+        prompts += [_parse(line, f"{file} line {n}") for n, line in enumerate(lines, 1) if line]
+        if not prompts:
+            raise UserError(f"{file} is empty; write one prompt a line")
+    return [check_prompt(prompt) for prompt in prompts or ["Once upon a time"]]
+
+
+def _parse(line: str, where: str) -> str:
+    if line[0] not in '{"':
+        return line
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        if line[0] == '"':  # plain text may begin with a quotation mark
+            return line
+        raise UserError(f'{where} is no JSON ({error}); write {{"prompt": "..."}}') from error
+    prompt = row.get("prompt") if isinstance(row, dict) else row
+    if not isinstance(prompt, str):
+        raise UserError(f'{where} has no text under "prompt"; write {{"prompt": "..."}}')
+    return prompt
+
+
+def check_prompt(prompt: str) -> str:
+    """Returns `prompt`, or raises a UserError if it is empty or not text."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty; give it some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt {prompt[:40]!a} is not UTF-8; convert it") from error
+    return prompt
+
+
+def complete_in_batches(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sample: Sampler,
+    stop_ids: Collection[int],
+    batch_size: int,
+    output: CompletionFile | None = None,
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Completes the prompts that `output` does not hold yet, with a progress bar.
+
+    Ctrl-C and SIGTERM end the process, but only between two tokens, and say how to go on.
+
+    Yields:
+        For each batch, the index of its first prompt, and the new ids of each of its prompts.
+    """
+    begin = 0
+    if output:
+        output.start()
+        begin = output.done
+    bar = tqdm(total=len(prompts), initial=begin, unit="prompt", disable=len(prompts) <= batch_size)
+    with noted_interrupts(signal.SIGINT, signal.SIGTERM) as stopped, bar:
+        for at in range(begin, len(prompts), batch_size):
+            if isinstance(sample, Sampling) and sample.seed is not None:
+                seed = _seed_of_batch(sample.seed, at // batch_size)
+                sample.generator(generator.model.device).manual_seed(seed)
+            batch = prompts[at : at + batch_size]
+            new: list[list[int]] = [[] for _ in batch]
+            for step in generator.stream(batch, max_new_tokens, sample, stop_ids):
+                if stopped:
+                    break
+                for ids, token in zip(new, step, strict=True):
+                    ids.extend([] if token is None else [token])
+            if stopped:
+                break
+            yield at, new
+            bar.update(len(batch))
+        else:
+            return
+    if output:
+        print(f"stopped: {output}; {output.remedy}", file=sys.stderr)
+    sys.exit(128 + stopped[0])
+
+
+def _seed_of_batch(seed: int, number: int) -> int:
+    """A seed of its own for each batch, so that its draws do not depend on the batches before."""
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def noted_interrupts(*numbers: int) -> Iterator[list[int]]:
+    """Appends signals to the list that it yields, to be looked at between two tokens.
+
+    A second signal raises KeyboardInterrupt. The first one does not, because an exception may come
+    at any place, and Python drops one that comes in a destructor.
+
+    Args:
+        numbers: the signals; without any, Ctrl-C (SIGINT).
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in numbers or (signal.SIGINT,)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,143 @@
+"""The conversation of chat.py: its commands, its answers, and its prompt in a terminal."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.formatted_text import ANSI
+from prompt_toolkit.output.defaults import create_output
+from shared_options import sampling_arguments
+from transformers import PreTrainedTokenizerBase
+
+from deepseek_moe import Generator, load
+from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, render_within
+from deepseek_moe.decode.prompts import check_prompt, noted_interrupts
+from deepseek_moe.decode.sampling import Sampler, make_sampler
+from deepseek_moe.errors import UserError
+from deepseek_moe.files import write_text
+
+HELP = """\
+/reset      forget the conversation
+/undo       forget the last question and its answer
+/save FILE  write the conversation as JSON; /save --overwrite FILE if it is there already
+/system     about system prompts
+/help       this list
+Ctrl-C stops an answer, Ctrl-D leaves."""
+
+
+def talk(args: argparse.Namespace) -> None:
+    """Answers the question of the command line, or each line of stdin."""
+    if args.prompt is not None:
+        check_prompt(args.prompt)
+    sample = make_sampler(**sampling_arguments(args))
+    model, tokenizer = load(args.model, args.dtype, args.device, args.quantization)
+    conversation = Conversation(Generator(model), tokenizer, args.max_new_tokens, sample)
+    if args.prompt is not None:
+        conversation.ask(args.prompt)
+        return
+    interactive = sys.stdin.isatty()
+    if not interactive:  # bytes that are not UTF-8 become a question that ask() refuses
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for line in typed_lines() if interactive else sys.stdin:
+        try:
+            conversation.turn(line.strip())
+        except UserError as error:
+            if not interactive:
+                raise
+            note(f"error: {error}")
+
+
+class Conversation:
+    """Messages to and from a model."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        sample: Sampler,
+    ) -> None:
+        self.generator, self.tokenizer, self.sample = generator, tokenizer, sample
+        self.max_new_tokens = max_new_tokens
+        # An answer may take up to half of the context; the messages before it get the rest.
+        self.room = generator.context - min(max_new_tokens, generator.context // 2)
+        self.messages: list[Message] = []
+        self.dropped = 0
+
+    def turn(self, line: str) -> None:
+        """Answers a question, or obeys a /command."""
+        command, _, rest = line.partition(" ")
+        if command == "/reset":
+            self.messages, self.dropped = [], 0
+            note("the conversation is forgotten")
+        elif command == "/undo":
+            note("the last turn is forgotten" if self.messages else "there is nothing to undo")
+            del self.messages[-2:]
+        elif command == "/save":
+            self.save(rest.strip())
+        elif command == "/system":
+            note(NO_SYSTEM_PROMPT)
+        elif command == "/help":
+            note(HELP)
+        elif command.startswith("/"):
+            raise UserError(f"there is no command {command}; /help lists them")
+        elif line:
+            self.ask(line)
+
+    def ask(self, question: str) -> None:
+        """Prints the answer as it is made. Ctrl-C ends it early and keeps what was printed.
+
+        Raises:
+            UserError: the question is refused, and not kept.
+        """
+        asked = [*self.messages, {"role": "user", "content": check_prompt(question)}]
+        ids, dropped = render_within(self.tokenizer, asked, self.room)
+        steps = self.generator.stream(
+            [ids], self.max_new_tokens, self.sample, {self.tokenizer.eos_token_id}
+        )
+        if dropped > self.dropped:
+            note(f"the context is full: the oldest {dropped} messages are no longer seen")
+        self.dropped = dropped
+        answer, text = "", TextStream(self.tokenizer)
+        with noted_interrupts() as interrupted:
+            for (token,) in steps:
+                piece = text.add(token)
+                piece = piece if answer else piece.lstrip()
+                answer += piece
+                print(piece, end="", flush=True)
+                if interrupted:
+                    note(" (stopped)")
+                    break
+        print(flush=True)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def save(self, name: str) -> None:
+        first, _, rest = name.partition(" ")
+        overwrite = first == "--overwrite"
+        name = rest.strip() if overwrite else name
+        if not name:
+            raise UserError("/save needs a file name")
+        text = json.dumps(self.messages, ensure_ascii=False, indent=2)
+        file = write_text(name, text + "\n", overwrite)
+        note(f"{len(self.messages)} messages are in {file}")
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines typed in a terminal, with editing and history. Ctrl-C drops a line, Ctrl-D ends."""
+    note(HELP)
+    session = PromptSession(output=create_output(stdout=sys.stderr))
+    while True:
+        try:
+            yield session.prompt(ANSI("\x1b[1;32m> \x1b[0m"))
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+
+
+def note(text: str) -> None:
+    """Prints `text` dimmed on stderr."""
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{dim}{text}{plain}", file=sys.stderr)

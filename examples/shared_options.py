@@ -1,0 +1,67 @@
+"""The options that both examples share.
+
+This file imports only the standard library, so that --help and wrong options answer at once.
+"""
+
+import argparse
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def add_model_options(parser: argparse.ArgumentParser, bundled: str) -> None:
+    """Adds the options of `load`. The default is a model in the folder models/."""
+    says = f"a folder or a hub id; the default is models/{bundled}"
+    parser.add_argument("--model", default=str(MODELS / bundled), help=says)
+    says = "auto: the checkpoint's on a GPU; float32 on a CPU if it fits, else bfloat16"
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help=says)
+    says = "quantise the weights of the layers to 8 or 4 bits while they are read"
+    parser.add_argument("--quantization", choices=["int8", "int4"], help=says)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Adds --max_new_tokens and the arguments of `make_sampler`, whose defaults are greedy."""
+    penalty = "above 1 makes what is in the prompt or answer less likely, below 1 likelier"
+    for name, kind, default, says in (
+        ("max_new_tokens", positive, max_new_tokens, f"default {max_new_tokens}"),
+        ("temperature", float, 0.0, "0 (default) is greedy"),
+        ("top_k", int, 0, "0 (default) keeps all"),
+        ("top_p", float, 1.0, "keep the likeliest that reach it together"),
+        ("min_p", float, 0.0, "drop what is less likely than this x the likeliest"),
+        ("repetition_penalty", float, 1.0, penalty),
+        ("seed", int, None, "makes sampling repeatable"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=says)
+
+
+def sampling_arguments(args: argparse.Namespace) -> dict[str, float | int | None]:
+    """The arguments of `make_sampler`."""
+    return {name: getattr(args, name) for name in SAMPLING}
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"it is {number}; it must be 1 or more")
+    return number
+
+
+@contextmanager
+def ctrl_c_leaves() -> Iterator[None]:
+    """Ends the process after Ctrl-C with exit code 130 and without a traceback.
+
+    This is for imports: the modules that are imported could catch a KeyboardInterrupt.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

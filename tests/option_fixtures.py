@@ -1,0 +1,11 @@
+"""What tests share that make the settings of a run from the options of finetune.py."""
+
+from collections.abc import Sequence
+
+from finetune_options import parse_options
+
+from deepseek_moe.training.arguments import Arguments, make_arguments
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    return make_arguments(parse_options(argv))

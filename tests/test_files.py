@@ -1,0 +1,144 @@
+"""Files and folders are complete or absent, and those of the user and of other processes stay."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_moe.errors import RunError, UserError
+from deepseek_moe.files import complete_or_absent, refuse_occupied, write_aside, write_text
+
+# A writer in a process of its own, which waits for a line of input before it is complete.
+SLOW_WRITER = """
+import sys
+from pathlib import Path
+from deepseek_moe.errors import exit_on_user_error
+from deepseek_moe.files import complete_or_absent
+with exit_on_user_error(), complete_or_absent(Path(sys.argv[1])) as aside:
+    (aside / "file").write_text("slow")
+    print("now", flush=True)
+    input()
+"""
+
+
+def start_slow_writer(folder: Path) -> subprocess.Popen:
+    """Returns when it waits."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, folder], text=True, **pipes)
+    assert child.stdout.readline() == "now\n"
+    return child
+
+
+def write(folder: Path, text: str) -> None:
+    with complete_or_absent(folder) as aside:
+        (aside / "file").write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_a_killed_writer_leaves_no_folder_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with start_slow_writer(folder) as child:
+        child.send_signal(signal.SIGKILL)
+    [aside] = tmp_path.iterdir()
+    assert aside != folder and (aside / "file").exists()
+    write(folder, "next")
+    assert list(tmp_path.iterdir()) == [folder]
+    assert contents(folder) == {"file": "next"}
+
+
+def test_what_another_process_has_written_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with start_slow_writer(folder) as child:
+        write(folder, "quick")
+        _, said = child.communicate("go on\n")
+    assert child.returncode == 1
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert f"{folder} was written by another process meanwhile" in said
+    assert list(tmp_path.iterdir()) == [folder]
+    assert contents(folder) == {"file": "quick"}
+
+
+def test_two_writers_in_one_process_do_not_mix(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with (
+        pytest.raises(RunError, match="was written by another process meanwhile"),
+        complete_or_absent(folder) as aside,
+    ):
+        (aside / "other file").write_text("first")
+        write(folder, "second")
+    assert contents(folder) == {"file": "second"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_files_of_the_user_beside_what_is_written_stay(tmp_path: Path) -> None:
+    """Under names that were once used to write aside, and under names that look like them."""
+    mine = [tmp_path / "new.partial" / "x", tmp_path / "new.mine.partial" / "x"]
+    mine += [tmp_path / "note.tmp"]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    write(tmp_path / "new", "new")
+    write_aside(tmp_path / "note", "new")
+    assert [file.read_text() for file in mine] == ["mine"] * len(mine)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError), complete_or_absent(tmp_path / "a" / "new") as aside:
+        (aside / "file").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_an_empty_folder_is_filled_and_stays_what_it_was(tmp_path: Path) -> None:
+    private, link = tmp_path / "private", tmp_path / "link"
+    private.mkdir(mode=0o700)
+    link.symlink_to(private)
+    refuse_occupied(link)
+    write(link, "new")
+    assert link.is_symlink()
+    assert contents(private) == {"file": "new"}
+    assert private.stat().st_mode & 0o777 == 0o700
+    with complete_or_absent(private, overwrite=True) as aside:
+        (aside / "other").write_text("newer")
+    assert contents(link) == {"other": "newer"}
+
+
+def test_a_folder_that_must_not_be_replaced_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for occupied in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="is there already; give a new folder"):
+            refuse_occupied(occupied)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(empty)
+        for name in (Path("."), empty):
+            with pytest.raises(UserError, match="is the current folder; give a new folder inside"):
+                refuse_occupied(name)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == empty)
+    with pytest.raises(UserError, match="a file system is mounted"):
+        refuse_occupied(empty)
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_text(tmp_path / "note.txt", "old")
+    with pytest.raises(UserError, match="is there already; choose another name"):
+        write_text(file, "new")
+    with pytest.raises(FileExistsError):  # as if it appeared after `write_text` has looked
+        write_aside(file, "new", overwrite=False)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(os, "replace", None)
+        write_aside(file, "new")
+    assert contents(tmp_path) == {"note.txt": "old"}
+    write_text(file, "new", overwrite=True)
+    assert contents(tmp_path) == {"note.txt": "new"}

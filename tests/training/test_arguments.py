@@ -1,0 +1,229 @@
+"""The options of finetune.py: what is understood, what they become, and what is refused."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_fixtures import SCRIPT
+from finetune_options import OPTIONS, REFUSED, UNUSED
+from option_fixtures import parse_arguments
+from text_fixtures import BUNDLED, ROOT
+from transformers import get_scheduler
+
+from deepseek_moe.errors import UserError
+from deepseek_moe.training.arguments import (
+    DataArguments,
+    FineTuningArguments,
+    ModelArguments,
+    split_commas,
+    zero_stage,
+)
+
+CONFIGS = ROOT / "configs"
+NEEDED = ["--data_path", "x", "--output_dir", "out"]
+Wrong = Callable[..., str]
+
+
+def parse(words: str = "") -> tuple[ModelArguments, DataArguments, FineTuningArguments]:
+    return parse_arguments([*NEEDED, *words.split()])
+
+
+@pytest.fixture
+def wrong(capsys: pytest.CaptureFixture[str]) -> Wrong:
+    """The one line that refuses some words of a command, by the parser or after it."""
+
+    def wrong(words: str, needed: list[str] = NEEDED) -> str:
+        with pytest.raises((UserError, SystemExit)) as caught:
+            parse_arguments([*needed, *words.split()])
+        if isinstance(caught.value, UserError):
+            found = str(caught.value)
+        else:
+            assert caught.value.code == 2
+            found = capsys.readouterr().err.removeprefix("error: ").removesuffix("\n")
+        assert "\n" not in found and "; " in found
+        return found
+
+    return wrong
+
+
+# --- The table
+
+
+def without_packages(*words: str, modules: Path | None = None) -> subprocess.CompletedProcess:
+    """finetune.py where Python finds its standard library only, and `modules`."""
+    environment = {"PYTHONPATH": str(modules)} if modules else {}
+    command = [sys.executable, "-S", str(SCRIPT), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+
+def test_help_is_three_screens_and_needs_no_package() -> None:
+    done = without_packages("--help")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 100
+    assert str(ROOT) not in done.stdout
+    for name in OPTIONS:
+        assert f"  --{name} " in done.stdout
+
+
+def test_a_mistake_is_found_before_the_imports() -> None:
+    done = without_packages(*NEEDED, "--learnin_rate", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    found = "error: there is no option --learnin_rate; did you mean --learning_rate?\n"
+    assert done.stderr == found
+
+
+def test_ctrl_c_while_importing_leaves_without_a_traceback(tmp_path: Path) -> None:
+    interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    (tmp_path / "torch.py").write_text(interrupted)
+    done = without_packages(*NEEDED, modules=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_defaults_that_help_shows_are_those_that_count() -> None:
+    for kind in (ModelArguments, DataArguments, FineTuningArguments):
+        for one in fields(kind):
+            if one.name in OPTIONS and one.default is not MISSING:
+                shown = {str(BUNDLED): "models/tiny-base"}.get(one.default, one.default)
+                assert OPTIONS[one.name].default == (shown or OPTIONS[one.name].default), one.name
+
+
+def test_every_option_of_transformers_is_known_with_its_default() -> None:
+    others = {name: value for value, names in UNUSED.items() for name in names.split()}
+    others |= {name: value for name, (value, _) in REFUSED.items()}
+    others["do_train"] = "False"  # It is taken with True, which it means to others.
+    spelt_otherwise = {"activation_checkpointing", "local_rank"}
+    for one in fields(FineTuningArguments):
+        if one.name not in OPTIONS.keys() | spelt_otherwise:
+            default = None if one.default is MISSING else one.default
+            assert others.pop(one.name) == str(default), one.name
+    assert not others
+
+
+@pytest.mark.parametrize("name", OPTIONS["lr_scheduler_type"].choices)
+def test_every_schedule_needs_no_more_options(name: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10)
+
+
+# --- What is understood
+
+
+def test_old_names_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    model, data, training = parse(
+        "--evaluation_strategy no --gradient_checkpointing True --use_lora --lora_r 64 "
+        "--max_length 9 --per_gpu_train_batch_size 3 --logging_dir x --group_by_length=True"
+    )
+    assert (model.lora_rank, data.model_max_length) == (64, 9)
+    assert training.gradient_checkpointing and training.per_device_train_batch_size == 3
+    assert training.eval_strategy == "no"
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--logging_dir has no effect" in said.err and "--group_by_length has" in said.err
+    assert parse("--activation_checkpointing")[2].gradient_checkpointing
+
+
+@pytest.mark.parametrize("words", ["--group_by_length", "--group_by_length True"])
+def test_an_option_without_effect_takes_its_own_value_only(words: str) -> None:
+    assert parse(f"{words} --packing")[1].packing
+
+
+def test_a_flag_without_a_value_is_true() -> None:
+    model, _, training = parse("--double_quant --use_lora --bits 4 --bf16 1")
+    assert model.double_quant and model.use_lora and training.bf16
+    assert not parse("--use_lora --bits 4 --double_quant False")[0].double_quant
+
+
+def test_options_are_understood_with_dashes() -> None:
+    words = ["--data-path", "x", "--output-dir", "out", "--logging-steps", "0.1"]
+    assert parse_arguments(words)[2].logging_steps == 0.1
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--fp16 False --tf32 None --do_train", "--label_smoothing_factor 0 --debug", "--local_rank=0"],
+)
+def test_other_options_of_transformers_are_taken_at_their_defaults(words: str) -> None:
+    assert parse(words)[2].label_names == ["labels"]
+
+
+def test_parsing_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    before = dict(os.environ)
+    training = parse(f"--deepspeed {CONFIGS}/ds_config_zero3.json")[2]
+    assert zero_stage(training) == 3 and zero_stage(parse()[2]) == 0
+    assert not torch.distributed.is_initialized()
+    assert os.environ.get("DS_ACCELERATOR") == before.get("DS_ACCELERATOR")
+
+
+def test_attention_and_lists_of_names() -> None:
+    assert ModelArguments().attention(torch.float32) == "sdpa"
+    assert ModelArguments(attn_implementation="eager").attention(torch.bfloat16) == "eager"
+    assert split_commas(" q_proj, v_proj,, ") == ["q_proj", "v_proj"]
+    assert split_commas(None) == []
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("--lora_ranks 8", "no option --lora_ranks; did you mean --lora_rank?"),
+        ("--bit=4", "did you mean --bits?"),
+        ("--zzzzzzzz 8", "no option --zzzzzzzz; --help lists"),
+        ("--learning 1", "no option --learning;"),  # not an abbreviation
+        ("stray", "no option stray"),
+        ("--neftune_noise_alpha 5", "no option --neftune_noise_alpha; --help lists"),
+        ("--use_liger_kernel True", "the kernels are used by themselves on a GPU"),
+        ("--use_liger_kernel", "--use_liger_kernel True is not supported"),
+        ("--fp16 True", "use --bf16 True"),
+        ("--do_train False", "this trains; for a look, --dry_run True"),
+        ("--bits 3", "--bits is 3; use one of 16, 8, 4"),
+        ("--bits 4", "--use_lora True"),
+        (f"--bits 4 --use_lora True --deepspeed {CONFIGS}/ds_config_zero3.json", "ZeRO-3"),
+        ("--merge_on_save True", "--merge_on_save has no effect without --use_lora True"),
+        ("--save_strategy best", "--save_strategy is best; use one of steps, epoch, no"),
+        ("--attn_implementation none", "--attn_implementation none"),
+        ("--eval_fraction 0.1", "--eval_strategy epoch"),
+        ("--eval_fraction 1.5 --eval_strategy epoch", "--eval_fraction is 1.5"),
+        ("--eval_strategy steps", "nothing to evaluate"),
+        ("--eval_fraction 0.1 --eval_data_path x", "are both given"),
+        ("--model_max_length 1", "--model_max_length is 1; it must be 2 or more"),
+        ("--learning_rate fast", "--learning_rate: invalid float value: 'fast'"),
+        ("--learning_rate nan", "--learning_rate is nan"),
+        ("--bf16 perhaps", "--bf16: invalid true_or_false value"),
+        ("--lr_scheduler_type wavy", "--lr_scheduler_type is wavy; use one of linear, cosine"),
+        ("--optim wavy", "wavy"),
+        ("--deepspeed nowhere.json", "nowhere.json cannot be read"),
+        ("--num_train_epochs nan", "--num_train_epochs is nan"),
+        ("--num_train_epochs 0", "--num_train_epochs is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--seed 4294967296", "--seed is 4294967296"),
+        ("--max_steps 0", "--max_steps is 0"),
+        ("--recompute_experts True", "--recompute_experts has no effect without --bf16 True"),
+        ("--report_to nowhere", "--report_to nowhere"),
+        ("--lora_dropout 0", "--lora_dropout has no effect without --use_lora True"),
+        ("--use_lora --quant_type fp4", "--quant_type has no effect without --bits 4"),
+        ("--output_dir=", "--output_dir is empty"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    words: str, found: str, wrong: Wrong, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")  # as under DeepSpeed's launcher
+    assert found in wrong(words)
+
+
+@pytest.mark.parametrize(
+    ("needed", "missing"), [(NEEDED[:2], "output_dir"), (NEEDED[2:], "data_path")]
+)
+def test_data_and_an_output_folder_are_asked_for(
+    needed: list[str], missing: str, wrong: Wrong
+) -> None:
+    assert f"--{missing} is missing; give a" in wrong("", needed)
