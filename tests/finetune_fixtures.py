@@ -1,14 +1,12 @@
-"""What the tests of fine-tuning share: a small base model, rows, and ways to run the script.
+"""What the tests of fine-tuning share: a small base model, rows, and runs of the script.
 
-Most tests fork the script from a process that has imported its libraries already (a second instead
-of seven); `command` and `launch` start it as a person would.
+`run` forks the script from a server process that has imported its libraries already, which takes a
+second instead of seven. `command` and `launch` start it as a person would.
 """
 
 import json
 import multiprocessing
 import os
-import pkgutil
-import resource
 import runpy
 import shutil
 import signal
@@ -35,6 +33,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "bird", "of", "gold", "which"]
 
 THREADS = os.cpu_count() or 1
+USED_PORTS: list[int] = []
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["deepseek_moe.training.build", "deepseek_moe.training.run"])
 
@@ -46,7 +45,7 @@ class Ended(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The one line that says what was wrong."""
+        """The one line of an error, without its prefix."""
         assert "Traceback" not in self.err, self.err
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.err
@@ -54,7 +53,7 @@ class Ended(NamedTuple):
 
 
 def write_base(folder: Path, **changes: Any) -> Path:
-    """A checkpoint with random bf16 weights and the bundled tokenizer."""
+    """Writes a checkpoint with random bf16 weights and the bundled tokenizer."""
     torch.manual_seed(0)
     config = DeepseekConfig(**(TINY | IDS | {"max_position_embeddings": 256} | changes))
     DeepseekForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -64,7 +63,7 @@ def write_base(folder: Path, **changes: Any) -> Path:
 
 
 def write_rows(file: Path, count: int = 24) -> Path:
-    """JSON lines, answers of 1 to 37 words."""
+    """Writes JSON lines with answers of 1 to 37 words."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as stream:
         for i in range(count):
@@ -75,15 +74,33 @@ def write_rows(file: Path, count: int = 24) -> Path:
 
 
 def options(**values: Any) -> list[str]:
-    """--name value, for each."""
+    """Lists `--name value` for each of `values`."""
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
+# --- Ways to run the script
+
+
 def start(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> BaseProcess:
-    """The script in a process of its own, its output in `log`.out and `log`.err."""
+    """Starts the script in a process of its own, which writes to `log`.out and `log`.err.
+
+    Args:
+        before: called in that process before the script, with what can be pickled.
+    """
     process = FORKS.Process(target=_script, args=(list(argv), log, before), daemon=True)
     process.start()
     return process
+
+
+def _script(argv: list[str], log: Path, before: Callable[[], None] | None) -> None:
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.setsid()  # so that it can be ended together with all that it starts
+    torch.set_num_threads(THREADS)  # A single thread would always add in the same order.
+    if before:
+        before()
+    sys.argv = [str(SCRIPT), *argv]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def end(process: BaseProcess, log: Path, timeout: float = 120) -> Ended:
@@ -95,9 +112,9 @@ def end(process: BaseProcess, log: Path, timeout: float = 120) -> Ended:
 
 
 def kill_group(process: BaseProcess) -> None:
-    """With all that it started, unless it has ended."""
+    """Kills a process with all that it started, unless it has ended."""
     if process.exitcode is None:
-        with suppress(ProcessLookupError):  # it has no group of its own yet, or has just ended
+        with suppress(ProcessLookupError):  # It has no group of its own yet, or has just ended.
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
 
@@ -106,25 +123,38 @@ def run(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None
     return end(start(argv, log, before), log)
 
 
-def read(log: Path, kind: str) -> str:
-    return Path(f"{log}.{kind}").read_text(encoding="utf-8").replace("\r", "\n")
+def run_ranks(
+    argv: Sequence[str], log: Path, count: int, before: Callable[[], None] | None = None
+) -> list[Ended]:
+    """Runs the script in `count` processes that find each other as a launcher's do."""
+    shared = (count, free_port(), os.environ["TORCH_EXTENSIONS_DIR"], before)
+    logs = [Path(f"{log}{rank}") for rank in range(count)]
+    started = [start(argv, logs[rank], partial(_be_rank, rank, *shared)) for rank in range(count)]
+    try:
+        return [end(process, log) for process, log in zip(started, logs, strict=True)]
+    finally:
+        for process in started:
+            kill_group(process)
 
 
-def _script(argv: list[str], log: Path, before: Callable[[], None] | None) -> None:
-    for number, kind in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.setsid()  # so that it can be ended with all that it starts
-    torch.set_num_threads(THREADS)  # with one, no sum could be in another order
+def _be_rank(
+    rank: int, count: int, port: int, extensions: str, before: Callable[[], None] | None
+) -> None:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_EXTENSIONS_DIR": extensions}
+    os.environ |= {name: str(value) for name, value in values.items()}
     if before:
         before()
-    sys.argv = [str(SCRIPT), *argv]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def read(log: Path, kind: str) -> str:
+    return Path(f"{log}.{kind}").read_text(encoding="utf-8").replace("\r", "\n")
 
 
 def command(
     argv: Sequence[str], folder: Path = ROOT, timeout: float = 240, threads: int = 1
 ) -> Ended:
-    """A command as a person types it in `folder`. A hang is an error, and leaves nothing behind."""
+    """Runs a command as a person types it in `folder`. A hang is an error and leaves nothing."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(
@@ -138,9 +168,9 @@ def command(
     return Ended(process.returncode, out, err.replace("\r", "\n"))
 
 
-def launch(processes: int, argv: Sequence[str], script: Path = SCRIPT) -> Ended:
-    """Through the real launcher, in the folder of the script."""
-    return command([*launcher(processes), str(script), *argv], SCRIPT.parent)
+def launch(processes: int, argv: Sequence[str]) -> Ended:
+    """Runs the script through DeepSpeed's launcher, in the script's folder."""
+    return command([*launcher(processes), str(SCRIPT), *argv], SCRIPT.parent)
 
 
 def launcher(processes: int) -> list[str]:
@@ -149,9 +179,11 @@ def launcher(processes: int) -> list[str]:
 
 
 def free_port() -> int:
+    """Finds a port for processes to meet at, and notes it in USED_PORTS."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+        USED_PORTS.append(one.getsockname()[1])
+    return USED_PORTS[-1]
 
 
 # --- What a run leaves
@@ -162,7 +194,7 @@ def checkpoints(folder: Path) -> list[int]:
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """The logged steps, from the last checkpoint."""
+    """The logged lines, from the last checkpoint."""
     state = folder / f"checkpoint-{checkpoints(folder)[-1]}" / "trainer_state.json"
     return json.loads(state.read_text())["log_history"]
 
@@ -177,73 +209,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Bit for bit."""
+    """Compares all weights bit for bit."""
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-# --- Accidents, to be passed as `before`
-
-
-def kill_at(owner: str, name: str, count: int, half: bool = False) -> Callable[[], None]:
-    """SIGKILL at the `count`-th call of a function; `half`: when half of its file is written."""
-    return partial(_kill_at, owner, name, count, half)
-
-
-def _kill_at(owner: str, name: str, count: int, half: bool) -> None:
-    def die(original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
-        if half:
-            original(*args, **kwargs)
-            os.truncate(args[1], os.path.getsize(args[1]) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    _at(owner, name, count, die)
-
-
-def limit_files_at(count: int, size: int) -> Callable[[], None]:
-    """From the `count`-th checkpoint on no file can grow over `size` bytes: a full disk."""
-    return partial(_limit_files_at, count, size)
-
-
-def _limit_files_at(count: int, size: int) -> None:
-    def limit(*_: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    _at("deepseek_moe.training.trainer.FineTuner", "_save_checkpoint", count, limit)
-
-
-def _at(
-    owner: str,
-    name: str,
-    count: int,
-    then: Callable[..., None],
-) -> None:
-    where: Any = pkgutil.resolve_name(owner)
-    original, calls = getattr(where, name), 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            then(original, args, kwargs)
-        return original(*args, **kwargs)
-
-    setattr(where, name, counted)
-
-
-def terminate_at(count: int, number: int = signal.SIGTERM) -> None:
-    """A signal to this process in the `count`-th forward pass, twice: a launcher passes it on."""
-
-    def terminate(*_: Any) -> None:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-
-    _at("deepseek_moe.training.trainer.FineTuner", "compute_loss", count, terminate)
+# --- Other changes of a run's process
 
 
 def route_apart(folder: str) -> None:
-    """Process r of four routes to experts 2r and 2r + 1, and notes in `folder` what it picked."""
+    """Routes all tokens of process r to experts 2r and 2r + 1, and notes in `folder` its picks."""
     from deepseek_moe.model.modeling_deepseek import DeepseekGate
 
     rank, original, picked = int(os.environ["RANK"]), DeepseekGate.forward, set()
@@ -261,7 +237,7 @@ def route_apart(folder: str) -> None:
 
 
 def liger_in_torch() -> dict[str, Any]:
-    """Liger's functions whose kernels no CPU runs, by their names."""
+    """Torch's own ways to compute what Liger's kernels compute on GPUs only, by Liger's names."""
     from torch.nn import functional as F
 
     def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, in_place: bool) -> torch.Tensor:
@@ -279,8 +255,8 @@ def liger_in_torch() -> dict[str, Any]:
     }
 
 
-def accelerate_on_a_cpu() -> None:
-    """Fine-tuning goes the way of a GPU, with Liger's kernels in plain torch."""
+def use_fused_forwards_on_a_cpu() -> None:
+    """Lets fine-tuning take the code of a GPU, with Liger's kernels in plain torch."""
     from liger_kernel.transformers import functional
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 

@@ -1,4 +1,4 @@
-"""What a run shows on stderr, and how it stops at a signal."""
+"""What a run shows on stderr, and when it stops."""
 
 import os
 import signal
@@ -13,9 +13,9 @@ from transformers import ProgressCallback, TrainerCallback
 
 
 class Progress(ProgressCallback):
-    """transformers' bars, with the figures of a step in one line on stderr."""
+    """transformers' progress bars, and the figures of each step in one line on stderr."""
 
-    SHOWN = {  # name in the logs: how it is shown
+    SHOWN = {  # name in the logs: format of the line
         "loss": "loss {:.4f}",
         "balance_loss": "bal {:.4f}",
         "grad_norm": "norm {:.2f}",
@@ -27,7 +27,7 @@ class Progress(ProgressCallback):
     }
 
     def close(self) -> None:
-        """Ends the line of a bar, so that an error stands on one of its own."""
+        """Ends the line of a bar, so that an error message starts on a new one."""
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
@@ -40,22 +40,28 @@ class Progress(ProgressCallback):
 
 
 class ProgressWithoutBars(Progress):
-    """The same lines, for --disable_tqdm True. transformers would print to stdout."""
+    """Prints the same lines for --disable_tqdm True, where transformers would print to stdout."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes no bar, and so do those below."""
+        """Makes no bar. The other events below do nothing either."""
 
     on_step_end = on_prediction_step = on_evaluate = on_predict = on_train_end = on_train_begin
 
 
 class StopAtSignal(TrainerCallback):
-    """SIGTERM, or Ctrl-C: saves at the end of the step, on all processes, and stops; nothing is
-    evaluated any more, since who stops a run may not wait for long."""
+    """Saves and stops at the end of the step when SIGTERM or Ctrl-C comes to any process.
+
+    Nothing is evaluated after the signal, since whoever stops a run may not wait for long. A second
+    signal, more than 5 s later, ends the process at once.
+
+    transformers' --enable_jit_checkpoint saves at SIGTERM too, but each process decides for itself,
+    and its checkpoint has its final name before it is complete.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0  # that came to this process
-        self.stopped = 0  # that all processes stopped for; none in the last step: that ends anyway
-        self.noted = 0.0
+        self.signal = 0  # the signal that came to this process
+        self.stopped = 0  # the signal that all processes stopped for; 0 also after the last step
+        self.came_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -63,14 +69,14 @@ class StopAtSignal(TrainerCallback):
 
     def _note(self, number: int, frame: Any) -> None:
         if not self.signal:
-            self.signal, self.noted = number, time.monotonic()
-        elif time.monotonic() - self.noted > 5:  # sooner, a launcher passes on the first one
+            self.signal, self.came_at = number, time.monotonic()
+        elif time.monotonic() - self.came_at > 5:  # A launcher passes the first on sooner.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stop = torch.tensor(self.signal, device=args.device)
-        if args.world_size > 1:  # it may have reached the others a step later
+        if args.world_size > 1:  # The signal may reach other processes a step later.
             distributed.all_reduce(stop, distributed.ReduceOp.MAX)
         if int(stop) and state.global_step < state.max_steps:
             self.stopped = int(stop)
@@ -78,6 +84,24 @@ class StopAtSignal(TrainerCallback):
             control.should_evaluate = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer comes here from a stop too, which is saved."""
+        """Trainer comes here after a stop too, when the checkpoint is saved already."""
         if self.stopped:
+            control.should_save = control.should_evaluate = False
+
+
+class StopAfterLastStep(TrainerCallback):
+    """Stops a resumed run that has taken all its steps, inside of an epoch, before it died.
+
+    Trainer compares the steps with their maximum after a step only, so it would take one more.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            self.stopped = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped:  # This epoch's end is evaluated and saved already.
             control.should_save = control.should_evaluate = False

@@ -1,4 +1,4 @@
-"""The order of examples, which a resumed run sees again."""
+"""The order of training examples, which a resumed run sees again."""
 
 import math
 from collections.abc import Iterator
@@ -8,18 +8,26 @@ import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
+STEPS_SORTED_TOGETHER = 50
+
 
 class EpochSampler(Sampler[int]):
-    """Examples in an order that only seed and epoch decide, so that a resumed run sees the same.
+    """Orders the examples by nothing but `seed` and `epoch`.
 
-    Batches of similar length waste little on padding: the shuffled examples are cut into pieces of
-    fifty steps and each is sorted by length, longest first; then the steps are shuffled, except the
-    longest, which comes first: if memory is too small, that shows at once. `step` 1 only shuffles.
+    Batches of similar lengths waste little on padding. So the shuffled examples are cut into pieces
+    of fifty steps, and each piece is sorted by length. Then the steps are shuffled, except for the
+    one with the longest example: it comes first, and shows at once if memory is too small.
+
+    accelerate's SeedableRandomSampler draws a random order from seed and epoch too, but does not
+    group by length.
+
+    Args:
+        lengths: the number of tokens of each example.
+        step: the number of examples in a step of all processes; 1 only shuffles.
     """
 
     def __init__(self, lengths: list[int], seed: int, step: int) -> None:
         self.lengths, self.seed, self.step, self.epoch = list(lengths), seed, step, 0
-        self.callback = _SetEpoch(self)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -29,7 +37,7 @@ class EpochSampler(Sampler[int]):
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         if self.step == 1:
             return iter(order)
-        piece = self.step * 50
+        piece = self.step * STEPS_SORTED_TOGETHER
         pieces = [order[at : at + piece] for at in range(0, len(order), piece)]
         order = [i for p in pieces for i in sorted(p, key=lambda i: -self.lengths[i])]
         steps = [order[at : at + self.step] for at in range(0, len(order), self.step)]
@@ -42,8 +50,13 @@ class EpochSampler(Sampler[int]):
         return iter([i for step in steps for i in step] + last)
 
 
-class _SetEpoch(TrainerCallback):
-    """accelerate tells samplers the epoch in some arrangements of loaders and not in others."""
+class SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch.
+
+    accelerate would do this for a sampler with a `set_epoch`, but not if several processes resume
+    inside of an epoch: DataLoaderShard.set_epoch (accelerate/data_loader.py) does not look through
+    a SkipBatchSampler around a BatchSamplerShard.
+    """
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler

@@ -1,17 +1,16 @@
-"""Whether a checkpoint is whole, asked before a run goes on from it.
+"""Checks that a checkpoint is whole before a run goes on from it.
 
 If a file is missing, Trainer goes on without it: with a fresh optimizer, or at another learning
-rate. If a file is damaged, a library raises an error that does not name the file. So each file that
-is going to be read back is looked at first: whether it is there, whether its structure is whole,
-and whether it is of the checkpoint's step. Large files are not read in full, so changed numbers in
-them go unseen.
+rate. If a file is damaged, a library raises an error that does not name the file. So every file is
+checked first: whether it is there, whether its structure is whole, and whether it is of the
+checkpoint's step. Large files are not read in full, so changed numbers in them go unseen.
 """
 
 import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,10 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import TrainerState
 
 from ..checkpoint import ADAPTER_FILE, Checkpoint
-from ..errors import CollectiveRunError, RunError, UserError
+from ..errors import CollectiveRunError, RunError, UserError, first_words
 from ..model.layout import weight_files
 from .arguments import FineTuningArguments, zero_stage
 from .compute.adamw_in_backward import StepInBackward
@@ -34,21 +33,19 @@ from .saving import is_out_of_memory
 Check = Callable[[Path], None]
 """Raises any exception if the file is damaged."""
 SMALL = 2**26
-"""Bytes; up to here the checksums of a file's content are compared too."""
+"""Bytes. The checksums of a file's content are compared too if it is no larger."""
 OF_A_WEIGHT = ("exp_avg", "exp_avg_sq", "m", "v")
-"""What AdamW, torch's or ours, keeps for each number of a weight."""
+"""The states of AdamW (torch's or ours) that have the shape of their weight."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides the files of a run's checkpoints: the number of `processes`, the stage of ZeRO
-    (None without DeepSpeed), whether an `adapter` is trained or the weights are, and whether that
-    is over a `quantized` base."""
+    """What decides which files a checkpoint of a run has."""
 
     processes: int
-    stage: int | None
-    adapter: bool
-    quantized: bool = False
+    stage: int | None  # of ZeRO; None without DeepSpeed
+    adapter: bool  # whether an adapter is trained, rather than the weights
+    quantized: bool = False  # whether the base under the adapter is quantised
 
     @classmethod
     def of(cls, training: FineTuningArguments, adapter: bool, quantized: bool = False) -> "Layout":
@@ -56,8 +53,8 @@ class Layout:
         return cls(training.world_size, stage, adapter, quantized)
 
     def checks(self, folder: Path) -> Iterator[tuple[Path, Check]]:
-        """Each file of the checkpoint `folder` that is read back, and how it is checked."""
-        step = int(folder.name.rpartition("-")[2])
+        """Yields each file that is read back from the checkpoint `folder`, and its check."""
+        step = _step(folder)
         yield folder / "trainer_state.json", partial(_check_trainer_state, step=step)
         ranks = range(self.processes)
         for name in [f"rng_state_{rank}.pth" for rank in ranks] if ranks[1:] else ["rng_state.pth"]:
@@ -100,25 +97,25 @@ class Layout:
 
 
 def refuse_damaged(checkpoint: Path, layout: Layout) -> None:
-    """Looks at a checkpoint before anything of it is loaded. Called by all processes.
+    """Checks a checkpoint before anything of it is loaded. All processes call this.
 
     Raises:
-        CollectiveRunError: in one line: the first file that is missing or damaged, what is wrong with it,
+        CollectiveRunError: names the first file that is missing or damaged, what is wrong with it,
             and what to remove to go on from the last checkpoint before it that is whole.
     """
-    if found := damage(checkpoint, layout):
-        saved_by = processes_of(checkpoint)
-        if saved_by not in (None, layout.processes):
-            raise CollectiveRunError(
-                f"{checkpoint} was saved by {saved_by} processes, and this run has "
-                f"{layout.processes}; repeat the command with {saved_by}, or give another "
-                "--output_dir"
-            )
-        raise CollectiveRunError(f"{found}; {_remedy(checkpoint, layout)}")
+    if not (damage := find_damage(checkpoint, layout)):
+        return
+    saved_by = count_processes(checkpoint)
+    if saved_by not in (None, layout.processes):
+        raise CollectiveRunError(
+            f"{checkpoint} was saved by {saved_by} processes, and this run has {layout.processes}; "
+            f"repeat the command with {saved_by}, or give another --output_dir"
+        )
+    raise CollectiveRunError(f"{damage}; {_remedy(checkpoint, layout)}")
 
 
-def damage(checkpoint: Path, layout: Layout) -> str | None:
-    """The first file of the checkpoint that is not whole and what is wrong with it, or None."""
+def find_damage(checkpoint: Path, layout: Layout) -> str | None:
+    """Names the first file of the checkpoint that is not whole, and what is wrong with it."""
     for file, check in layout.checks(checkpoint):
         if not file.is_file():
             return f"{file} is missing"
@@ -126,115 +123,72 @@ def damage(checkpoint: Path, layout: Layout) -> str | None:
             return f"{file} is empty"
         try:
             check(file)
-        except Exception as error:  # of many libraries, and of any class
-            return f"{file} is damaged ({_first_words(error)})"
+        except Exception as error:  # Libraries raise errors of any class.
+            return f"{file} is damaged ({first_words(error)})"
     return None
 
 
-def processes_of(checkpoint: Path) -> int | None:
-    """How many processes saved a checkpoint, by their random states; None if there is none."""
+def count_processes(checkpoint: Path) -> int | None:
+    """Counts the processes that saved a checkpoint by their random states; None without any."""
     ranks = [int(file.stem[10:]) for file in checkpoint.glob("rng_state_*.pth")]
     if ranks:
         return 1 + max(ranks)
     return 1 if (checkpoint / "rng_state.pth").is_file() else None
 
 
-class ResumingTrainer(Trainer):
-    """transformers' Trainer, which reads a checkpoint back in full or says what it cannot read."""
-
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer would match the per-expert names on disk with the stacked ones in memory, find
-        none of the experts, warn, and go on with those of the base model."""
-        model = model or self.model
-        with self._reading_back(checkpoint, "the weights"):
-            if not isinstance(model, PreTrainedModel):  # adapters are stored as they are
-                refuse_other_adapter(model, Path(checkpoint))
-                super()._load_from_checkpoint(checkpoint, model)
-                return
-            saved = Checkpoint(Path(checkpoint))
-            with torch.no_grad():  # one at a time, each in its own dtype: what trains may be fp32
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(saved.read(name))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._reading_back(checkpoint, "optimizer.pt or scheduler.pt"):
-            if checkpoint and not self.is_deepspeed_enabled:
-                refuse_other_states(self.optimizer.optimizer, Path(checkpoint, "optimizer.pt"))
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with self._reading_back(checkpoint, "the random state"):
-            super()._load_rng_state(checkpoint)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed reads everything back in here."""
-        checkpoint = kwargs.get("resume_from_checkpoint", args[-1] if args else None)
-        with self._reading_back(
-            checkpoint if self.is_deepspeed_enabled else None, "the states of DeepSpeed"
-        ):
-            return super()._prepare_for_training(*args, **kwargs)
-
-    def _reading_back(self, checkpoint: str | None, what: str) -> AbstractContextManager[None]:
-        if checkpoint is None:
-            return nullcontext()
-        adapter = not isinstance(self.model, PreTrainedModel)
-        quantized = self.base_quantization is not None
-        return reading_back(checkpoint, what, Layout.of(self.args, adapter, quantized))
-
-
 @contextmanager
-def reading_back(checkpoint: str | Path, what: str, layout: Layout) -> Iterator[None]:
-    """Turns an error of a library that loads `what` of a checkpoint into one line.
+def report_unreadable(
+    checkpoint: Path | None, layout: Layout, is_read: Callable[[], bool]
+) -> Iterator[None]:
+    """Turns an error that comes before all of a checkpoint `is_read` into one line.
 
     The checkpoint may still be whole: a library may fail for a reason of its own.
 
     Raises:
-        RunError: names the error, and what to try. It is of this process alone.
+        RunError: names the error and what to try. Only this process may have met it.
     """
     try:
         yield
-    except Exception as error:  # libraries raise errors of any class
-        if isinstance(error, UserError) or is_out_of_memory(error):
+    except Exception as error:  # Libraries raise errors of any class.
+        passes = isinstance(error, UserError) or is_out_of_memory(error)
+        if checkpoint is None or passes or is_read():
             raise
         raise RunError(
-            f"{what} of {checkpoint} cannot be read back ({_first_words(error)}); if repeating the "
-            f"command does not help, {_remedy(Path(checkpoint), layout, 'move', ' away')}"
+            f"the run cannot go on from {checkpoint} ({type(error).__name__}: "
+            f"{first_words(error)}); if repeating the command does not help, "
+            f"{_remedy(checkpoint, layout, 'move', ' away')}"
         ) from error
 
 
 def refuse_other_states(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Refuses states of other weights in optimizer.pt, which `Optimizer` would find out in the
-    middle of a step. None of the numbers is read.
+    """Refuses an optimizer.pt without states, or with those of other weights.
+
+    `Optimizer` would load them, and fail in the middle of a step. No number is read here.
 
     Raises:
-        ValueError: there are no states, or those of other weights.
+        ValueError: says what does not fit.
     """
     if not isinstance(optimizer, torch.optim.AdamW | StepInBackward):
         return
     saved = _load(file)
     if not saved["state"]:
         raise ValueError("it has no states")
-    mine, theirs = (
-        [one for group in groups for one in group["params"]]
-        for groups in (optimizer.param_groups, saved["param_groups"])
-    )
+    mine = [weight for group in optimizer.param_groups for weight in group["params"]]
+    theirs = [index for group in saved["param_groups"] for index in group["params"]]
     if len(mine) != len(theirs):
         raise ValueError(f"it is of {len(theirs)} weights, and this run trains {len(mine)}")
-    for parameter, index in zip(mine, theirs, strict=True):
-        for name in saved["state"].get(index, {}).keys() & set(OF_A_WEIGHT):
-            shape = saved["state"][index][name].shape
-            if shape != parameter.shape:
-                raise ValueError(
-                    f"a state is {list(shape)} for a weight of {list(parameter.shape)}"
-                )
+    for weight, index in zip(mine, theirs, strict=True):
+        states = saved["state"].get(index, {})
+        for shape in [states[name].shape for name in OF_A_WEIGHT if name in states]:
+            if shape != weight.shape:
+                raise ValueError(f"a state is {list(shape)} for a weight of {list(weight.shape)}")
 
 
 def refuse_other_adapter(model: nn.Module, folder: Path) -> None:
-    """Refuses a saved adapter that lacks weights of `model`. PEFT would warn, and leave those that
-    it does not find as they are.
+    """Refuses a saved adapter that lacks weights of `model`, where PEFT would only warn.
 
     Raises:
-        ValueError: it names one that is missing.
+        ValueError: names a missing weight.
     """
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     with safe_open(folder / ADAPTER_FILE, framework="pt") as saved:
@@ -244,12 +198,13 @@ def refuse_other_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _remedy(checkpoint: Path, layout: Layout, verb: str = "remove", after: str = "") -> str:
-    """What to remove (or move away), to go on from the last checkpoint that is whole."""
+    """Says what to remove (or move away) to go on from the last checkpoint that is whole."""
+    # A name like checkpoint-6-old is the user's.
     found = [one for one in checkpoint.parent.glob("checkpoint-*") if one.name[11:].isdecimal()]
     earlier = [one for one in found if _step(one) < _step(checkpoint)]
     remove = [str(checkpoint)]
     for before in sorted(earlier, key=_step, reverse=True):
-        if damage(before, layout) is None:
+        if find_damage(before, layout) is None:
             return f"{verb} {' and '.join(remove)}{after} to go on from {before}"
         remove.append(str(before))
     folders = " and ".join(remove)
@@ -257,14 +212,10 @@ def _remedy(checkpoint: Path, layout: Layout, verb: str = "remove", after: str =
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    return int(checkpoint.name.rpartition("-")[2])
 
 
-def _first_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-
-
-# ---- what a file must be ----
+# ---- the checks of single files ----
 
 
 def _check_trainer_state(file: Path, step: int) -> None:
@@ -274,7 +225,7 @@ def _check_trainer_state(file: Path, step: int) -> None:
 
 
 def _check_archive(file: Path) -> None:
-    """Of `torch.save`: a zip file, whose list of parts stands at its end."""
+    """Checks what `torch.save` wrote: a zip file, whose list of parts stands at its end."""
     with zipfile.ZipFile(file) as archive:
         parts = archive.namelist()
         if not any(part.endswith("/data.pkl") for part in parts):
@@ -286,7 +237,7 @@ def _check_archive(file: Path) -> None:
 
 
 def _load(file: Path) -> Any:
-    """What `torch.save` wrote. Nothing is executed, and a number is read when it is asked for."""
+    """Loads what `torch.save` wrote. Executes nothing, and reads a number when it is used."""
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
@@ -295,7 +246,7 @@ def _check_schedule(file: Path, step: int) -> None:
     state = _load(file)
     if not isinstance(state, dict):
         raise ValueError("it holds no state of a schedule")
-    if "lr_lambdas" in state and state["last_epoch"] != step:  # others count evaluations
+    if "lr_lambdas" in state and state["last_epoch"] != step:  # Other schedules count evaluations.
         raise ValueError(f"it is of step {state['last_epoch']}")
 
 
@@ -324,14 +275,14 @@ def _check_index(file: Path) -> None:
 
 
 def _check_safetensors(file: Path) -> None:
-    """The header says where each tensor is, and how long the file must be."""
+    """Reads the header, which says where each tensor is and how long the file must be."""
     with safe_open(file, framework="pt") as tensors:
         if not tensors.keys():
             raise ValueError("it holds no tensors")
 
 
 def _check_model(file: Path) -> None:
-    """That the files together hold each weight, in its shape."""
+    """Checks that the files together hold every weight, in its shape."""
     try:
         Checkpoint(file.parent)
     except UserError as error:

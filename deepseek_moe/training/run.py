@@ -28,7 +28,7 @@ from . import examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
 from .merge_lora import merged_tensors
 from .quantized_base import QUANTIZATION_FILE
-from .saving import INCOMPLETE, report_failed_save, tensors_on_host
+from .saving import INCOMPLETE, report_failed_write, tensors_on_host
 from .trainer import FineTuner
 
 RUN_FILE = "run.json"
@@ -159,7 +159,7 @@ class Run:
                 f"{self.folder} cannot be written to ({error.strerror}); give another --output_dir"
             ) from error
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
-        with report_failed_save(self.folder, main=True):
+        with report_failed_write(self.folder, main=True):
             self._write(finished=False)
 
     def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
@@ -174,7 +174,7 @@ class Run:
             RunError: the result cannot be written. The last checkpoint stays.
             UserError: the adapter cannot be merged. It stays.
         """
-        with report_failed_save(self.folder, trainer.is_world_process_zero()):
+        with report_failed_write(self.folder, trainer.is_world_process_zero()):
             trainer.save_sparingly(partial(self._save_result, trainer, base, merge))
         trainer.accelerator.wait_for_everyone()
 

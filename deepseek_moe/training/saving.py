@@ -1,4 +1,4 @@
-"""Saves what is trained: from the GPU to the host tensor by tensor, and from there to the disk.
+"""Saves what is trained: tensor by tensor from the GPU to the host, and from there to the disk.
 
 A save takes no GPU memory beyond what training holds. Before the first step, the largest tensor is
 saved once as a trial.
@@ -7,6 +7,7 @@ saved once as a trial.
 import copy
 import errno
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,50 +15,74 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..checkpoint_writer import write_shards
-from ..errors import RunError, UserError
+from ..errors import RunError, UserError, first_words
 from ..model.layout import official_parts
 
 INCOMPLETE = "incomplete"
-"""The folder, inside of a run's, in which it writes what is not complete yet."""
-SHARD_BYTES = 2 * 10**9  # of a weight file; so much of the weights is on the host at once
-ONE_TENSOR = 0  # instead: a file for each tensor
+"""The folder inside of a run's folder that holds whatever is not complete yet."""
+SHARD_BYTES = 2 * 10**9
+"""The size of a weight file. So much of the weights is on the host at once."""
+ONE_TENSOR = 0
+"""Given as the size of a weight file: each tensor gets its own."""
 
 
 def tensors_on_host(
     model: nn.Module, state: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Official names and tensors of `model`, each copied to the host when it is asked for.
+    """Yields official names and tensors of `model`, and copies each tensor to the host only then.
 
     Args:
-        state: the parameters by their names in memory, where `model` itself does not hold them
-            whole (ZeRO-3).
+        state: all parameters by their names in memory, if `model` holds only a part of each
+            (ZeRO-3).
     """
     parameters = state or dict(model.named_parameters())
-    for name, _ in model.named_parameters():  # a tied head is in `state` too, and not in here
+    for name, _ in model.named_parameters():
         tensor = parameters[name].detach()
         for official, where in official_parts(name, tuple(tensor.shape)):
             yield official, tensor[where].to("cpu", copy=True).contiguous()
 
 
-def save_weights(
-    model: PreTrainedModel,
+def gather_parameters(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """Gathers the parameters that ZeRO-3 has divided, one at a time. All processes call it.
+
+    Returns:
+        Copies on the host by their names in memory, of an adapter only what trains; nothing unless
+        this process is to `keep` them.
+    """
+    import deepspeed
+
+    adapter, kept = isinstance(model, PeftModel), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not adapter:
+            with deepspeed.zero.GatheredParameters(parameter):
+                if keep:
+                    kept[name] = parameter.detach().to("cpu", copy=True)
+    return kept
+
+
+def save_trained(
+    model: nn.Module,
     folder: Path,
     state: Mapping[str, torch.Tensor] | None,
     shard_bytes: int,
 ) -> None:
-    """Writes config and weights of a checkpoint that training goes on from, in their own dtypes.
+    """Writes what a run goes on from: the adapter that trains, or config and weights of the model.
 
-    The names are the official ones. `state` is that of `tensors_on_host`.
+    Weights keep their dtypes and have the official names. `state` is that of `tensors_on_host`; of
+    an adapter it has only what trains.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        on_host = {n: p.detach().cpu() for n, p in (state or trained).items()}
+        model.save_pretrained(str(folder), state_dict=on_host)
+        return
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     config.save_pretrained(folder)
@@ -65,12 +90,28 @@ def save_weights(
     write_shards(tensors_on_host(model, state), folder, shard_bytes)
 
 
+def publish_checkpoint(output: Path, name: str, limit: int | None) -> None:
+    """Moves the complete checkpoint `name` from INCOMPLETE into `output`, its run's folder.
+
+    Keeps the newest `limit` checkpoints, or all if that is not positive. Whatever is to be deleted
+    is moved to INCOMPLETE first, so that no half-deleted folder has the name of a checkpoint.
+    """
+    aside = output / INCOMPLETE
+    if (output / name).exists():
+        os.replace(output / name, aside / f"{name}-before")
+    os.replace(aside / name, output / name)
+    if (limit or 0) > 0:
+        for old in sort_checkpoints(str(output))[:-limit]:
+            os.replace(old, aside / Path(old).name)
+    shutil.rmtree(aside)
+
+
 def save_sparingly(save: Callable[[int], None], aside: Path, alone: bool) -> None:
-    """Calls `save(shard_bytes)`; when memory runs out, once more with ONE_TENSOR at a time.
+    """Calls `save(SHARD_BYTES)`, and `save(ONE_TENSOR)` if memory runs out.
 
     Args:
-        aside: the folder that `save` fills; it is emptied between the two tries.
-        alone: whether this is the only process. Others would wait for a second try for ever.
+        aside: the folder that `save` fills. It is emptied between the two tries.
+        alone: whether this is the only process. Others would never join the second try.
     """
     release_gpu_memory()
     try:
@@ -79,27 +120,27 @@ def save_sparingly(save: Callable[[int], None], aside: Path, alone: bool) -> Non
     except Exception as error:
         if not (alone and is_out_of_memory(error)):
             raise
-    # This stands outside of `except`: inside, the error's traceback would keep tensors alive.
+    # Inside of `except`, the traceback of the error would keep tensors alive.
     shutil.rmtree(aside, ignore_errors=True)
     release_gpu_memory()
     save(ONE_TENSOR)
 
 
 def release_gpu_memory() -> None:
-    """Gives back what PyTorch's allocator has cached, for libraries that allocate by themselves."""
+    """Gives back what PyTorch has cached, to libraries that allocate GPU memory by themselves."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error`, or what it was raised from, says that GPU or host ran out of memory."""
+    """Tells whether `error`, or an error that it was raised from, is of a full GPU or host."""
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             return True
         if getattr(error, "errno", None) == errno.ENOMEM:
             return True
-        text = str(error).lower()  # of the host's allocator, and of libraries, as RuntimeError
+        text = str(error).lower()  # The host's allocator and libraries raise RuntimeError.
         if "out of memory" in text or "allocate memory" in text:
             return True
         error = error.__cause__
@@ -107,25 +148,25 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def report_failed_save(output: str | Path, main: bool) -> Iterator[None]:
-    """Turns a save that failed into one line, after removing what is half written.
+def report_failed_write(output: str | Path, main: bool) -> Iterator[None]:
+    """Turns an error of writing into one line, and removes what is half written.
 
     Args:
         output: the folder of the run.
-        main: whether this process is the one that removes.
+        main: whether this process does the removing.
 
     Raises:
-        RunError: names the cause (memory, or the disk) and the last complete checkpoint.
-        UserError: as it was raised inside; the save itself did not fail.
+        RunError: names the cause (memory or disk) and the last complete checkpoint.
+        UserError: one that was raised inside, unchanged. The write itself did not fail.
     """
     try:
         yield
-    except Exception as error:  # libraries raise errors of any class when a disk is full
+    except Exception as error:  # Libraries raise errors of any class when a disk is full.
         if main:
             shutil.rmtree(Path(output) / INCOMPLETE, ignore_errors=True)
         if isinstance(error, UserError) and not isinstance(error, RunError):
             raise
-        found = " ".join(str(error).split())[:200] or type(error).__name__
+        found = first_words(error)
         last = f"the last complete checkpoint is {get_last_checkpoint(str(output)) or 'none'}"
         if is_out_of_memory(error):
             raise RunError(
@@ -142,10 +183,9 @@ def report_failed_save(output: str | Path, main: bool) -> Iterator[None]:
 
 
 class RehearseSave(TrainerCallback):
-    """Saves the largest trained tensor before the first step, with its optimizer states if there
-    are any yet.
+    """Saves the largest trained tensor before the first step, with its optimizer states, if any.
 
-    A folder that cannot be written to is then found before any step can be lost.
+    So a folder that cannot be written to is found before any step can be lost.
     """
 
     def on_train_begin(
@@ -154,13 +194,13 @@ class RehearseSave(TrainerCallback):
         if not state.is_world_process_zero:
             return
         trained = [p for p in kwargs["model"].parameters() if p.requires_grad and p.numel()]
-        if not trained:  # ZeRO-3 has divided all of them
+        if not trained:  # ZeRO-3 has divided every parameter.
             return
         largest = max(trained, key=lambda parameter: parameter.nbytes)
         optimizer = kwargs.get("optimizer")
         states = getattr(optimizer, "state", {}).get(largest, {})
         aside = Path(args.output_dir) / INCOMPLETE
-        with report_failed_save(args.output_dir, main=True):
+        with report_failed_write(args.output_dir, main=True):
             release_gpu_memory()
             kwargs["model"].config.save_pretrained(aside)
             write_shards(iter([("largest", largest.detach().cpu())]), aside, SHARD_BYTES)

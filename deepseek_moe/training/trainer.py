@@ -1,21 +1,18 @@
-"""What this model's fine-tuning adds to transformers' Trainer.
+"""What the fine-tuning of this model adds to transformers' Trainer.
 
-- the balance loss with the weight it has in one big batch, however the batch is cut up, and shown
-- a step whose loss or gradient is not a number stops the run before it spoils a checkpoint
-- with --single_gpu_full, steps inside the backward pass
-- evaluation by the token, on any number of processes
-- the same order of examples in a run that was interrupted
-- checkpoints that are complete or absent; SIGTERM saves and leaves
+- The balance loss weighs as much as in one big batch, however the batch is cut up, and is logged.
+- A loss or gradient norm that is not a finite number stops the run before it spoils a checkpoint.
+- With --single_gpu_full, the optimizer steps inside the backward pass.
+- Evaluation counts every token once, on any number of processes.
+- A resumed run sees the same order of examples.
+- A checkpoint is complete or absent. A signal to stop saves one first.
 """
 
 import math
-import os
-import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,71 +22,74 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
+from ..checkpoint import Checkpoint
 from ..errors import CollectiveRunError, as_user_error
+from . import saving
 from .arguments import zero_stage
-from .callbacks import Progress, ProgressWithoutBars, StopAtSignal
+from .callbacks import Progress, ProgressWithoutBars, StopAfterLastStep, StopAtSignal
 from .compute.adamw_in_backward import StepInBackward
-from .epoch_sampler import EpochSampler
-from .log_writers import Reports, silent_writer_threads
+from .epoch_sampler import EpochSampler, SetEpoch
+from .guarded_reporters import GuardedReporters, silent_writer_threads
 from .quantized_base import Quantization
-from .resume import ResumingTrainer
-from .saving import (
-    INCOMPLETE,
-    SHARD_BYTES,
-    RehearseSave,
-    report_failed_save,
-    save_sparingly,
-    save_weights,
-)
+from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
 from .trainable import weights_passed
 
+LOADER_OPTIONS = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "in_order")
+LOADER_OPTIONS += ("prefetch_factor", "multiprocessing_context")
 
-class FineTuner(ResumingTrainer):
-    """transformers' Trainer for batches of `data.Collator`."""
+
+class FineTuner(Trainer):
+    """transformers' Trainer for batches of `examples.Collator`."""
 
     def __init__(self, *args: Any, quantization: Quantization | None = None, **kwargs: Any) -> None:
         """`quantization` is that of the base under the adapters; all else is transformers'."""
         super().__init__(*args, **kwargs)
         self.base_quantization = quantization
         self.stopper = StopAtSignal()
-        self.add_callback(self.stopper)
         self.progress = ProgressWithoutBars() if self.args.disable_tqdm else Progress()
-        kinds = get_reporting_integration_callbacks(self.args.report_to)
-        reporters = {
-            name: self.pop_callback(kind)
-            for name, kind in zip(self.args.report_to, kinds, strict=True)
-        }
+        names = self.args.report_to
+        found = map(self.pop_callback, get_reporting_integration_callbacks(names))
+        reporters = dict(zip(names, found, strict=True))
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
             reporters["the progress bar"] = self.progress
-        self.add_callback(Reports(reporters))
-        self.add_callback(RehearseSave())
-        self._aside: str | None = None  # where a checkpoint is being written
-        self.shard_bytes = SHARD_BYTES
+        guarded = GuardedReporters(reporters)
+        for callback in (self.stopper, StopAfterLastStep(), guarded, saving.RehearseSave()):
+            self.add_callback(callback)
+        self.resumed_from: Path | None = None
+        self.own_optimizer: torch.optim.Optimizer | None = None  # accelerate wraps it
+        self.shard_bytes = saving.SHARD_BYTES
+        self._in_step = False  # whether the first step has begun
         self._sources: list[str] = []  # the rows of the running step
         self._sequences_in_step = 0
         self._broken_loss: float | None = None
-        self._evaluated = torch.zeros(2)
+        self._evaluated = torch.zeros(2)  # nats, tokens
+        self._weights_passed = 0.0
         self._reset_counters()
 
     def _reset_counters(self) -> None:
         self._counted_from, self._tokens, self._steps = time.perf_counter(), 0, 0
         self._balance = torch.zeros((), device=self.args.device)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            self.resumed_from = Path(resume_from_checkpoint)
+        adapter = isinstance(self.model, PeftModel)
+        layout = Layout.of(self.args, adapter, quantized=self.base_quantization is not None)
+        reading = report_unreadable(self.resumed_from, layout, is_read=lambda: self._in_step)
         try:
-            with silent_writer_threads():
-                return super().train(*args, **kwargs)
+            with silent_writer_threads(), reading:
+                return super().train(resume_from_checkpoint, **kwargs)
         finally:
             with suppress(OSError):
                 self.progress.close()
 
     def leave_if_stopped(self) -> None:
-        """Ends the process, if a signal ended the training, as that signal would have."""
+        """Ends the process with the exit code of the signal that ended the training, if any did."""
         if self.stopper.stopped:
             if self.is_world_process_zero():
                 last = get_last_checkpoint(self.args.output_dir)
@@ -97,10 +97,12 @@ class FineTuner(ResumingTrainer):
             leave_together()
             raise SystemExit(128 + self.stopper.stopped)
 
-    # ---- the loss ----
+    # ---- the loss and the optimizer ----
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """The micro-batches of a step; counts their sequences on all processes."""
+        """Returns the micro-batches of a step, and counts their sequences on all processes."""
+        if self.control.should_training_stop:  # by StopAfterLastStep
+            return [], None
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         count = torch.tensor(sum(len(batch["sources"]) for batch in batches))
         count = self.accelerator.gather(count.to(self.args.device).view(1)).sum()
@@ -109,16 +111,13 @@ class FineTuner(ResumingTrainer):
         return batches, num_items
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        self._in_step = True
         sources = inputs.pop("sources")
         self._sources += sources
         share = len(sources) / self._sequences_in_step
-        # Processes average their gradients, as they do the language loss's.
+        # The gradients are averaged over the processes, so each counts its share that many times.
         inputs["aux_loss_scale"] = share * self.accelerator.num_processes
         inputs["num_sequences"] = len(sources)
         self._tokens += int((inputs["sequence_ids"] >= 0).sum())
@@ -129,8 +128,8 @@ class FineTuner(ResumingTrainer):
             self._broken_loss = float(loss.detach())
             if self.accelerator.num_processes == 1:
                 self._refuse("loss", self._broken_loss)
-            # With others, all stop at the gradient norm, which it makes NaN on every process.
-        return (loss, outputs) if return_outputs else loss
+            # Several processes stop together at the gradient norm, which is NaN on all of them.
+        return loss
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> Any:
@@ -142,17 +141,14 @@ class FineTuner(ResumingTrainer):
         options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         return StepInBackward, options | {"seed": args.seed}
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.single_gpu_full:  # the weights are stepped, but no checkpoint has them yet
-            norm = self.optimizer.optimizer.grad_norm()  # accelerate's holds ours
-        else:
-            norm = super()._get_grad_norm(*args, **kwargs)
-        if norm is not None and not 0 <= float(norm) < math.inf:  # DeepSpeed may say -1
-            self._refuse("gradient norm", float(norm))
-        return norm
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        self.own_optimizer = super().create_optimizer(*args, **kwargs)
+        if self.resumed_from and not self.is_deepspeed_enabled:
+            refuse_other_states(self.own_optimizer, self.resumed_from / "optimizer.pt")
+        return self.own_optimizer
 
     def _refuse(self, what: str, value: float) -> None:
-        """Stops all processes in a step that has a number that is none; called by all of them."""
+        """Stops the run in a step that has a broken number. All processes call this together."""
         found = gather_object([(self._broken_loss, self._sources)])
         broken = [(loss, sources) for loss, sources in found if loss is not None]
         if broken:
@@ -180,35 +176,32 @@ class FineTuner(ResumingTrainer):
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        """6 for each weight that a token passes: of the routed experts only those that it picks,
-        where transformers counts all (by a walk through thousands of modules, at each step)."""
+        """Counts 6 for each weight that a token passes, where Trainer counts all experts."""
+        self._weights_passed = self._weights_passed or weights_passed(self.model)
         return 6 * inputs["input_ids"].numel() * self._weights_passed
-
-    @cached_property
-    def _weights_passed(self) -> float:
-        return weights_passed(self.model)
 
     # ---- evaluation ----
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "sources"}
         labels = inputs.pop("labels")[:, 1:]
-        inputs.pop("sources")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs, use_cache=False).logits[:, :-1]
-        pairs = zip(logits, labels, strict=True)  # by the row: in fp32 all logits are many bytes
-        sums = [F.cross_entropy(row.float(), label, reduction="sum") for row, label in pairs]
-        nats = torch.stack(sums)
-        counts = torch.stack([nats, (labels >= 0).sum(dim=1)], dim=1)
-        # leaves out the rows that fill up the last batch of several processes
+        # All logits together would take much memory in fp32, so each row is cast by itself.
+        pairs = zip(logits, labels, strict=True)
+        nats = [F.cross_entropy(row.float(), label, reduction="sum") for row, label in pairs]
+        counts = torch.stack([torch.stack(nats), (labels >= 0).sum(dim=1)], dim=1)
+        # This leaves out the rows that fill up the last batch of several processes.
         self._evaluated += self.accelerator.gather_for_metrics(counts).sum(dim=0).cpu()
         return counts[:, 0].sum() / counts[:, 1].sum(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As transformers' own, with a loss that each token counts in once, and its perplexity; it
-        leaves the random numbers of training alone, which go on the same after a stop."""
+        """Evaluates as Trainer does, but with the mean loss of a token and its perplexity.
+
+        The random numbers of training stay untouched, so that they go on the same after a stop.
+        """
         start, self._evaluated = time.perf_counter(), torch.zeros(2)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -223,102 +216,129 @@ class FineTuner(ResumingTrainer):
             )
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
-        self._counted_from += time.perf_counter() - start  # not of the next step's tokens/s
+        self._counted_from += time.perf_counter() - start  # not part of the next step's tokens/s
         return output
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Of all rows: --dataloader_drop_last is for training."""
-        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drops
 
     # ---- the order of examples ----
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        args, dataset = self.args, train_dataset or self.train_dataset
-        grouped = args.train_sampling_strategy == "group_by_length"
+    def get_train_dataloader(self) -> DataLoader:
+        """Loads the examples in an order that a resumed run sees again."""
+        args = self.args
         if args.train_sampling_strategy == "sequential":
-            return super()._get_train_sampler(dataset)
+            return super().get_train_dataloader()
+        grouped = args.train_sampling_strategy == "group_by_length"
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = EpochSampler(dataset["length"], seed, step if grouped else 1)
-        self.add_callback(sampler.callback)
-        return sampler
+        sampler = EpochSampler(self.train_dataset["length"], seed, step if grouped else 1)
+        self.add_callback(SetEpoch(sampler))
+        loader = DataLoader(
+            self.train_dataset,
+            args.train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            **{name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS},
+        )
+        return self.accelerator.prepare(loader)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """None where a run is repeated that died after its last step, in the middle of an epoch:
-        Trainer would take one more."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Loads all rows: --dataloader_drop_last is for training."""
+        with changed(self.args, dataloader_drop_last=False):
+            return super().get_eval_dataloader(*args, **kwargs)
 
-    # ---- checkpoints ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._aside or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes aside and renames, so that a checkpoint that has its name is complete."""
-        start = time.perf_counter()
-        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        aside = output / INCOMPLETE
-        with report_failed_save(output, self.is_world_process_zero()):
-            self._aside = str(aside)
-            self.save_sparingly(lambda: super(FineTuner, self)._save_checkpoint(model, trial))
-        self._aside = None
-        self.state.best_model_checkpoint = None  # It would name a folder that has been renamed.
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            if (output / name).exists():  # of the same step; half deleted, it must not be found
-                os.replace(output / name, aside / f"{name}-before")
-            os.replace(aside / name, output / name)
-            if (self.args.save_total_limit or 0) > 0:  # else there is none
-                for old in sort_checkpoints(str(output))[: -self.args.save_total_limit]:
-                    os.replace(old, aside / Path(old).name)  # half deleted, it must not be found
-            shutil.rmtree(aside)
-        self.accelerator.wait_for_everyone()
-        self._counted_from += time.perf_counter() - start
+    # ---- saving ----
 
     def save_sparingly(self, save: Callable[[], None]) -> None:
-        """`saving.save_sparingly` of what `save` writes into the folder for incomplete files."""
+        """Calls `save` as `saving.save_sparingly` does; `save` fills the folder INCOMPLETE."""
 
         def save_in_shards(shard_bytes: int) -> None:
             self.shard_bytes = shard_bytes
             save()
 
-        aside = Path(self.args.output_dir) / INCOMPLETE
-        save_sparingly(save_in_shards, aside, alone=self.args.world_size == 1)
+        aside = Path(self.args.output_dir) / saving.INCOMPLETE
+        saving.save_sparingly(save_in_shards, aside, alone=self.args.world_size == 1)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer would copy all weights to the host of every process, except under ZeRO-3."""
+        """Saves without the copy of all weights that Trainer makes on the host of every process."""
         state = self.whole_parameters()
         if self.args.should_save:
-            self._save(output_dir, state)
-
-    def whole_parameters(self) -> dict[str, torch.Tensor] | None:
-        """Under ZeRO-3 all parameters that train, on the first process's host; else None, since the
-        model has them. All processes call it."""
-        if zero_stage(self.args) != 3:
-            return None
-        adapter = isinstance(self.model, PeftModel)
-        gather = self.model_wrapped._zero3_consolidated_16bit_state_dict
-        return gather(exclude_frozen_parameters=adapter)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(self.model, PeftModel):
-            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            on_host = {n: p.detach().cpu() for n, p in (state_dict or trained).items()}
-            self.model.save_pretrained(str(folder), state_dict=on_host)
+            folder = Path(output_dir or self.args.output_dir)
+            saving.save_trained(self.model, folder, state, self.shard_bytes)
             if self.base_quantization:
                 self.base_quantization.save(folder)
+            self.processing_class.save_pretrained(str(folder))
+
+    def whole_parameters(self) -> dict[str, torch.Tensor] | None:
+        """Gathers what ZeRO-3 has divided, else returns None. All processes call it."""
+        if zero_stage(self.args) == 3:
+            return saving.gather_parameters(self.model, keep=self.is_world_process_zero())
+        return None
+
+    # ---- private methods of Trainer ----
+    #
+    # These overrides follow transformers/trainer.py from 5.17 to 5.23; the line numbers are those
+    # of 5.23. A test fails when Trainer changes their signatures or calls.
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses a step by its gradient norm (line 2781, called at 1932 by `_run_epoch`).
+
+        The callback after this call, on_pre_optimizer_step, is not given the norm.
+        """
+        if self.args.single_gpu_full:  # The weights are stepped, but not in a checkpoint yet.
+            norm = self.own_optimizer.grad_norm()
         else:
-            save_weights(self.model, folder, state_dict, self.shard_bytes)
-        self.processing_class.save_pretrained(str(folder))
+            norm = super()._get_grad_norm(*args, **kwargs)
+        if norm is not None and not 0 <= float(norm) < math.inf:  # DeepSpeed's may be -1.
+            self._refuse("gradient norm", float(norm))
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Gives a checkpoint its name when it is complete (line 3355).
+
+        No callback comes before a save. The one after it comes when the folder has its name.
+        """
+        start, save = time.perf_counter(), super()._save_checkpoint
+        output, main = Path(self.args.output_dir), self.is_world_process_zero()
+
+        def save_aside() -> None:
+            with changed(self.args, output_dir=str(output / saving.INCOMPLETE)):
+                save(model, trial)
+
+        with saving.report_failed_write(output, main):
+            self.save_sparingly(save_aside)
+        self.state.best_model_checkpoint = None  # It would name a folder that has been renamed.
+        self.accelerator.wait_for_everyone()
+        if main:
+            name = f"checkpoint-{self.state.global_step}"
+            saving.publish_checkpoint(output, name, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        self._counted_from += time.perf_counter() - start
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        """Reads weights by the names that they have on disk (line 3602, called at 1564 by `train`).
+
+        Trainer does not apply the conversion mapping that `from_pretrained` applies. It would find
+        none of the stacked experts, warn, and go on with those of the base model.
+        """
+        model = model or self.model
+        if isinstance(model, PeftModel):  # An adapter has the same names on disk.
+            refuse_other_adapter(model, Path(checkpoint))
+            super()._load_from_checkpoint(checkpoint, model)
+            return
+        saved = Checkpoint(Path(checkpoint))
+        with torch.no_grad():  # Each keeps its dtype: what trains may be fp32.
+            for name, parameter in model.named_parameters():
+                parameter.copy_(saved.read(name))
+
+
+@contextmanager
+def changed(args: Any, **values: Any) -> Iterator[None]:
+    """Sets attributes of `args` to other values for a while."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
 
 
 def leave_together() -> None:

@@ -14,6 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from accident_fixtures import (
+    TUNER,
+    before_call,
+    die,
+    die_after_training,
+    die_before_renaming_to,
+    die_in_file,
+    die_in_step,
+    fill_disk_at_save,
+    stop_in_step,
+)
 from finetune_fixtures import (
     ROOT,
     SCRIPT,
@@ -22,11 +33,8 @@ from finetune_fixtures import (
     assert_same,
     checkpoints,
     command,
-    kill_at,
-    limit_files_at,
     logged,
     run,
-    terminate_at,
     write_rows,
 )
 from peft import PeftModel
@@ -73,21 +81,15 @@ def assert_complete(output: Path, reference: Path) -> None:
 
 # --- Stop and go
 
-KILLS = [  # where, and the checkpoints that must be there afterwards
-    (kill_at("deepseek_moe.training.trainer.FineTuner", "compute_loss", 2), []),
-    (kill_at("torch", "save", 2, half=True), []),  # in the first save
-    (kill_at("deepseek_moe.training.trainer.FineTuner", "compute_loss", 8), [3, 6]),
-    (
-        kill_at("deepseek_moe.training.trainer.FineTuner", "compute_loss", 5),
-        [3, 6, 9],
-    ),  # from the border
-    (kill_at("torch", "save", 2, half=True), [3, 6, 9]),  # from the middle of an epoch
-    (
-        kill_at("deepseek_moe.training.trainer.os", "replace", 1),
-        [3, 6, 9],
-    ),  # written, but not renamed
-    (kill_at("deepseek_moe.training.run.Run", "_publish", 1), [3, 6, 9, 12]),  # all trained
-    (kill_at("deepseek_moe.training.run.os", "replace", 4), [3, 6, 9, 12]),  # of the result's files
+KILLS = [  # an accident, and the checkpoints that must be there afterwards
+    (partial(die_in_step, 2), []),
+    (partial(die_in_file, 2), []),  # in the first save
+    (partial(die_in_step, 8), [3, 6]),
+    (partial(die_in_step, 5), [3, 6, 9]),  # resumed between two epochs
+    (partial(die_in_file, 2), [3, 6, 9]),  # resumed inside of an epoch
+    (partial(die_before_renaming_to, "out/checkpoint-12"), [3, 6, 9]),
+    (die_after_training, [3, 6, 9, 12]),
+    (partial(die_before_renaming_to, "out/tokenizer_config.json"), [3, 6, 9, 12]),
 ]
 
 
@@ -118,7 +120,7 @@ def test_a_signal_saves_and_leaves_and_the_repeat_goes_on(
     tmp_path: Path,
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
-    stopped = run(argv(output), log, partial(terminate_at, 5, number))
+    stopped = run(argv(output), log, partial(stop_in_step, 5, number))
     assert stopped.code == 128 + number, stopped.err
     assert "Traceback" not in stopped.err and stopped.out == ""
     assert checkpoints(output) == [3, 5]
@@ -138,7 +140,7 @@ def test_a_stop_among_evaluations_changes_nothing(
     by_epoch |= {"eval_strategy": "epoch", "eval_fraction": 0.25}
     whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
     assert run(argv(whole, **by_epoch), log).code == 0
-    stopped = run(argv(output, **by_epoch), log, partial(terminate_at, step))
+    stopped = run(argv(output, **by_epoch), log, partial(stop_in_step, step))
     assert stopped.code == 128 + signal.SIGTERM, stopped.err
     assert checkpoints(output) == [step]
     assert run(argv(output, **by_epoch), log).code == 0
@@ -162,9 +164,9 @@ def test_a_stop_is_saved_once_and_nothing_is_evaluated(
 
 
 def stopped_and_killed_after_it(step: int) -> None:
-    terminate_at(step)
-    kill_at("deepseek_moe.training.trainer.FineTuner", "evaluation_loop", 1)()
-    kill_at("deepseek_moe.training.trainer.FineTuner", "_save_checkpoint", 2)()
+    stop_in_step(step)
+    before_call(TUNER, "evaluation_loop", 1, die)
+    before_call(TUNER, "_save_checkpoint", 2, die)
 
 
 def test_the_repeat_of_a_run_that_died_after_its_last_step_takes_no_other(
@@ -173,7 +175,7 @@ def test_the_repeat_of_a_run_that_died_after_its_last_step_takes_no_other(
     whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
     five = {"max_steps": 5, "lr_scheduler_type": "constant"}  # an epoch has six
     assert run(argv(whole, **five), log).code == 0
-    killed = run(argv(output, **five), log, kill_at("deepseek_moe.training.run.Run", "_publish", 1))
+    killed = run(argv(output, **five), log, die_after_training)
     assert killed.code == KILLED
     repeated = run(argv(output, **five), log)
     assert repeated.code == 0 and "step 6" not in repeated.err
@@ -187,7 +189,7 @@ def test_weights_in_fp32_among_others_go_on_as_they_were(
     whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
     some = {"trainable": "self_attn", "bf16": True, "learning_rate": 1e-4}
     assert run(argv(whole, **some), log).code == 0
-    stopped = run(argv(output, **some), log, partial(terminate_at, 5))
+    stopped = run(argv(output, **some), log, partial(stop_in_step, 5))
     assert stopped.code == 128 + signal.SIGTERM, stopped.err
     assert run(argv(output, **some), log).code == 0
     last = Path("checkpoint-12")
@@ -269,7 +271,9 @@ def test_a_full_disk_is_one_line_and_the_repeat_goes_on(
 ) -> None:
     """Full in the weights, in the optimizer's states, and in the first checkpoint."""
     output = tmp_path / "out"
-    full = run(argv(output), tmp_path / "log", limit_files_at(1 + len(there), size or 600_000))
+    full = run(
+        argv(output), tmp_path / "log", partial(fill_disk_at_save, 1 + len(there), size or 600_000)
+    )
     assert full.code == 1
     named = output / "checkpoint-3" if there else "none"
     assert f"{output} could not be written to" in full.error

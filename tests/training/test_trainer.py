@@ -1,47 +1,46 @@
-"""The trainer: equal steps however they are cut up, honest evaluation, a fixed order."""
+"""The trainer: equal steps however they are cut up, evaluation by the token, a fixed order."""
 
+import inspect
 import json
 import math
-import subprocess
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from finetune_fixtures import write_base
+from finetune_fixtures import options
 from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, tokenizer_of
 from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import CollectiveRunError, RunError, UserError, rank_zero_reports
-from deepseek_moe.model.tokenization_deepseek import EOS
 from deepseek_moe.training.callbacks import StopAtSignal
-from deepseek_moe.training.epoch_sampler import EpochSampler
-from deepseek_moe.training.examples import IGNORED, Collator, load_examples, pack
-from deepseek_moe.training.run import RUN_FILE, WRITTEN, Run
+from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
+from deepseek_moe.training.examples import Collator, load_examples, pack
+from deepseek_moe.training.guarded_reporters import GuardedReporters
 from deepseek_moe.training.trainable import add_lora, weights_passed
 from deepseek_moe.training.trainer import FineTuner
 
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
+MakeTuner = Callable[..., FineTuner]
 TOKENIZER = tokenizer_of(BUNDLED)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("training") / "base")
-
-
-@pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
-    """24 examples, of very different lengths."""
+    """24 examples of very different lengths."""
     folder = tmp_path_factory.mktemp("rows")
     rows = [
         {"instruction": f"Say {i}.", "output": " ".join(["bird", "wood"] * (1 + 3 * (i * i % 23)))}
@@ -54,8 +53,8 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
 
 
 @pytest.fixture
-def tuner(base: Path, tmp_path: Path) -> Callable[..., FineTuner]:
-    """A trainer of the base with plain gradient descent (Adam would magnify rounding)."""
+def tuner(place: Path, tmp_path: Path) -> MakeTuner:
+    """Makes a trainer with plain gradient descent, since Adam would magnify rounding."""
 
     def tuner(train: datasets.Dataset | None, evaluation: Any = None, **changes: Any) -> FineTuner:
         plain = {
@@ -69,9 +68,8 @@ def tuner(base: Path, tmp_path: Path) -> Callable[..., FineTuner]:
             "report_to": "none",
             "disable_tqdm": True,
         }
-        words = [w for k, v in (plain | changes).items() for w in (f"--{k}", str(v))]
-        _, data, args = parse_arguments(words)
-        model = DeepseekForCausalLM.from_pretrained(base, dtype=torch.float32)
+        _, data, args = parse_arguments(options(**(plain | changes)))
+        model = DeepseekForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
         model.config.use_cache = False
         return FineTuner(
             model=model,
@@ -82,7 +80,6 @@ def tuner(base: Path, tmp_path: Path) -> Callable[..., FineTuner]:
             processing_class=TOKENIZER,
         )
 
-    tuner.output = tmp_path / "out"
     return tuner
 
 
@@ -94,9 +91,9 @@ def curve(trainer: FineTuner, key: str) -> list[float]:
 
 
 def test_gradient_accumulation_equals_one_big_batch(
-    tuner: Callable[..., FineTuner], examples: datasets.Dataset
+    tuner: MakeTuner, examples: datasets.Dataset
 ) -> None:
-    """Losses, balance losses, gradients and weights of 3 steps of 8, cut up in three ways."""
+    """Compares 3 steps of 8 examples, cut up in three ways."""
     lengths = examples["length"]
     assert max(lengths) > 6 * min(lengths)
     found = []
@@ -120,11 +117,11 @@ def test_gradient_accumulation_equals_one_big_batch(
             )
     start = DeepseekForCausalLM.from_pretrained(found[0].model.name_or_path)
     moved = found[0].model.model.layers[1].mlp.gate.weight - start.model.layers[1].mlp.gate.weight
-    assert moved.abs().max() > 1e-3  # so 1e-5 is close
+    assert moved.abs().max() > 1e-3  # So 1e-5 is close.
 
 
-def test_packed_equals_padded(tuner: Callable[..., FineTuner], examples: datasets.Dataset) -> None:
-    """One step of the same 24 examples: loss, balance loss, gradients."""
+def test_packed_equals_padded(tuner: MakeTuner, examples: datasets.Dataset) -> None:
+    """Compares one step of the same 24 examples."""
     rows = pack(examples, 256)
     assert len(rows) < 12
     common = {"num_train_epochs": 1, "gradient_accumulation_steps": 1}
@@ -139,8 +136,8 @@ def test_packed_equals_padded(tuner: Callable[..., FineTuner], examples: dataset
         torch.testing.assert_close(packed.model.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_the_balance_loss_is_not_part_of_the_loss_and_both_are_means_of_steps(
-    tuner: Callable[..., FineTuner], examples: datasets.Dataset
+def test_loss_and_balance_loss_are_logged_apart_as_means_of_steps(
+    tuner: MakeTuner, examples: datasets.Dataset
 ) -> None:
     def curves(**changes: Any) -> tuple[list[float], list[float]]:
         trainer = tuner(examples, per_device_train_batch_size=8, max_steps=4, **changes)
@@ -160,23 +157,9 @@ def test_the_balance_loss_is_not_part_of_the_loss_and_both_are_means_of_steps(
         assert [(one[0] + one[1]) / 2, (one[2] + one[3]) / 2] == pytest.approx(two, rel=1e-6)
 
 
-def test_the_end_of_an_answer_reaches_the_model_as_a_label(
-    tuner: Callable[..., FineTuner], examples: datasets.Dataset
-) -> None:
-    trainer = tuner(examples, per_device_train_batch_size=8)
-    eos = TOKENIZER.convert_tokens_to_ids(EOS)
-    assert TOKENIZER.pad_token_id == eos  # so a mask made of ids would lose it
-    batch = next(iter(trainer.get_train_dataloader()))
-    for labels, sequences in zip(batch["labels"], batch["sequence_ids"], strict=True):
-        length = int((sequences >= 0).sum())
-        assert labels[length - 1] == eos
-        assert (labels[length:] == IGNORED).all()
-        assert labels[0] == IGNORED and (labels != IGNORED).sum() < length
-
-
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
-def test_what_is_not_a_number_stops_the_run(
-    where: str, tuner: Callable[..., FineTuner], examples: datasets.Dataset
+def test_a_number_that_is_not_finite_stops_the_run(
+    where: str, tuner: MakeTuner, examples: datasets.Dataset
 ) -> None:
     trainer = tuner(examples, per_device_train_batch_size=4, max_steps=3)
     weight = trainer.model.lm_head.weight
@@ -190,8 +173,8 @@ def test_what_is_not_a_number_stops_the_run(
     assert curve(trainer, "loss") == []
 
 
-def test_the_process_with_the_broken_loss_names_its_rows_for_all(
-    tuner: Callable[..., FineTuner], examples: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+def test_rows_are_named_of_the_process_that_has_the_broken_loss(
+    tuner: MakeTuner, examples: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = tuner(examples, per_device_train_batch_size=4, max_steps=3)
     trainer.model.lm_head.weight.register_hook(lambda grad: grad * math.nan)
@@ -204,9 +187,7 @@ def test_the_process_with_the_broken_loss_names_its_rows_for_all(
 # --- Evaluation
 
 
-def test_evaluation_counts_every_token_once(
-    tuner: Callable[..., FineTuner], examples: datasets.Dataset
-) -> None:
+def test_evaluation_counts_every_token_once(tuner: MakeTuner, examples: datasets.Dataset) -> None:
     held = examples.select(range(7))
     trainer = tuner(examples, held, per_device_eval_batch_size=3)
     nats, tokens = 0.0, 0
@@ -247,7 +228,7 @@ def test_seed_and_epoch_decide_the_order() -> None:
     assert len({tuple(one) for one in different}) == 4
 
 
-def test_steps_are_of_like_lengths_the_longest_first_and_only_the_last_is_short() -> None:
+def test_a_step_has_similar_lengths_and_the_longest_comes_first() -> None:
     found = order()
     steps = [[LENGTHS[i] for i in found[at : at + 8]] for at in range(0, len(found), 8)]
     assert [len(step) for step in steps[:-1]] == [8] * 128 and len(steps[-1]) == 6
@@ -258,68 +239,43 @@ def test_steps_are_of_like_lengths_the_longest_first_and_only_the_last_is_short(
     assert firsts != sorted(firsts, reverse=True)  # shuffled
 
 
-def test_the_sampler_is_told_the_epoch_of_a_resumed_run(
-    tuner: Callable[..., FineTuner], examples: datasets.Dataset
-) -> None:
-    sampler = tuner(examples)._get_train_sampler()
+def test_the_sampler_is_told_the_epoch_of_a_resumed_run() -> None:
+    sampler = EpochSampler(LENGTHS, seed=0, step=8)
     for epoch, wanted in ((0.0, 0), (1.0, 1), (0.99999999, 1), (1.5, 1)):
-        sampler.callback.on_epoch_begin(None, type("S", (), {"epoch": epoch}), None)
+        SetEpoch(sampler).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
         assert sampler.epoch == wanted
 
 
 # --- Reports
 
 
-class FullDisk:
-    """In the place of TensorBoard's writer; its file system is full from the event `full` on."""
+class FullDisk(TrainerCallback):
+    """Stands for TensorBoard on a full disk."""
 
-    full = ""
-    called: list[str] = []
+    logging_dir = "out/runs"
 
-    def __init__(self, **_: Any) -> None:
-        self("begin")
-
-    def __call__(self, event: str) -> None:
-        self.called.append(event)
-        if event == self.full:
-            raise OSError(28, "No space left on device")
-
-    def add_text(self, *_: Any) -> None: ...
-
-    def add_scalar(self, *_: Any) -> None:
-        self("log")
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None:
-        self("end")
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("event", ["begin", "log", "end"])
-def test_a_report_that_fails_is_warned_of_once_and_the_run_goes_on(
-    event: str,
-    tuner: Callable[..., FineTuner],
-    examples: datasets.Dataset,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_reporter_that_fails_is_dropped_with_one_warning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullDisk)
-    monkeypatch.setattr(FullDisk, "full", event)
-    monkeypatch.setattr(FullDisk, "called", [])
-    trainer = tuner(examples, report_to="tensorboard", max_steps=3, save_strategy="steps")
-    capsys.readouterr()
-    trainer.train()
-    said = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
-    assert len(said) == 1
-    for words in ("tensorboard", str(tuner.output / "runs"), "No space left", "goes on without it"):
-        assert words in said[0]
-    assert FullDisk.called.count(event) == 1
-    assert len(curve(trainer, "loss")) == 3
-    assert (tuner.output / "checkpoint-3" / "trainer_state.json").is_file()
+    seen: list[dict[str, float]] = []
+    other = TrainerCallback()
+    other.on_log = lambda *args, logs, **kwargs: seen.append(logs)
+    guarded = GuardedReporters({"tensorboard": FullDisk(), "other": other})
+    for event in ("on_train_begin", "on_log", "on_log", "on_train_end"):
+        getattr(guarded, event)(None, None, None, logs={"loss": 1.0})
+    assert len(seen) == 2
+    assert capsys.readouterr().err == (
+        "warning: tensorboard cannot report any more to out/runs "
+        "([Errno 28] No space left on device); the run goes on without it\n"
+    )
 
 
-def test_an_error_in_tensorboards_thread_is_a_warning_too(
-    tuner: Callable[..., FineTuner],
+def test_an_error_in_the_thread_of_tensorboard_is_a_warning_too(
+    tuner: MakeTuner,
     examples: datasets.Dataset,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -340,10 +296,10 @@ def test_an_error_in_tensorboards_thread_is_a_warning_too(
     assert len(curve(trainer, "loss")) == 3
 
 
-def test_a_full_disk_under_stderr_does_not_end_the_run(
-    tuner: Callable[..., FineTuner], examples: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+def test_a_run_goes_on_when_stderr_is_on_a_full_disk(
+    tuner: MakeTuner, examples: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The progress bar and its lines go there, often into a file."""
+    """Progress bars and lines go to stderr, which is often a file."""
     trainer = tuner(examples, max_steps=3, disable_tqdm=False)
     with open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr(sys, "stderr", full)
@@ -359,8 +315,8 @@ def test_a_full_disk_under_stderr_does_not_end_the_run(
 # --- Small parts
 
 
-def test_wrong_use_is_said_by_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepseek_moe.training.trainer.time.sleep", lambda seconds: None)
+def test_only_the_first_process_reports_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
     def leave(error: UserError, rank: str) -> BaseException:
         monkeypatch.setenv("RANK", rank)
@@ -371,100 +327,48 @@ def test_wrong_use_is_said_by_the_first_process(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(leave(UserError("x"), "0"), UserError)
     other = leave(UserError("x"), "1")
     assert isinstance(other, SystemExit) and other.code == 2
-    assert isinstance(leave(RunError("x"), "1"), RunError)  # perhaps a disk of its own
+    assert isinstance(leave(RunError("x"), "1"), RunError)  # Its disk may be its own.
     assert leave(CollectiveRunError("x"), "1").code == 1
 
 
 def test_a_signal_in_the_last_step_does_not_lose_the_result() -> None:
-    class Args:
-        device, world_size = "cpu", 1
-
-    class State:
-        global_step, max_steps = 5, 5
-
-    class Control:
-        should_save = should_training_stop = False
-
-    stopper, control, state = StopAtSignal(), Control(), State()
-    stopper._note(15, None)
-    stopper.on_step_end(Args, state, control)
+    args = SimpleNamespace(device="cpu", world_size=1)
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    stopper, state = StopAtSignal(), SimpleNamespace(global_step=5, max_steps=5)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stopper.on_train_begin(args, state, control)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    stopper.on_step_end(args, state, control)
     assert stopper.stopped == 0 and not control.should_training_stop
     state.global_step = 4
-    stopper.on_step_end(Args, state, control)
-    assert stopper.stopped == 15 and control.should_save and control.should_training_stop
+    stopper.on_step_end(args, state, control)
+    assert stopper.stopped == signal.SIGTERM
+    assert control.should_save and control.should_training_stop
 
 
-def test_a_run_knows_whether_it_is_new_begun_or_finished(tmp_path: Path) -> None:
-    settings = {"seed": 1, "data": "x"}
-    run = Run(str(tmp_path / "a" / "b"), settings)
-    assert run.checkpoint is None and not run.finished
-    run.start()
-    (run.folder / "incomplete" / "checkpoint-9").mkdir(parents=True)
-    (run.folder / "checkpoint-5").mkdir()
-    (run.folder / "checkpoint-10").mkdir()
-    again = Run(str(run.folder), dict(reversed(settings.items())))
-    assert again.checkpoint == str(run.folder / "checkpoint-10")
-    again.start()
-    assert not (run.folder / "incomplete").exists()
-    with pytest.raises(UserError, match=r"other settings \(another data\)"):
-        Run(str(run.folder), settings | {"data": "y"})
-    with pytest.raises(UserError, match="extra: None there, 1 now"):
-        Run(str(run.folder), settings | {"extra": 1})
-    (run.folder / RUN_FILE).unlink()
-    with pytest.raises(UserError, match=r"no run\.json"):
-        Run(str(run.folder), settings)
+OVERRIDDEN = {  # private methods of Trainer: their parameters, and how Trainer calls them
+    "_get_grad_norm": (["model", "grad_norm"], "model, grad_norm=grad_norm"),
+    "_save_checkpoint": (["model", "trial"], "model, trial"),
+    "_load_from_checkpoint": (["resume_from_checkpoint", "model"], "resume_from_checkpoint"),
+}
 
 
-@pytest.mark.parametrize("name", [*WRITTEN, "README.md", "runs", "notes.txt", ".lock"])
-def test_files_of_the_user_are_in_the_way_of_a_new_run_if_it_would_write_them(
-    name: str, tmp_path: Path
-) -> None:
-    mine = tmp_path / name.replace("*", "-1")
-    mine.write_text("mine")
-    if name in WRITTEN:
-        with pytest.raises(UserError, match=f"holds {mine.name}.* no run.json"):
-            Run(str(tmp_path), {})
-    else:
-        Run(str(tmp_path), {}).start()
-    assert mine.read_text() == "mine"
+def test_the_overridden_private_methods_of_trainer_are_as_in_transformers_5_17_to_5_23() -> None:
+    """If this fails, compare the last section of FineTuner with the new version of Trainer."""
+    private = {name for name in vars(FineTuner) if name.startswith("_") and name[:2] != "__"}
+    assert {name for name in private if hasattr(Trainer, name)} == set(OVERRIDDEN)
+    source = inspect.getsource(Trainer)
+    for name, (parameters, call) in OVERRIDDEN.items():
+        found = list(inspect.signature(getattr(Trainer, name)).parameters)
+        assert (name, found) == (name, ["self", *parameters])
+        assert f"self.{name}({call})" in source
 
 
-def test_a_folder_where_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
-    hold += "print(flush=True); input()"
-    lock = tmp_path / ".lock"
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        other.stdout.readline()
-        with pytest.raises(UserError, match="another process is running"):
-            Run(str(tmp_path), {}).start()
-        other.communicate(b"\n")
-    Run(str(tmp_path), {}).start()
-
-
-def test_a_broken_note_of_the_run_is_one_line(tmp_path: Path) -> None:
-    for content in ("{", "[]", '{"finished": true}'):
-        (tmp_path / RUN_FILE).write_text(content)
-        with pytest.raises(UserError, match=RUN_FILE):
-            Run(str(tmp_path), {})
-
-
-def test_a_run_of_an_older_version_is_said_to_be_one(tmp_path: Path) -> None:
-    """Its base model is known by a fingerprint of another kind."""
-    Run(str(tmp_path), {"model": "0123456789abcdef"}).start()
-    (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match=r"of an older version of this code.*; finish it with"):
-        Run(str(tmp_path), {"model": "tensors:0123"})
-    (tmp_path / RUN_FILE).unlink()
-    (tmp_path / "checkpoint-5").rmdir()
-    Run(str(tmp_path), {"model": "tensors:0123"}).start()
-    (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match=r"other settings \(another model\)"):
-        Run(str(tmp_path), {"model": "tensors:4567"})
-
-
-def test_of_the_experts_only_those_picked_are_counted(tuner: Callable[..., FineTuner]) -> None:
+def test_only_the_experts_that_a_token_picks_are_counted(tuner: MakeTuner) -> None:
     def make_model(**changes: Any) -> DeepseekForCausalLM:
         with torch.device("meta"):
             return DeepseekForCausalLM(DeepseekConfig(**changes))

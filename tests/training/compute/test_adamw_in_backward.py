@@ -5,21 +5,19 @@ On the CPU, by the plain twin of the kernel.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accident_fixtures import die_in_step
 from finetune_fixtures import (
     assert_same,
     checkpoints,
-    kill_at,
     logged,
-    options,
     run,
     weights,
-    write_base,
-    write_rows,
 )
 from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, tokenizer_of
@@ -225,34 +223,11 @@ def test_other_weights_than_bf16_are_refused() -> None:
 # --- In the trainer
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model and 24 rows."""
-    folder = tmp_path_factory.mktemp("optimizer")
-    write_base(folder / "base")
-    write_rows(folder / "rows.jsonl")
-    return folder
-
-
 @pytest.fixture
-def argv(place: Path) -> Callable[..., list[str]]:
-    """A command of 6 steps with a checkpoint every 2; keywords change it."""
-
-    def argv(output: Path, **changes: Any) -> list[str]:
-        plain = {
-            "model_name_or_path": place / "base",
-            "data_path": place / "rows.jsonl",
-            "cache_dir": place / "cache",
-            "output_dir": output,
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "weight_decay": 0.1,
-            "save_steps": 2,
-        }
-        return options(**(plain | MODE | changes))
-
-    return argv
+def argv(argv: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Makes a command of 6 steps with a checkpoint every 2. Keywords change it."""
+    short = MODE | {"num_train_epochs": 1, "weight_decay": 0.1, "save_steps": 2}
+    return lambda output, **changes: argv(output, **(short | changes))
 
 
 @pytest.fixture
@@ -340,9 +315,7 @@ def test_killed_and_repeated_it_ends_with_the_same_weights(
     assert done.code == 0, done.err
     assert done.err.count("gradients are not clipped") == 1
     assert done.out == f"{whole}\n"
-    killed = run(
-        argv(output), log, kill_at("deepseek_moe.training.trainer.FineTuner", "compute_loss", 4)
-    )
+    killed = run(argv(output), log, partial(die_in_step, 4))
     assert killed.code < 0 and checkpoints(output) == [2]
     refused = run(argv(output, single_gpu_full=False, max_grad_norm=0), log)
     assert refused.code == 2 and f"optim: {STEP_IN_BACKWARD} there, adamw" in refused.error

@@ -1,0 +1,80 @@
+"""A run in its folder: new, to be resumed, finished, or in the way of another."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_moe.errors import UserError
+from deepseek_moe.training.run import RUN_FILE, WRITTEN, Run
+
+
+def test_a_run_is_new_or_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    settings = {"seed": 1, "data": "x"}
+    run = Run(str(tmp_path / "a" / "b"), settings)
+    assert run.checkpoint is None and not run.finished
+    run.start()
+    (run.folder / "incomplete" / "checkpoint-9").mkdir(parents=True)
+    (run.folder / "checkpoint-5").mkdir()
+    (run.folder / "checkpoint-10").mkdir()
+    again = Run(str(run.folder), dict(reversed(settings.items())))
+    assert again.checkpoint == str(run.folder / "checkpoint-10")
+    again.start()
+    assert not (run.folder / "incomplete").exists()
+    with pytest.raises(UserError, match=r"other settings \(another data\)"):
+        Run(str(run.folder), settings | {"data": "y"})
+    with pytest.raises(UserError, match="extra: None there, 1 now"):
+        Run(str(run.folder), settings | {"extra": 1})
+    (run.folder / RUN_FILE).unlink()
+    with pytest.raises(UserError, match=r"no run\.json"):
+        Run(str(run.folder), settings)
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "README.md", "runs", "notes.txt", ".lock"])
+def test_a_new_run_refuses_a_folder_whose_files_it_would_overwrite(
+    name: str, tmp_path: Path
+) -> None:
+    mine = tmp_path / name.replace("*", "-1")
+    mine.write_text("mine")
+    if name in WRITTEN:
+        with pytest.raises(UserError, match=f"holds {mine.name}.* no run.json"):
+            Run(str(tmp_path), {})
+    else:
+        Run(str(tmp_path), {}).start()
+    assert mine.read_text() == "mine"
+
+
+def test_a_folder_in_which_another_process_runs_is_refused(tmp_path: Path) -> None:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    hold += "print(flush=True); input()"
+    lock = tmp_path / ".lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process is running"):
+            Run(str(tmp_path), {}).start()
+        other.communicate(b"\n")
+    Run(str(tmp_path), {}).start()
+
+
+def test_a_broken_run_file_is_refused(tmp_path: Path) -> None:
+    for content in ("{", "[]", '{"finished": true}'):
+        (tmp_path / RUN_FILE).write_text(content)
+        with pytest.raises(UserError, match=RUN_FILE):
+            Run(str(tmp_path), {})
+
+
+def test_a_run_of_an_older_version_is_named_as_one(tmp_path: Path) -> None:
+    """It noted its base model by a fingerprint of another kind."""
+    Run(str(tmp_path), {"model": "0123456789abcdef"}).start()
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(UserError, match=r"of an older version of this code.*; finish it with"):
+        Run(str(tmp_path), {"model": "tensors:0123"})
+    (tmp_path / RUN_FILE).unlink()
+    (tmp_path / "checkpoint-5").rmdir()
+    Run(str(tmp_path), {"model": "tensors:0123"}).start()
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(UserError, match=r"other settings \(another model\)"):
+        Run(str(tmp_path), {"model": "tensors:4567"})
