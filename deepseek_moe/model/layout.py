@@ -12,58 +12,53 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import cached_file
 
+EXPERT_STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""The parameters that stack the experts of a layer in memory, [experts, out, in], and the matrices
+of an expert on disk stand above each other in each."""
+
+# transformers applies this while it loads, and backwards while it saves.
+register_checkpoint_conversion_mapping(
+    "deepseek",
+    [
+        WeightConverter(
+            source_patterns=[f"mlp.experts.*.{matrix}.weight" for matrix in matrices],
+            target_patterns=f"mlp.experts.{stack}",
+            operations=[MergeModulelist(dim=0)] + [Concatenate(dim=1)] * (len(matrices) > 1),
+        )
+        for stack, matrices in EXPERT_STACKS.items()
+    ],
+    overwrite=True,
+)
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""How a weight may be stored, in the words of safetensors headers. transformers would cast anything
+else without a warning: integers and booleans become zeros and ones."""
+
 
 def official_parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Official names of a parameter in memory, and where in it each of them is."""
-    prefix, _, last = name.rpartition(".")
+    """Yields the official names of a parameter in memory, and the index of each in that parameter.
+
+    The index is () for a parameter that is stored as it is, else (expert, rows).
+    """
+    prefix, _, stack = name.rpartition(".")
     if not prefix.endswith(".experts"):
         yield name, ()
         return
+    matrices = EXPERT_STACKS[stack]
+    rows = shape[1] // len(matrices)
     for expert in range(shape[0]):
-        if last == "down_proj":
-            yield f"{prefix}.{expert}.down_proj.weight", (expert, slice(None))
-        else:
-            half = shape[1] // 2
-            yield f"{prefix}.{expert}.gate_proj.weight", (expert, slice(half))
-            yield f"{prefix}.{expert}.up_proj.weight", (expert, slice(half, None))
-
-
-# On disk an expert is three matrices; in memory the experts of a layer are two stacked tensors.
-# transformers applies this while it loads, and backwards while it saves.
-EXPERTS_CONVERSION = [
-    WeightConverter(
-        source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-        target_patterns="mlp.experts.gate_up_proj",
-        operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-    ),
-    WeightConverter(
-        source_patterns="mlp.experts.*.down_proj.weight",
-        target_patterns="mlp.experts.down_proj",
-        operations=[MergeModulelist(dim=0)],
-    ),
-]
-register_checkpoint_conversion_mapping("deepseek", EXPERTS_CONVERSION, overwrite=True)
-
-FLOATS = ("F64", "F32", "BF16", "F16")
-"""What a weight may be stored as, in the words of safetensors headers. transformers would cast
-anything else without a word: integers and booleans become zeros and ones."""
+        for number, matrix in enumerate(matrices):
+            where = (expert, slice(number * rows, (number + 1) * rows))
+            yield f"{prefix}.{expert}.{matrix}.weight", where
 
 
 def official_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of `model` (may be on meta) has on disk."""
-    tensors = {}
-    for name, parameter in model.named_parameters():  # a tied head is listed once, as embed_tokens
-        shape = tuple(parameter.shape)
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            tensors[name] = shape
-            continue
-        prefix, stacked = name.rsplit(".", 1)
-        gate_up = stacked == "gate_up_proj"
-        one = (shape[1] // 2, shape[2]) if gate_up else shape[1:]
-        for expert in range(shape[0]):
-            for matrix in ("gate_proj", "up_proj") if gate_up else ("down_proj",):
-                tensors[f"{prefix}.{expert}.{matrix}.weight"] = one
-    return tensors
+    return {
+        official: tuple(parameter[where].shape)
+        for name, parameter in model.named_parameters()  # a tied head is listed as embed_tokens
+        for official, where in official_parts(name, tuple(parameter.shape))
+    }
 
 
 def weight_files(folder: Path) -> list[Path]:
