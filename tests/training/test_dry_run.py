@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_fixtures import stored_bytes
 
 from deepseek_moe import DeepseekConfig
 from deepseek_moe.training.arguments import (
@@ -17,7 +18,6 @@ from deepseek_moe.training.arguments import (
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.dry_run import bucket_numbers, estimate, meta_model
-from deepseek_moe.training.quantized_base import stored_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "--data_path none --output_dir none --bf16 True --report_to none"
