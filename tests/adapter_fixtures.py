@@ -1,6 +1,7 @@
 """What the tests of merging and exports share: adapters, a tokenizer, and a model's logits."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,29 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     return {k: x for file in folder.glob("*.safetensors") for k, x in load_file(file).items()}
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters, with the scales of those that bitsandbytes quantised."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.nbytes
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            total += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+        if isinstance(scale := getattr(parameter, "SCB", None), torch.Tensor):
+            total += scale.nbytes
+    return total
+
+
+def add_random_adapters(
+    model: PreTrainedModel, names: Sequence[str] = LINEARS, dropout: float = 0.0, **options: Any
+) -> Any:
+    """`model` with adapters of rank 3, as fine-tuning adds them, whose B is not zero."""
+    from deepseek_moe.training.trainable import add_lora
+
+    torch.manual_seed(1)
+    adapted = add_lora(model, names, rank=3, alpha=6.0, dropout=dropout, **options)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted

@@ -12,6 +12,7 @@ import torch
 from deepseek_moe.decode.int_quantizer import quantize
 from deepseek_moe.kernels.decode import torch_ops, triton_ops
 from deepseek_moe.kernels.int_weights import Weight
+from deepseek_moe.kernels.training import adamw, adamw_torch
 from deepseek_moe.kernels.training import torch_ops as training_torch_ops
 from deepseek_moe.kernels.training import triton_ops as training_triton_ops
 
@@ -20,6 +21,7 @@ TWINS = {
     for triton, torch_ in (
         (triton_ops, torch_ops),
         (training_triton_ops, training_torch_ops),
+        (adamw, adamw_torch),
     )
     for name in triton.__all__
 }
@@ -218,7 +220,7 @@ def _weighted_swiglu_backward_alone(c: Case) -> list[Any]:
 
 def _adamw(c: Case) -> list[Any]:
     shape = (c.tokens, 300 if c.seed % 2 else 512)  # the last block is shorter, or not
-    blocks = -(-shape[0] * shape[1] // training_torch_ops.ADAMW_BLOCK)
+    blocks = -(-shape[0] * shape[1] // adamw_torch.ADAMW_BLOCK)
     weight, grad = c.normal(*shape).bfloat16(), c.normal(*shape).bfloat16()
     codes = torch.randint(256, (2, *shape), generator=c.random, device=c.device).to(torch.uint8)
     scales = c.normal(2, blocks).float().abs()

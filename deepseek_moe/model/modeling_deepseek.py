@@ -438,9 +438,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
-    head_has_loss = False
-    """Whether training has made an `lm_head` that takes labels, and returns the loss at once."""
-
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
         self.model = DeepseekModel(config)
@@ -464,7 +461,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
         While training, the balance loss reaches the gradients from inside the layers, as in the
         published model. It is not part of `loss`; `aux_loss` shows its value. `logits_to_keep` > 0
-        computes the logits of that many last positions only. With `head_has_loss` there are none.
+        computes the logits of that many last positions only. There are none while training with an
+        `lm_head` that has `computes_loss`: such a one takes the labels too.
         """
         # generate and Trainer read the signature above to see what the model takes.
         outputs = self.model(
@@ -479,7 +477,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BLD = outputs.last_hidden_state[:, keep]
         loss = logits = None
-        if labels is not None and self.training and self.head_has_loss:
+        if labels is not None and self.training and getattr(self.lm_head, "computes_loss", False):
             loss = self.lm_head(hidden_BLD, labels, **kwargs)
         else:
             logits = self.lm_head(hidden_BLD)

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint under their official names, as they are or with a LoRA adapter merged in.
+"""The tensors of a checkpoint with a LoRA adapter merged in, under their official names.
 
-No model is built: each tensor is read, changed and handed on when it is asked for, so the most that
-is in memory is one stack of experts.
+No model with weights is built. Each tensor is read, changed and handed on when it is asked for, so
+that no more than one stack of experts is in memory.
 """
 
 import warnings
@@ -22,8 +22,8 @@ from .quantized_base import Quantization
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-# What may differ from PEFT's defaults without changing what is computed other than by A, B and
-# their scale. Anything else (DoRA, biases, new variants) is refused.
+# The fields of PEFT's config that may differ from their defaults, because they change nothing but
+# A, B and their scale. Any other (DoRA, biases, new variants) is refused.
 MERGEABLE = {
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("task_type", "inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout"),
@@ -31,18 +31,18 @@ MERGEABLE = {
     *("target_modules", "target_parameters", "exclude_modules"),
     *("layers_to_transform", "layers_pattern"),
 }
-INITS = (True, False, "gaussian", "orthogonal")  # the others also change the base
+INITS = (True, False, "gaussian", "orthogonal")  # all others change the base, too
 
 
 def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Official names and tensors of `base` with the LoRA adapter in `adapter` merged in.
+    """Yields the official names and tensors of `base` with the LoRA adapter in `adapter` merged in.
 
-    Tensors that the adapter changes come in fp32. If it was trained over a quantised base, the
-    quantised ones are what that base computed with.
+    Tensors that the adapter changes are fp32. If it was trained over a quantised base, each tensor
+    that was quantised is what that base computed with.
 
     Raises:
-        UserError: before anything is read: the adapter is no LoRA adapter of this base, is broken,
-            or changes nothing.
+        UserError: the adapter is no LoRA adapter of this base, is broken, or changes nothing. This
+            is found before a tensor of the base is read.
     """
     checkpoint = Checkpoint(base)
     change = _Adapter(adapter, checkpoint)
@@ -56,7 +56,7 @@ def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tenso
                 weight = change.replacement(name)
             else:
                 weight = checkpoint.read(name)
-                if name in quantized:  # the whole stack, as in memory: its parts share statistics
+                if name in quantized:  # the whole stack, because its experts share statistics
                     weight = quantization.roundtrip(weight)
             delta = change.delta(name) if name in change.low_rank else None
             for part, where in official_parts(name, shape):
@@ -67,10 +67,10 @@ def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tenso
 
 
 class _Adapter:
-    """A PEFT LoRA adapter: which parameters it changes, and how.
+    """A LoRA adapter of PEFT: which parameters it changes, and how.
 
-    PEFT itself wraps the model, without weights, and so says which tensors the adapter must have,
-    which parameter each belongs to, and its scale.
+    PEFT itself wraps a model without weights. From that it is known which tensors the adapter must
+    have, to which parameter each belongs, and its scale.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
@@ -111,7 +111,7 @@ class _Adapter:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        # Of what is adapted and saved whole, as a head may be, PEFT saves the frozen weight too.
+        # PEFT also saves the frozen weight of a module that is both adapted and saved whole.
         frozen = ".base_layer.weight"
         wanted = {name: tuple(x.shape) for name, x in state.items() if not name.endswith(frozen)}
         names = {name for name in self.file.keys() if not name.endswith(frozen)}  # noqa: SIM118
@@ -148,10 +148,10 @@ class _Adapter:
 
 
 class _Delta:
-    """scaling * B A in fp32, of a linear layer or of one expert at a time.
+    """scaling * B A in fp32, of a linear layer or of one expert.
 
-    PEFT stores the experts' lora_A [E*R, I] with experts slowest and lora_B [O, R*E] with experts
-    fastest.
+    PEFT stores the experts' lora_A [E*R, I] with the experts slowest, and lora_B [O, R*E] with the
+    experts fastest.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class _Delta:
         self.b = b.unflatten(1, (-1, shape[0])).permute(2, 0, 1) if stacked else b
 
     def __call__(self, where: tuple[Any, ...]) -> torch.Tensor:
-        """The part that `official_parts` calls `where`: (), or (expert, output rows)."""
+        """The part at the index `where` of `official_parts`: (), or (expert, output rows)."""
         return self.scaling * (self.b[where].float() @ self.a[where[:1]].float())
 
 
@@ -173,7 +173,7 @@ def _lora_config(folder: Path) -> "LoraConfig":
     file = folder / "adapter_config.json"
     for needed in (file, folder / ADAPTER_FILE):
         if not needed.is_file():
-            inside = folder / "adapter"  # of a run with --merge_on_save
+            inside = folder / "adapter"  # where a run with --merge_on_save puts it
             there = inside if (inside / ADAPTER_FILE).is_file() else "the folder of a PEFT adapter"
             raise UserError(f"{needed} does not exist; give {there}")
     try:
@@ -190,7 +190,7 @@ def _lora_config(folder: Path) -> "LoraConfig":
         found = first_few([f"{name}={value!r}" for name, value in other.items()])
         raise UserError(f"{folder} has {found}; only plain LoRA can be merged here: use PEFT's own")
     config.init_lora_weights = False
-    config.lora_dropout = 0.0  # of training only, and PEFT refuses it on experts
+    config.lora_dropout = 0.0  # matters while training only, and PEFT refuses it on experts
     return config
 
 
@@ -210,10 +210,11 @@ def _wrap(folder: Path, config: "LoraConfig", model_config: DeepseekConfig) -> "
 def _find_changes(
     wrapped: "PeftModel", folder: Path
 ) -> tuple[dict[str, tuple[str, float]], dict[str, str]]:
-    """By parameter: (name of its wrapper, scale) of products B A, and names of whole new tensors.
+    """For each parameter with an adapter, the name of its wrapper and the scale of B A; for each
+    that is replaced as a whole, the name of the new tensor.
 
-    Two stacks of one module are wrapped one in the other: `experts.lora_A` is of the outer wrapper,
-    `experts.base_layer.lora_A` of the inner one.
+    A module with two adapted stacks is wrapped twice: `experts.lora_A` belongs to the outer wrapper
+    and `experts.base_layer.lora_A` to the inner one.
     """
     from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper

@@ -1,9 +1,9 @@
-"""The frozen base of QLoRA: 4-bit or 8-bit linears, and the routed experts with them.
+"""The frozen base of QLoRA: linear layers and routed experts in 4 or 8 bits.
 
-bitsandbytes replaces nn.Linear only, which leaves 91 % of this model, the stacked experts, as they
-were. Here transformers' quantizer for it is told about the experts too: each stack is quantised on
-its device as soon as it is read, so no more than one is ever there in full. The router, the norms,
-the embedding and the head are left alone.
+bitsandbytes replaces only nn.Linear. It would leave the stacked experts, 91 % of this model, as
+they are. Here transformers' quantizer for bitsandbytes takes the experts too. It quantises each
+stack on its device as soon as it is read, so that no more than one is in memory in full. The
+router, the norms, the embedding and the head stay as they are.
 """
 
 import copy
@@ -22,18 +22,21 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from ..errors import UserError
-from ..kernels import has_triton
-from ..kernels.training.nf4 import unpack_4bit
+from ..kernels.training import ops_for, torch_ops
+from ..model.layout import EXPERT_STACKS
 
 QUANTIZATION_FILE = "base_quantization.json"
-STACKS = ("experts.gate_up_proj", "experts.down_proj")
+EXPERT_WEIGHTS = tuple(f"experts.{stack}" for stack in EXPERT_STACKS)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base is stored: `bits` 4 (`quant_type` nf4 or fp4, scales quantised again with
-    `double_quant`) or 8 (one scale a row). `dtype` is what the weights were before, and are again
-    for computing."""
+    """How the base is stored.
+
+    With `bits` 4, `quant_type` is nf4 or fp4, and `double_quant` quantises the scales too. With
+    `bits` 8, each row has one scale. The weights had `dtype` before, and have it again when they
+    are computed with.
+    """
 
     bits: int
     quant_type: str = "nf4"
@@ -48,29 +51,27 @@ class Quantization:
 
     @classmethod
     def load(cls, folder: Path) -> "Quantization | None":
-        """What an adapter in `folder` was trained over; None for an unquantised base."""
+        """How the base of the adapter in `folder` is quantised, or None if it is not."""
         file = folder / QUANTIZATION_FILE
         return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
     def save(self, folder: Path) -> None:
         (folder / QUANTIZATION_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
-    def config(self, skip: list[str]) -> "ExpertsToo4bit | ExpertsToo8bit":
-        """For `from_pretrained(quantization_config=)`; leaves alone the linears and the experts
-        whose full names are in `skip`."""
-        skip = ["lm_head", *skip]
-        if self.bits == 8:
-            return ExpertsToo8bit(load_in_8bit=True, llm_int8_skip_modules=skip)
-        return ExpertsToo4bit(
-            load_in_4bit=True,
+    def config(self, skip: list[str]) -> "ExpertsTooConfig":
+        """The `quantization_config` of `from_pretrained`. It leaves alone the linears and the
+        experts whose full names are in `skip`."""
+        return ExpertsTooConfig(
+            load_in_4bit=self.bits == 4,
+            load_in_8bit=self.bits == 8,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=self.dtype,
-            llm_int8_skip_modules=skip,
+            llm_int8_skip_modules=["lm_head", *skip],
         )
 
     def quantize(self, weight: torch.Tensor) -> nn.Parameter:
-        """A weight [out, in], or a stack of them [E, out, in], in bitsandbytes' own storage."""
+        """A weight [out, in], or a stack of them [E, out, in], as a parameter of bitsandbytes."""
         if self.bits == 4:
             options = {"quant_type": self.quant_type, "compress_statistics": self.double_quant}
             parameter = bnb.nn.Params4bit(weight.detach().contiguous(), False, **options)
@@ -81,7 +82,7 @@ class Quantization:
         return bnb.nn.Int8Params(data, False, has_fp16_weights=False, CB=data, SCB=scale)
 
     def roundtrip(self, weight: torch.Tensor) -> torch.Tensor:
-        """What a quantised module computes with, in `dtype`."""
+        """What a quantised module computes with instead of `weight`, in `dtype`."""
         dtype = getattr(torch, self.dtype)
         return dequantize(self.quantize(weight.to(dtype)), dtype)
 
@@ -89,24 +90,28 @@ class Quantization:
 def dequantize(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The numbers of a parameter, quantised or not, as a tensor of its full shape."""
     if isinstance(parameter, bnb.nn.Params4bit):
-        packed = parameter.as_subclass(torch.Tensor)  # theirs is slow to ask for anything
-        return _unpack(packed, parameter.quant_state).to(dtype)
+        packed = parameter.as_subclass(torch.Tensor)  # attributes of their subclass are slow
+        return _dequantize_4bit(packed, parameter.quant_state).to(dtype)
     if isinstance(parameter, bnb.nn.Int8Params):
         return parameter.data.to(dtype) * (parameter.SCB / 127).to(dtype)
     return parameter.to(dtype)
 
 
-def _unpack(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Tensor:
-    """`bnb.functional.dequantize_4bit`, which takes three kernels and long to start them."""
-    if not (packed.is_cuda and torch.version.hip is None and has_triton()):
-        return _dequantize_by_blocks(packed, state)
+def _dequantize_4bit(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Tensor:
+    """`bnb.functional.dequantize_4bit`, on a GPU as one kernel, where bitsandbytes starts three.
 
+    QLoRA on small batches waits for the host to start kernels, and each layer dequantises its
+    weights in both passes.
+    """
+    ops = ops_for(packed.device)
+    if ops is torch_ops:
+        return _dequantize_by_blocks(packed, state)
     scales, blocksize2 = (None, None, None), 256
     if state.nested:
         scales = (state.state2.code, state.state2.absmax, state.offset)
         blocksize2 = state.state2.blocksize
     shape, dtype, blocksize = state.shape, state.dtype, state.blocksize
-    return unpack_4bit(
+    return ops.unpack_4bit(
         packed, state.code, state.absmax, *scales, shape, dtype, blocksize, blocksize2
     )
 
@@ -125,11 +130,11 @@ def _dequantize_by_blocks(packed: torch.Tensor, state: bnb.functional.QuantState
 
 
 class Linear4bit(bnb.nn.Linear4bit):
-    """bitsandbytes' layer, which on a CPU computes with `dequantize`, in evaluation too.
+    """bitsandbytes' layer, but on a CPU it always computes with `dequantize`.
 
     On CPUs with AVX512-BF16 the original's `forward` (bitsandbytes 0.50.2, nn/modules.py, line 613)
-    packs its weight anew in the first evaluation and rounds the scales to bf16 for good: training
-    would go on over another base. It also fails if the widths are no multiples of 32 and 64.
+    packs its weight anew in the first evaluation and rounds the scales to bf16 for good. Training
+    would go on over another base. It also fails for widths that are no multiples of 32 and 64.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,8 +146,8 @@ class Linear4bit(bnb.nn.Linear4bit):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x [..., I] times W^T [I, O]. The quantised W is unpacked here and, for the gradient of x, in
-    the backward pass once more, so that it is never kept in full."""
+    """x [..., I] times W^T [I, O]. Each of the two passes dequantises W, which is never kept in
+    full."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_OI: nn.Parameter) -> torch.Tensor:
@@ -154,37 +159,33 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ dequantize(ctx.weight_OI, grad.dtype), None
 
 
+# DeepSpeed's ZeRO-3 divides parameters among the ranks and marks them with `ds_id` and `ds_shape`
+# (deepspeed/runtime/zero/partition_parameters.py, `Init._convert_to_deepspeed_param`).
+# tests/training/test_quantized_base.py fails if it names them otherwise.
+
+
+def is_divided(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds the parameter, which is whole only inside the forward of its module."""
+    return hasattr(parameter, "ds_id")
+
+
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape before it was packed (4 bits) or partitioned (ZeRO-3)."""
+    """The shape before the parameter was quantised to 4 bits or divided by ZeRO-3."""
     if isinstance(parameter, bnb.nn.Params4bit):
         return parameter.quant_state.shape
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters with the scales of those that are quantised."""
-    total = 0
-    for parameter in model.parameters():
-        total += parameter.numel() * parameter.element_size()
-        state, scale = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
-        parts = [] if state is None else [state.absmax]
-        if state is not None and state.nested:
-            parts.append(state.state2.absmax)
-        if isinstance(scale, torch.Tensor):
-            parts.append(scale)
-        total += sum(part.numel() * part.element_size() for part in parts)
-    return total
-
-
 class _QuantizeExperts(ConversionOps):
-    """A step of transformers' loading: the experts our way, everything else bitsandbytes' own."""
+    """A step of transformers' loading that quantises the experts, and leaves the linears to
+    bitsandbytes' own step."""
 
     def __init__(self, quantization: Quantization, linears: ConversionOps) -> None:
         self.quantization, self.linears = quantization, linears
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
         [(name, value)] = input_dict.items()
-        if not name.endswith(STACKS):
+        if not name.endswith(EXPERT_WEIGHTS):
             return self.linears.convert(input_dict, **kwargs)
         return {name: self.quantization.quantize(value[0] if isinstance(value, list) else value)}
 
@@ -195,7 +196,7 @@ class _ExpertsToo:
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
-        if param_name.endswith(STACKS):
+        if param_name.endswith(EXPERT_WEIGHTS):
             return param_name.rpartition(".")[0] not in self.modules_to_not_convert
         return super().param_needs_quantization(model, param_name, **kwargs)
 
@@ -210,17 +211,13 @@ class _ExpertsToo:
 
 
 @register_quantization_config("experts_too_4bit")
-class ExpertsToo4bit(BitsAndBytesConfig):
+@register_quantization_config("experts_too_8bit")
+class ExpertsTooConfig(BitsAndBytesConfig):
+    """Names the quantizers below instead of transformers' own."""
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.quant_method = "experts_too_4bit"
-
-
-@register_quantization_config("experts_too_8bit")
-class ExpertsToo8bit(BitsAndBytesConfig):
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**({"bnb_4bit_quant_type": "nf4"} | kwargs))
-        self.quant_method = "experts_too_8bit"
+        self.quant_method = f"experts_too_{4 if self.load_in_4bit else 8}bit"
 
 
 @register_quantizer("experts_too_4bit")

@@ -12,9 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError, as_user_error
-from ..model.modeling_deepseek import DeepseekExperts
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
-from .expert_lora import ExpertsLora
+from .expert_lora import register_expert_lora
 from .quantized_base import full_shape
 
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
@@ -75,7 +74,7 @@ def add_lora(
         target_parameters=parameters or None,
         modules_to_save=list(modules_to_save) or None,
     )
-    config._register_custom_module({DeepseekExperts: ExpertsLora})
+    register_expert_lora(config)
     with as_user_error("these adapters cannot be added", "change --trainable or --modules_to_save"):
         adapted = get_peft_model(model, config)
     for name, _ in adapted.named_parameters():

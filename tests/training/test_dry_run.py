@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from adapter_fixtures import stored_bytes
 from finetune_fixtures import run
 from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, ROOT
@@ -13,7 +14,6 @@ from deepseek_moe.training.arguments import FineTuningArguments
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.dry_run import bucket_numbers, estimate, meta_model
-from deepseek_moe.training.quantized_base import stored_bytes
 
 BASE = "--data_path none --output_dir none --bf16 True --report_to none"
 

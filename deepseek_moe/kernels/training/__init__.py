@@ -1,1 +1,17 @@
-"""The kernels of fine-tuning: between the products of experts, 4-bit weights, and AdamW."""
+"""The kernels of fine-tuning: of a step in triton_ops.py, of the optimizer in adamw.py."""
+
+from types import ModuleType
+
+import torch
+
+from .. import has_triton
+from . import torch_ops
+
+
+def ops_for(device: torch.device) -> ModuleType:
+    """triton_ops on an NVIDIA GPU, elsewhere torch_ops."""
+    if device.type != "cuda" or torch.version.hip is not None or not has_triton():
+        return torch_ops
+    from . import triton_ops
+
+    return triton_ops

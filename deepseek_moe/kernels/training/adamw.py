@@ -1,20 +1,21 @@
-"""AdamW with averages of 8 bits and weights rounded stochastically, in one pass: 10 bytes of memory
-traffic a weight.
+"""A step of AdamW with averages of 8 bits, in one pass: 10 bytes of memory traffic a weight.
 
-The averages of a block of 256 weights are stored over their largest, m as a sign and 4 + 3 bits of
-exponent and mantissa, v, which has no sign but a wide range, as 5 + 3. Both are rounded
-stochastically like the weights: v changes by a thousandth in a step, which rounding to the nearest
-would lose. v is never read as less than 2^-31 of its block's largest: what m keeps is no less than
-2^-15 of its, and over a v of 0 would be a step without bounds.
+The averages of a block of 256 weights are stored as shares of the block's largest. m has a sign and
+4 + 3 bits of exponent and mantissa. v has no sign but a wide range: 5 + 3 bits. Both are rounded
+stochastically, like the weights: v changes by a thousandth in a step, which rounding to the nearest
+would lose. v is never read as less than 2^-31 of its block's largest, because m is kept down to
+2^-15 of its largest, and m over a v of 0 would be a step without bounds.
 
-Plain twin: `torch_ops.adamw`, with the same random numbers.
+Plain twin: `adamw_torch.adamw`, with the same random numbers.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .torch_ops import ADAMW_BLOCK
+from .adamw_torch import ADAMW_BLOCK
+
+__all__ = ["adamw"]
 
 ROWS = 4  # blocks a program
 
@@ -60,13 +61,13 @@ def _adamw(
     times2,
     seed,
     WHOLE: tl.constexpr,  # numel is a multiple of BLOCK
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # weights that share a scale
     ROWS: tl.constexpr,
 ):
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at_RB = row_R[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     ok_R = row_R * BLOCK < numel
-    # Whole blocks have masks of whole rows, with which what is read stays side by side.
+    # Masks that hold for whole rows leave the loads side by side.
     ok_RB = (ok_R[:, None] & (tl.arange(0, BLOCK) >= 0)[None, :]) if WHOLE else at_RB < numel
     grad_RB = tl.load(grad_ptr + at_RB, mask=ok_RB, other=0.0).to(tl.float32)
     weight_RB = tl.load(weight_ptr + at_RB, mask=ok_RB, other=0.0).to(tl.float32)
@@ -118,7 +119,7 @@ def adamw(
     step: int,
     seed: int,
 ) -> torch.Tensor:
-    """As `torch_ops.adamw`."""
+    """As `adamw_torch.adamw`."""
     numel = weight.numel()
     programs = triton.cdiv(numel, ADAMW_BLOCK * ROWS)
     squares = torch.empty(programs, device=weight.device)

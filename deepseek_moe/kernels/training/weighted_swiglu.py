@@ -1,4 +1,4 @@
-"""What stands between the products of the experts in training, one pass over memory each.
+"""What the experts compute between their products in training, each in one pass over memory.
 
 Plain twins in torch_ops.py: `weighted_swiglu`, `weighted_swiglu_backward`, `sum_picks`.
 """
@@ -6,8 +6,6 @@ Plain twins in torch_ops.py: `weighted_swiglu`, `weighted_swiglu_backward`, `sum
 import torch
 import triton
 import triton.language as tl
-
-from ..launch import swiglu
 
 
 @triton.jit
@@ -18,21 +16,21 @@ def _kept(seed, at_F, DROPOUT: tl.constexpr):
 
 @triton.jit
 def _weighted_swiglu(
-    gate_up_ptr,  # [N, 2F]; with LOW what is added is written here
+    gate_up_ptr,  # [N, 2F]; with LOW the sum is written here
     low_ptr,  # [N, 2F], read with LOW
     weights_ptr,  # [N]
     act_ptr,  # [N, F]
     dropped_ptr,  # [N, F], written with DROPOUT
     seed,
     F: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LOW: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights_ptr + row).to(tl.float32)
-    for first in tl.static_range(0, F, BLOCK):
-        f_F = first + tl.arange(0, BLOCK)
+    for first in tl.static_range(0, F, COLUMNS):
+        f_F = first + tl.arange(0, COLUMNS)
         ok_F = f_F < F
         at_F = row * (2 * F) + f_F
         gate_F = tl.load(gate_up_ptr + at_F, mask=ok_F, other=0.0)
@@ -42,7 +40,8 @@ def _weighted_swiglu(
             up_F = (up_F + tl.load(low_ptr + at_F + F, mask=ok_F, other=0.0)).to(up_F.dtype)
             tl.store(gate_up_ptr + at_F, gate_F, mask=ok_F)
             tl.store(gate_up_ptr + at_F + F, up_F, mask=ok_F)
-        act_F = swiglu(gate_F.to(tl.float32), up_F.to(tl.float32)) * weight
+        gate_F = gate_F.to(tl.float32)
+        act_F = gate_F * tl.sigmoid(gate_F) * up_F.to(tl.float32) * weight
         out_F = row * F + f_F
         tl.store(act_ptr + out_F, act_F, mask=ok_F)
         if DROPOUT > 0:
@@ -51,24 +50,24 @@ def _weighted_swiglu(
 
 @triton.jit
 def _weighted_swiglu_backward(
-    grad_ptr,  # [N, F]; with ACT what the products of the weights' gradients take is written here
-    low_grad_ptr,  # [N, F], of the adapter's input, read with LOW
+    grad_ptr,  # [N, F]; with ACT the weighted activations are written here
+    low_grad_ptr,  # [N, F], the gradient of the adapter's input, read with LOW
     gate_up_ptr,  # [N, 2F]
     weights_ptr,  # [N]
     grad_gate_up_ptr,  # [N, 2F]
     grad_weights_ptr,  # [N]
     seed,
     F: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LOW: tl.constexpr,
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights_ptr + row).to(tl.float32)
-    grad_weight_F = tl.zeros([BLOCK], tl.float32)
-    for first in tl.static_range(0, F, BLOCK):
-        f_F = first + tl.arange(0, BLOCK)
+    grad_weight_F = tl.zeros([COLUMNS], tl.float32)
+    for first in tl.static_range(0, F, COLUMNS):
+        f_F = first + tl.arange(0, COLUMNS)
         ok_F = f_F < F
         at_F, out_F = row * (2 * F) + f_F, row * F + f_F
         gate_F = tl.load(gate_up_ptr + at_F, mask=ok_F, other=0.0).to(tl.float32)
@@ -77,8 +76,8 @@ def _weighted_swiglu_backward(
         if LOW:
             low_F = tl.load(low_grad_ptr + out_F, mask=ok_F, other=0.0).to(tl.float32)
             grad_F += low_F * _kept(seed, out_F, DROPOUT) if DROPOUT > 0 else low_F
-        open_F = tl.sigmoid(gate_F)
-        silu_F = gate_F * open_F
+        sigmoid_F = tl.sigmoid(gate_F)
+        silu_F = gate_F * sigmoid_F
         act_F = silu_F * up_F
         grad_weight_F += grad_F * act_F
         if ACT:
@@ -86,7 +85,7 @@ def _weighted_swiglu_backward(
             act_F = act_F * _kept(seed, out_F, DROPOUT) if DROPOUT > 0 else act_F
             tl.store(grad_ptr + out_F, act_F, mask=ok_F)
         grad_F *= weight
-        grad_gate_F = grad_F * up_F * (open_F + silu_F * (1 - open_F))
+        grad_gate_F = grad_F * up_F * (sigmoid_F + silu_F * (1 - sigmoid_F))
         tl.store(grad_gate_up_ptr + at_F, grad_gate_F, mask=ok_F)
         tl.store(grad_gate_up_ptr + at_F + F, grad_F * silu_F, mask=ok_F)
     tl.store(grad_weights_ptr + row, tl.sum(grad_weight_F, 0))
@@ -117,7 +116,7 @@ def _sum_picks(
     tl.store(out_ptr + t * D + d_D, sum_D, mask=ok_D)
 
 
-BLOCK = 512
+COLUMNS = 512  # of the expert width, which a program computes at once
 
 
 def weighted_swiglu(
@@ -133,7 +132,7 @@ def weighted_swiglu(
     dropped_NF = torch.empty_like(act_NF) if dropout else act_NF
     _weighted_swiglu[(N,)](
         gate_up_NF, gate_up_NF if low_NF is None else low_NF, weights_N, act_NF, dropped_NF, seed,
-        F=width, BLOCK=BLOCK, LOW=low_NF is not None, DROPOUT=dropout, num_warps=4,
+        F=width, COLUMNS=COLUMNS, LOW=low_NF is not None, DROPOUT=dropout, num_warps=4,
     )  # fmt: skip
     return act_NF, dropped_NF
 
@@ -153,7 +152,7 @@ def weighted_swiglu_backward(
     _weighted_swiglu_backward[(N,)](
         grad_NF, grad_NF if low_grad_NF is None else low_grad_NF, gate_up_NF, weights_N,
         grad_gate_up_NF, grad_weights_N, seed,
-        F=width, BLOCK=BLOCK, LOW=low_grad_NF is not None, ACT=need_act, DROPOUT=dropout,
+        F=width, COLUMNS=COLUMNS, LOW=low_grad_NF is not None, ACT=need_act, DROPOUT=dropout,
         num_warps=4,
     )  # fmt: skip
     return grad_gate_up_NF, grad_weights_N

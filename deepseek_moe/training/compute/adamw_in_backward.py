@@ -1,15 +1,17 @@
-"""Full fine-tuning on one GPU: AdamW in 4 bytes a weight, where fp32 takes 16.
+"""Full fine-tuning on one GPU: AdamW that takes 4 bytes a weight instead of 16 in fp32.
 
-- weights in bf16, rounded stochastically: at a rate of 2e-5 most updates are smaller than half a
-  step of bf16, and rounding to the nearest would lose them
-- Adam's two averages in 8 bits with a scale for each 256 (as Dettmers et al., arXiv 2110.02861)
-- each weight stepped as soon as the backward pass has its gradient, which is then let go: gradients
-  are never there together (so they cannot be clipped by their norm, which is known at the end)
+- Weights are bf16 and rounded stochastically. At a rate of 2e-5 most updates are smaller than half
+  a step of bf16, and rounding to the nearest would lose them.
+- Adam's two averages take 8 bits each, with a scale for each block of 256 (as in Dettmers et al.
+  2021, arXiv 2110.02861).
+- A weight takes its step as soon as the backward pass has its gradient, which is then freed. So all
+  gradients are never in memory together. They cannot be clipped by their norm, which is known only
+  at the end.
 
-The step itself is kernels/adamw.py: torchao's took four times as long on an H200.
+The step itself is kernels/training/adamw.py. torchao's took four times as long on an H200.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from random import Random
 from typing import Any
@@ -18,15 +20,18 @@ import torch
 from torch.optim import Optimizer
 
 from ...kernels import has_triton
-from ...kernels.training import torch_ops
+from ...kernels.training import adamw_torch
 
 
 class StepInBackward(Optimizer):
-    """AdamW whose steps happen in `backward()`: once a parameter, in bf16, has its gradient, it is
-    stepped at the rate that its group has then, and the gradient is None again.
+    """AdamW that takes its steps inside `backward()`.
 
-    Every backward pass is a step: gradients cannot be accumulated over several. `seed` decides how
-    numbers are rounded.
+    Once a parameter has its gradient, it takes a step at the current rate of its group, and its
+    gradient becomes None. So each backward pass is one step, and gradients cannot be accumulated
+    over several. `seed` decides how numbers are rounded.
+
+    Raises:
+        ValueError: a parameter is not bf16.
     """
 
     def __init__(
@@ -46,22 +51,22 @@ class StepInBackward(Optimizer):
             for parameter in group["params"]:
                 if parameter.dtype != torch.bfloat16:
                     raise ValueError(f"a parameter is {parameter.dtype}; these are steps of bf16")
-                # Now, not in the first backward pass: there they would lie among the activations.
+                # Allocated now: in the first backward pass they would lie among activations.
                 self.state[parameter] = _new_state(parameter)
                 first = int(torch.randint(2**31, (), generator=random))
                 parameter.register_post_accumulate_grad_hook(partial(self._step, group, first))
 
     def step(self, closure: Any = None) -> None:
-        """Ends a step, of which the backward pass has left nothing else to do."""
+        """Ends a step: `grad_norm` starts anew. The backward pass has done everything else."""
         self._squares = []
 
     def grad_norm(self) -> torch.Tensor:
-        """The norm of all gradients of this step together, fp32, on their device."""
+        """The norm of all gradients since the last `step`, as one fp32 number on their device."""
         return torch.stack(self._squares).sum().sqrt()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """In place: a GPU that the states fill has no room for them twice. (And `Optimizer` would
-        make all of them bf16.)"""
+        """Copies into the states that are there, for which a GPU may not have room twice.
+        `Optimizer.load_state_dict` would also turn all of them into bf16."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -73,27 +78,28 @@ class StepInBackward(Optimizer):
         state = self.state[parameter]
         state["step"] += 1
         step = int(state["step"])
-        seed = Random(first + step).getrandbits(31)  # unlike the last one in all its bits
+        seed = Random(first + step).getrandbits(31)  # shares no bits with its neighbours
         averages = [state[name] for name in ("m", "v", "m_scale", "v_scale")]
         squares = _adamw(parameter)(
             parameter.detach(), parameter.grad.contiguous(), *averages, group["lr"],
             group["weight_decay"], group["betas"], group["eps"], step, seed,
         )  # fmt: skip
-        torch.autograd.graph.increment_version(parameter)  # kernels do not say what they write
+        # autograd cannot see what a kernel writes. Told so, it refuses to use the old value.
+        torch.autograd.graph.increment_version(parameter)
         self._squares.append(squares)
         parameter.grad = None
 
 
+def _adamw(parameter: torch.Tensor) -> Callable[..., torch.Tensor]:
+    if not (parameter.is_cuda and has_triton()):
+        return adamw_torch.adamw
+    from ...kernels.training.adamw import adamw
+
+    return adamw
+
+
 def _new_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    blocks = -(-parameter.numel() // torch_ops.ADAMW_BLOCK)
+    blocks = -(-parameter.numel() // adamw_torch.ADAMW_BLOCK)
     codes = {name: torch.zeros_like(parameter, dtype=torch.uint8) for name in ("m", "v")}
     scales = {name: torch.zeros(blocks, device=parameter.device) for name in ("m_scale", "v_scale")}
     return {"step": torch.tensor(0), **codes, **scales}
-
-
-def _adamw(parameter: torch.Tensor) -> Any:
-    if not (parameter.is_cuda and has_triton()):
-        return torch_ops.adamw
-    from ...kernels.training import triton_ops
-
-    return triton_ops.adamw

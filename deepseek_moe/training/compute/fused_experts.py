@@ -1,27 +1,34 @@
-"""The way through the experts of grouped_experts.py on a GPU.
+"""The routed experts in training, as autograd sees them: two Functions around fused kernels.
 
-All that stands between the products is fused, in the forward and the backward pass.
+They compute what `DeepseekExperts.forward` does, with adapters added, so that little passes through
+memory and little is kept for the backward pass:
 
-The same function, arranged so that little passes through memory and little is kept:
+- The weight of a pick multiplies the input of down, [N, F], not its output, [N, D]. So the output
+  is not needed in the backward pass.
+- Only the output of gate and up is kept, or not even that (`recompute`). The backward pass gathers
+  the tokens again, and gets the input of down from a kernel that it calls anyway.
+- Frozen weights may be quantised. They are dequantised where a product takes them, once in each
+  pass, and never kept.
+- Dropout keeps a mask, a byte a number, instead of the numbers.
+- An adapter's part is added by the kernel that reads the product next.
 
-- a pick's weight multiplies what down takes, [N, F], not what it gives, [N, D], of which then
-  nothing is needed again
-- only the output of gate and up is kept for the backward pass, or not even that (`recompute`); the
-  permuted tokens and what down takes are made again in passes that are made anyway
-- nothing is kept after the product with down, so that checkpointing does not make it again
-- of dropout before the adapter only what is kept is known, not the product
-- an adapter's part is added by the kernel that reads the product next
+`_Experts` saves all tensors and finds all gradients. `_Down` saves nothing:
 
-The plain twin of the whole is `experts.grouped_experts_forward`, of each kernel a function in
-kernels/training/torch_ops.py.
+    forward     x -> _Experts: gate and up, weighted SwiGLU -> _Down: down, sum of picks -> out
+    backward    _Experts: every gradient <- carrier <- _Down: passes on the gradient of out
+
+They are two because checkpointing repeats a forward pass only up to the last tensor that it saved:
+so it does not repeat the product with down. `carrier` is all that autograd sees between them. It is
+a zero in the shape of x, without memory of its own.
+
+The kernels are in kernels/training: triton_ops.py for a GPU, torch_ops.py for everything else.
 
 Letters: T tokens, K experts a token, N = T*K picks, E experts, D hidden, F expert width, R rank.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -31,41 +38,40 @@ from ..quantized_base import dequantize
 Maybe = torch.Tensor | None
 
 
-@dataclass
-class Picks:
-    """Where the picks go, and how they are computed."""
+class Picks(NamedTuple):
+    """Where the picks go, and how they are computed. Places are numbered expert by expert."""
 
-    ops: ModuleType  # kernels.fused or kernels.plain
-    token_N: torch.Tensor
-    place_TK: torch.Tensor  # -1: of an expert that another rank has
-    ends_E: torch.Tensor
-    recompute: bool  # gate and up again in the backward pass
-    token_dropout: float = 0.0  # before the adapter of gate and up, alike in all picks of a token
-    pick_dropout: float = 0.0  # before down's
-    seed: int = 0  # of the latter
-    opened: Any = None  # of `_Down`: what down takes, down, what B takes, B
-
-    def product(self, x_NI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
-        """x[n] @ weight[e] for the places of each expert."""
-        return F.grouped_mm(x_NI, weight_EIO, offs=self.ends_E)
-
-    def outer(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
-        """x^T y over the places of each expert, [E, I, O]; 0 for one without."""
-        return F.grouped_mm(x_NI.t(), y_NO, offs=self.ends_E)
+    ops: ModuleType  # kernels.training.triton_ops or its twin torch_ops
+    token_N: torch.Tensor  # the token at each place
+    place_TK: torch.Tensor  # the place of each pick, -1 for a pick that another rank computes
+    ends_E: torch.Tensor  # where the places of each expert end
+    recompute: bool  # computes gate and up again in the backward pass
+    token_dropout: float  # before the adapter of gate and up, alike for all picks of a token
+    pick_dropout: float  # before the adapter of down
+    seed: int  # of `pick_dropout`
 
 
-def fused_experts(picks: Picks, *arguments: Maybe) -> torch.Tensor:
-    """[T, D] of what `FusedExperts` takes after the picks."""
-    return _Down.apply(picks, FusedExperts.apply(picks, *arguments))
+def fused_experts(
+    picks: Picks,
+    x_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    gate_up: tuple[torch.Tensor, Maybe, Maybe],
+    down: tuple[torch.Tensor, Maybe, Maybe],
+) -> torch.Tensor:
+    """The output of the experts, [T, D], for x in the dtype of the products.
+
+    Each stack is its weight [E, O, I], trained or frozen and maybe quantised, and the scaled
+    A [E, R, I] and B [E, R, O] of its adapter, or None.
+    """
+    carrier_TD, act_NF, down_NR = _Experts.apply(picks, x_TD, weights_TK, *gate_up, *down)
+    # autograd does not look into a tuple.
+    return _Down.apply(picks, carrier_TD, (act_NF, down_NR, down[0], down[2]))
 
 
-class FusedExperts(torch.autograd.Function):
-    """All of it in the backward pass, in the forward pass all but the product with down, which
-    takes `picks.opened`. What it gives, [T, D], takes the gradient and holds nothing.
-
-    Arguments: x [T, D] in the dtype of the products, weights [T, K], then of each stack the weight
-    [E, O, I] (frozen and maybe quantised, or not) with an adapter's scaled A [E, R, I] and
-    B [E, R, O], or None."""
+class _Experts(torch.autograd.Function):
+    """Everything but the product with down, whose inputs it returns beside the carrier: the
+    weighted activations [N, F] and what B multiplies [N, R]. Its backward pass is that of the
+    whole."""
 
     @staticmethod
     def forward(
@@ -79,127 +85,140 @@ class FusedExperts(torch.autograd.Function):
         down: torch.Tensor,
         a_down: Maybe,
         b_down: Maybe,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor, Maybe]:
         weights_N = weights_TK.new_zeros(weights_TK.numel() + 1)
         weights_N[picks.place_TK.flatten()] = weights_TK.flatten()
-        weights_N = weights_N[:-1]  # without what stood at place -1
-        low_x_TD, kept_TD = drop_out(x_TD, picks.token_dropout)
-        gate_up_NF, act_NF, low_act_NF, up_NR = _open(
-            picks, x_TD, low_x_TD, weights_N, gate_up, a_up, b_up
+        weights_N = weights_N[:-1]  # place -1 was the last
+        dropped_TD, kept_TD = drop_out(x_TD, picks.token_dropout)
+        gate_up_NF, act_NF, dropped_NF, up_NR = _gate_and_up(
+            picks, x_TD, dropped_TD, weights_N, gate_up, a_up, b_up
         )
-        down_NR = None if a_down is None else picks.product(low_act_NF, a_down.mT)
-        picks.opened = (act_NF, down, down_NR, b_down)
+        down_NR = None
+        if a_down is not None:
+            down_NR = F.grouped_mm(dropped_NF, a_down.mT, offs=picks.ends_E)
+            ctx.mark_non_differentiable(act_NF, down_NR)
+        else:
+            ctx.mark_non_differentiable(act_NF)
+        ctx.set_materialize_grads(False)  # would be zeros of [N, F] and [N, R]
         ctx.picks, ctx.stacks = picks, (gate_up, down)  # the parameters themselves, not copies
         kept_NF = None if picks.recompute else gate_up_NF
         ctx.save_for_backward(
             x_TD, kept_TD, weights_N, kept_NF, a_up, b_up, up_NR, a_down, b_down, down_NR
         )
-        return x_TD.new_zeros(()).expand_as(x_TD)
+        return x_TD.new_zeros(()).expand_as(x_TD), act_NF, down_NR
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Maybe, ...]:
+    def backward(ctx: Any, grad_TD: torch.Tensor, *_: None) -> tuple[Maybe, ...]:
         picks, (gate_up, down) = ctx.picks, ctx.stacks
         x_TD, kept_TD, weights_N, gate_up_NF, a_up, b_up, up_NR, a_down, b_down, down_NR = (
             ctx.saved_tensors
         )
+        product = partial(F.grouped_mm, offs=picks.ends_E)
         drop = partial(drop_again, kept=kept_TD, p=picks.token_dropout)
         needs = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
         grads: dict[str, Maybe] = dict.fromkeys(NAMES)
         if gate_up_NF is None:
-            gate_up_NF = _open(picks, x_TD, drop(x_TD), weights_N, gate_up, a_up, b_up)[0]
+            gate_up_NF = _gate_and_up(picks, x_TD, drop(x_TD), weights_N, gate_up, a_up, b_up)[0]
 
         # Nothing as large as [N, D] or [N, F] stays longer than it is needed.
         grad_ND = grad_TD.contiguous()[picks.token_N]
-        act_NF = picks.product(grad_ND, dequantize(down, x_TD.dtype))  # its gradient, for now
-        grad_low_NF = None
+        grad_NF = product(grad_ND, dequantize(down, x_TD.dtype))
+        grad_dropped_NF = None
         if a_down is not None:
-            grad_down_NR = picks.product(grad_ND, b_down.mT)
-            grad_low_NF = picks.product(grad_down_NR, a_down)
-            grads["b_down"] = picks.outer(down_NR, grad_ND)
+            grad_down_NR = product(grad_ND, b_down.mT)
+            grad_dropped_NF = product(grad_down_NR, a_down)
+            grads["b_down"] = product(down_NR.t(), grad_ND)
         grad_ND = grad_ND if needs["down"] else None
         grad_gate_up_NF, grad_N = picks.ops.weighted_swiglu_backward(
-            act_NF, grad_low_NF, gate_up_NF, weights_N, needs["down"] or needs["a_down"],
+            grad_NF, grad_dropped_NF, gate_up_NF, weights_N, needs["down"] or needs["a_down"],
             picks.pick_dropout, picks.seed,
         )  # fmt: skip
-        del gate_up_NF, grad_low_NF
+        act_NF = grad_NF  # the kernel has written the activations over their gradient
+        del gate_up_NF, grad_NF, grad_dropped_NF
         grads["weights_TK"] = grad_N[picks.place_TK].masked_fill(picks.place_TK < 0, 0.0)
         if needs["down"]:
-            grads["down"] = picks.outer(grad_ND, act_NF).to(down.dtype)
+            grads["down"] = product(grad_ND.t(), act_NF).to(down.dtype)
         if a_down is not None:
-            grads["a_down"] = picks.outer(grad_down_NR, act_NF)
+            grads["a_down"] = product(grad_down_NR.t(), act_NF)
         del grad_ND, act_NF
 
         if needs["x_TD"]:
-            grad_ND = picks.product(grad_gate_up_NF, dequantize(gate_up, x_TD.dtype))
+            grad_ND = product(grad_gate_up_NF, dequantize(gate_up, x_TD.dtype))
             grads["x_TD"] = picks.ops.sum_picks(grad_ND, None, picks.place_TK)
             del grad_ND
         if needs["gate_up"]:
-            outer_EFD = picks.outer(grad_gate_up_NF, x_TD[picks.token_N])
+            outer_EFD = product(grad_gate_up_NF.t(), x_TD[picks.token_N])
             grads["gate_up"] = outer_EFD.to(gate_up.dtype)
         if a_up is not None:
-            grads["b_up"] = picks.outer(up_NR, grad_gate_up_NF)
-            grad_up_NR = picks.product(grad_gate_up_NF, b_up.mT)
+            grads["b_up"] = product(up_NR.t(), grad_gate_up_NF)
+            grad_up_NR = product(grad_gate_up_NF, b_up.mT)
             del grad_gate_up_NF
-            grads["a_up"] = picks.outer(grad_up_NR, drop(x_TD)[picks.token_N])
+            grads["a_up"] = product(grad_up_NR.t(), drop(x_TD)[picks.token_N])
             if needs["x_TD"]:
-                low_ND = picks.product(grad_up_NR, a_up)
-                grads["x_TD"] += drop(picks.ops.sum_picks(low_ND, None, picks.place_TK))
+                grad_ND = product(grad_up_NR, a_up)
+                grads["x_TD"] += drop(picks.ops.sum_picks(grad_ND, None, picks.place_TK))
         return tuple(grads.values())
 
 
+NAMES = (
+    "picks", "x_TD", "weights_TK", "gate_up", "a_up", "b_up", "down", "a_down", "b_down",
+)  # fmt: skip
+"""The arguments of `_Experts`, in their order."""
+
+
 class _Down(torch.autograd.Function):
-    """The last product and the sum of the picks; its gradients are found by `FusedExperts`."""
+    """The product with down, and the sum of each token's picks. `_Experts` finds its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, picks: Picks, opened_TD: torch.Tensor) -> torch.Tensor:
-        (act_NF, down, down_NR, b_down), picks.opened = picks.opened, None
-        out_ND = picks.product(act_NF, dequantize(down, act_NF.dtype).mT)
-        low_ND = None if b_down is None else picks.product(down_NR, b_down)
+    def forward(
+        ctx: Any,
+        picks: Picks,
+        carrier_TD: torch.Tensor,
+        inputs: tuple[torch.Tensor, Maybe, torch.Tensor, Maybe],
+    ) -> torch.Tensor:
+        act_NF, down_NR, down, b_down = inputs
+        out_ND = F.grouped_mm(act_NF, dequantize(down, act_NF.dtype).mT, offs=picks.ends_E)
+        low_ND = None if b_down is None else F.grouped_mm(down_NR, b_down, offs=picks.ends_E)
         return picks.ops.sum_picks(out_ND, low_ND, picks.place_TK)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, grad_TD
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        return None, grad_TD, None
 
 
-NAMES = (
-    "picks", "x_TD", "weights_TK",
-    "gate_up", "a_up", "b_up", "down", "a_down", "b_down",
-)  # fmt: skip
-
-
-def _open(
+def _gate_and_up(
     picks: Picks,
     x_TD: torch.Tensor,
-    low_x_TD: torch.Tensor,
+    dropped_TD: torch.Tensor,
     weights_N: torch.Tensor,
     gate_up: torch.Tensor,
     a_up: Maybe,
     b_up: Maybe,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Maybe]:
-    """gate and up [N, 2F]; what down and its adapter take, [N, F]; x A [N, R]. The adapter takes
-    `low_x_TD`."""
+    """gate and up [N, 2F]; the weighted activations [N, F] without and with dropout; and, if there
+    is an adapter, which takes `dropped_TD`, what its B multiplies [N, R]."""
+    product = partial(F.grouped_mm, offs=picks.ends_E)
     x_ND = x_TD[picks.token_N]
-    gate_up_NF = picks.product(x_ND, dequantize(gate_up, x_TD.dtype).mT)
+    gate_up_NF = product(x_ND, dequantize(gate_up, x_TD.dtype).mT)
     low_NF = up_NR = None
     if a_up is not None:
-        x_ND = x_ND if low_x_TD is x_TD else low_x_TD[picks.token_N]
-        up_NR = picks.product(x_ND, a_up.mT)
+        x_ND = x_ND if dropped_TD is x_TD else dropped_TD[picks.token_N]
+        up_NR = product(x_ND, a_up.mT)
         del x_ND  # what follows is larger
-        low_NF = picks.product(up_NR, b_up)
-    opened = picks.ops.weighted_swiglu(
+        low_NF = product(up_NR, b_up)
+    act_NF, dropped_NF = picks.ops.weighted_swiglu(
         gate_up_NF, low_NF, weights_N, picks.pick_dropout, picks.seed
     )
-    return gate_up_NF, *opened, up_NR
+    return gate_up_NF, act_NF, dropped_NF, up_NR
 
 
 def drop_out(x: torch.Tensor, p: float) -> tuple[torch.Tensor, Maybe]:
-    """x with dropout, and what of it was kept: a byte a number. x itself and None without any."""
+    """x with dropout, and the mask of what was kept. With p = 0, x itself and None."""
     return torch.native_dropout(x, p, True) if p else (x, None)
 
 
 def drop_again(x: torch.Tensor, kept: Maybe, p: float) -> torch.Tensor:
-    """The same of x, or of a gradient, as `drop_out` did."""
+    """x, or a gradient, with the same numbers dropped as by the `drop_out` that returned `kept`."""
     if kept is None:
         return x
     return torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - p))

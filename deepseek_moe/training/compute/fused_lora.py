@@ -1,13 +1,13 @@
-"""Frozen linear layers with adapters, in few passes over memory: what a GPU takes in training.
+"""Frozen linear layers with adapters, in few passes over memory.
 
-What PEFT computes, arranged so that little passes through memory and little is kept:
+They compute what PEFT does, so that little passes through memory and little is kept:
 
-- of layers that read the same input the As are one matrix, and the input drops out once for all
-- every sum is made by a product, in place
-- of dropout only what is kept is known, not the product; the input itself is kept by others too
-- frozen weights, which may be in 4 bits, are unpacked for the backward pass once more
+- The As of layers that share an input are one matrix, and the input drops out once for all of them.
+- Every sum is added in place by a product.
+- Dropout keeps a mask, a byte a number. The input itself is kept by other layers anyway.
+- Frozen weights, which may be in 4 bits, are dequantised in each of the two passes.
 
-The plain twin is PEFT's own forward of each layer (which drops out for each apart).
+The plain twin is PEFT's own forward of each layer, where the input drops out for each by itself.
 
 Letters: T tokens, I in, O out, R rank.
 """
@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
-from ..quantized_base import dequantize
+from ..quantized_base import dequantize, is_divided
 from .fused_experts import drop_again, drop_out
 from .grouped_experts import compute_dtype
 
@@ -28,7 +28,7 @@ from .grouped_experts import compute_dtype
 class Adapted(NamedTuple):
     """A frozen layer and its adapter."""
 
-    weight_OI: torch.Tensor  # in 4 bits or not
+    weight_OI: torch.Tensor  # 4 bits or more
     a_RI: torch.Tensor
     b_OR: torch.Tensor
     scaling: float
@@ -36,9 +36,11 @@ class Adapted(NamedTuple):
 
 
 def linears(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """What each layer makes of x [..., I]."""
+    """The output [..., O] of each layer for x [..., I]. Layers with adapters of the same scale and
+    dropout are computed together, others one by one, and those that `FusedLinears` cannot compute
+    by their own forward."""
     adapted = [_adapted(layer) for layer in layers]
-    alike = None not in adapted and len({one[-2:] for one in adapted}) == 1
+    alike = None not in adapted and len({(one.scaling, one.dropout) for one in adapted}) == 1
     if not alike and len(layers) > 1:
         return [out for layer in layers for out in linears(x, layer)]
     if not alike:
@@ -50,7 +52,7 @@ def linears(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
 
 
 def _adapted(layer: nn.Module) -> Adapted | None:
-    """None: not what `FusedLinears` computes."""
+    """The parts of `layer`, or None if `FusedLinears` does not compute it."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
         return None
     base, names = layer.base_layer, [n for n in layer.active_adapters if n in layer.lora_A]
@@ -59,17 +61,18 @@ def _adapted(layer: nn.Module) -> Adapted | None:
     a, b, dropout = (part[names[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     if base.bias is not None or b.bias is not None or base.weight.requires_grad:
         return None
-    if isinstance(base.weight, bnb.nn.Int8Params):  # whose products are in 8 bits too
-        return None
-    if hasattr(base.weight, "ds_id"):  # divided by ZeRO-3, and whole only inside its module
+    # Products with 8-bit weights are in 8 bits too.
+    if isinstance(base.weight, bnb.nn.Int8Params) or is_divided(base.weight):
         return None
     p = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
     return Adapted(base.weight, a.weight, b.weight, layer.scaling[names[0]], p)
 
 
 class FusedLinears(torch.autograd.Function):
-    """Arguments: x [T, I] in the dtype of the products, then all As and all Bs. Gives [T, O] for
-    each of `weights`."""
+    """x W^T + dropout(x) A^T B^T * scaling, [T, O], for each of `weights`.
+
+    x [T, I] has the dtype of the products. `factors` are all As, then all Bs.
+    """
 
     @staticmethod
     def forward(

@@ -1,13 +1,19 @@
-"""What makes training fast outside the experts (fused_experts.py): Liger's kernels for norms,
-rotary embedding and SwiGLU; its cross-entropy fused with the head, so that the logits of 102,400
-columns are never stored, nor computed for positions that no label asks for; and adapted linear
-layers in fewer passes over memory (fused_lora.py).
+"""What makes training fast on a GPU outside of the routed experts.
 
-They take sequences of any length without compiling again. The plain twins are the modules' own
-`forward`, which they replace in one model, and the loss over logits in modeling_deepseek.py.
+- Norms, rotary embedding and SwiGLU are Liger's kernels.
+- The head computes the loss itself by Liger's fused cross-entropy. So the logits of 102,400 columns
+  are never stored, and not computed for positions without a label.
+- Linear layers with adapters take fewer passes over memory (fused_lora.py).
+
+Liger's kernels take sequences of any length without being compiled again.
+
+Each class below has its plain twin as its base class. transformers offers no public seam for them:
+its kernel mapping needs the package `kernels`, and replaces neither the projections of
+`LlamaAttention` nor a head with its loss. `FusedAttention.forward` repeats
+`LlamaAttention.forward` (transformers 5.23, models/llama/modeling_llama.py) apart from the lines
+that it replaces; tests/training/compute/test_liger.py fails when the original changes.
 """
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,94 +27,105 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from ...model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
+from ...model.modeling_deepseek import DeepseekDecoderLayer, DeepseekForCausalLM, DeepseekMLP
 from .fused_lora import linears
-from .grouped_experts import compute_dtype
+from .grouped_experts import compute_dtype, refuse_other_than_silu
 
 
 def use_fused_forwards(model: nn.Module) -> None:
-    """Changes how `model`, PEFT's or not, is computed on a GPU, and nothing of what (but that
-    adapters which share an input share what drops out of it).
+    """Changes how `model`, wrapped by PEFT or not, is computed, but not what.
 
-    Weights that ZeRO-3 divides are used inside their own modules only, where they are whole.
+    The one exception: adapters that share an input also share which numbers of it drop out.
+
+    Each module keeps its weights, children and hooks and gets the class of its fused twin, as
+    torch's own `fully_shard` does it. Weights are used only by their own module, where ZeRO-3 has
+    them whole.
     """
-    forwards = {LlamaRMSNorm: _norm, LlamaAttention: _attention, DeepseekMLP: _mlp}
-    for module in model.modules():
-        if type(module) in forwards:
-            module.forward = MethodType(forwards[type(module)], module)
+    model.train(model.training)  # PEFT's modules may be in another mode; see FusedDecoderLayer
+    for module in list(model.modules()):
         if isinstance(module, DeepseekForCausalLM):
-            heads = _heads(module.lm_head)
-            module.head_has_loss = bool(heads)
-            for head in heads:
-                head.forward = MethodType(_head, head)
-    model.train(model.training)  # all of it, for PEFT's part and the rest may differ
-    model.train = MethodType(_train, model)
+            head = module.lm_head
+            # A copy of the head trains beside adapters. A head with an adapter stays as it is.
+            for part in head.modules() if isinstance(head, ModulesToSaveWrapper) else [head]:
+                if type(part) is nn.Linear:
+                    part.__class__ = FusedHead
+        elif type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
 
 
-def _heads(head: nn.Module) -> list[nn.Linear]:
-    """The head, and its copy that trains, if any; empty if it has an adapter."""
-    heads = [head]
-    if isinstance(head, ModulesToSaveWrapper):  # which passes all arguments on
-        heads = [head.original_module, *head.modules_to_save.values()]
-    return heads if all(isinstance(one, nn.Linear) for one in heads) else []
+class FusedNorm(LlamaRMSNorm):
+    def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        from liger_kernel.transformers.functional import liger_rms_norm
+
+        # Not in place: the gradient that it would overwrite may be used elsewhere.
+        return liger_rms_norm(hidden_BLD, self.weight, self.variance_epsilon, in_place=False)
 
 
-def _train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Without a walk through thousands of modules where it changes nothing: at each step."""
-    return self if self.training == mode else type(self).train(self, mode)
+class FusedMLP(DeepseekMLP):
+    def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        from liger_kernel.transformers.functional import liger_swiglu
+
+        refuse_other_than_silu(self)
+        gate, up = linears(hidden_BLD, self.gate_proj, self.up_proj)
+        return linears(liger_swiglu(gate, up), self.down_proj)[0]
 
 
-def _norm(self: LlamaRMSNorm, hidden_BLD: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.transformers.functional import liger_rms_norm
+class FusedAttention(LlamaAttention):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        from liger_kernel.transformers.functional import liger_rope
 
-    # Not in place: the gradient that it would overwrite may be another's too.
-    return liger_rms_norm(hidden_BLD, self.weight, self.variance_epsilon, in_place=False)
-
-
-def _mlp(self: DeepseekMLP, hidden_BLD: torch.Tensor, routing: Any = None) -> torch.Tensor:
-    from liger_kernel.transformers.functional import liger_swiglu
-
-    gate, up = linears(hidden_BLD, self.gate_proj, self.up_proj)
-    return linears(liger_swiglu(gate, up), self.down_proj)[0]
-
-
-def _attention(
-    self: LlamaAttention,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`LlamaAttention.forward` but for the rotation and the linear layers."""
-    from liger_kernel.transformers.functional import liger_rope
-
-    heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-    q_BHLD, k_BHLD, v_BHLD = (
-        out.view(heads).transpose(1, 2)
-        for out in linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-    )
-    q_BHLD, k_BHLD = liger_rope(q_BHLD, k_BHLD, *position_embeddings)
-    if past_key_values is not None:
-        k_BHLD, v_BHLD = past_key_values.update(k_BHLD, v_BHLD, self.layer_idx)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        self.config._attn_implementation, eager_attention_forward
-    )
-    dropout = self.attention_dropout if self.training else 0.0
-    out_BLHD, weights = attend(
-        self, q_BHLD, k_BHLD, v_BHLD, attention_mask,
-        dropout=dropout, scaling=self.scaling, **kwargs,
-    )  # fmt: skip
-    return linears(out_BLHD.flatten(-2).contiguous(), self.o_proj)[0], weights
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q_BHLD, k_BHLD, v_BHLD = (
+            out.view(heads).transpose(1, 2)
+            for out in linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BHLD, k_BHLD = liger_rope(q_BHLD, k_BHLD, *position_embeddings)
+        if past_key_values is not None:
+            k_BHLD, v_BHLD = past_key_values.update(k_BHLD, v_BHLD, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        out_BLHD, weights = attend(
+            self, q_BHLD, k_BHLD, v_BHLD, attention_mask,
+            dropout=dropout, scaling=self.scaling, **kwargs,
+        )  # fmt: skip
+        return linears(out_BLHD.flatten(-2).contiguous(), self.o_proj)[0], weights
 
 
-def _head(
-    self: nn.Linear, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor | None = None, **kwargs: Any
-) -> torch.Tensor:
-    """Logits, or the loss of `labels_BL`."""
-    if labels_BL is None:
-        return F.linear(hidden_BLD, self.weight)
-    return linear_cross_entropy(hidden_BLD, self.weight, labels_BL, **kwargs)
+class FusedDecoderLayer(DeepseekDecoderLayer):
+    def train(self, mode: bool = True) -> "FusedDecoderLayer":
+        """Does nothing if the layer is in this mode already. Trainer calls it at each step, and
+        the walk through thousands of modules would take longer than many a kernel."""
+        return self if self.training == mode else super().train(mode)
+
+
+class FusedHead(nn.Linear):
+    """Gives the logits or, of labels, the loss."""
+
+    computes_loss = True  # `DeepseekForCausalLM.forward` asks for it
+
+    def forward(
+        self, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if labels_BL is None:
+            return super().forward(hidden_BLD)
+        return linear_cross_entropy(hidden_BLD, self.weight, labels_BL, **kwargs)
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    LlamaRMSNorm: FusedNorm,
+    LlamaAttention: FusedAttention,
+    DeepseekMLP: FusedMLP,
+    DeepseekDecoderLayer: FusedDecoderLayer,
+}
 
 
 def linear_cross_entropy(
@@ -118,8 +135,11 @@ def linear_cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """The loss of transformers' `ForCausalLMLoss` over hidden @ weight^T: labels are shifted here,
-    -100 is not counted; the sum over `num_items_in_batch`, or the mean."""
+    """The loss that transformers' `ForCausalLMLoss` computes from the logits hidden @ weight^T.
+
+    Labels are shifted here, and -100 is not counted. It is the sum over `num_items_in_batch`, or
+    the mean if that is None.
+    """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     next_T = F.pad(labels_BL, (0, 1), value=-100)[:, 1:].flatten()
@@ -133,8 +153,8 @@ def linear_cross_entropy(
         weight_VD.to(dtype),
         next_T[asked_N],
         reduction="sum",
-        # The head's gradient is a sum over pieces of the batch: bf16 would round it each time, and
-        # each reads and writes all of it, so that fewer, larger pieces are faster.
+        # The head's gradient is a sum over pieces of the batch. bf16 would round it each time. Each
+        # piece reads and writes all of it, so that fewer, larger pieces are faster.
         accum_dtype=torch.float32,
         chunk_mem_const=4,
     )

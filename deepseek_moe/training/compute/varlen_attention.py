@@ -1,8 +1,7 @@
-"""Attention inside each example of a packed row, without a mask of all positions by all others.
+"""The attention implementation "varlen": inside each example of a packed row, without a mask.
 
-"varlen", beside transformers' own attention implementations, is the flash attention that comes with
-PyTorch for NVIDIA GPUs. The plain way is "sdpa" with the block mask that transformers makes of
-`position_ids`.
+It is the flash attention that comes with PyTorch for NVIDIA GPUs. Its plain twin is "sdpa" with the
+mask of all positions by all others that transformers derives from `position_ids`.
 """
 
 from typing import Any
@@ -31,8 +30,8 @@ def varlen_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of query, key and value [B, heads, L, width], in bf16 or fp16.
 
-    `cu_seq_lens_q` says where in the B * L positions each example begins, and where the last ends.
-    Without it a row is one example.
+    `cu_seq_lens_q` has the position among all B * L where each example begins, and where the last
+    one ends. Without it, each row is one example. Returns [B, L, heads, width].
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -41,27 +40,17 @@ def varlen_attention_forward(
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
     B, _, L, _ = query.shape
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    ends = cu_seq_lens_q
     causal = (-1, 0)  # all positions to the left, none to the right
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        ends,
-        ends,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=causal,
-    )
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=causal)
     return out.unflatten(0, (B, L)), None
 
 
 def varlen_mask(
     *, attention_mask: torch.Tensor | None, q_length: int, kv_length: int, **kwargs: Any
 ) -> torch.Tensor | None:
-    """sdpa's mask where there is padding or a cache (as when generating), which varlen never has;
-    None in training, so that the mask of a packed row is never made."""
+    """None in training, so that the mask of a packed row is never made. With padding or a cache, as
+    when generating, it is the mask of sdpa."""
     if attention_mask is None and q_length == kv_length:
         return None
     lengths = {"q_length": q_length, "kv_length": kv_length}

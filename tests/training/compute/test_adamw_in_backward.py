@@ -1,6 +1,6 @@
-"""Full fine-tuning on one GPU: what it learns beside fp32, what it keeps, and when it is chosen.
+"""AdamW in the backward pass: what it learns beside fp32, and how a run with it stops and resumes.
 
-On the CPU, by the plain twin of the kernel.
+It runs on the CPU, by the plain twin of the kernel.
 """
 
 import math
@@ -23,13 +23,13 @@ from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, tokenizer_of
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.checkpoint import own_tokenizer
-from deepseek_moe.errors import RunError, UserError
-from deepseek_moe.kernels.training import torch_ops as plain
-from deepseek_moe.training.arguments import STEP_IN_BACKWARD, FineTuningArguments
+from deepseek_moe.errors import RunError
+from deepseek_moe.kernels.training.adamw_torch import read_averages
+from deepseek_moe.training.arguments import STEP_IN_BACKWARD
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.examples import Collator, load_examples
@@ -77,7 +77,7 @@ def test_rounding_is_right_on_average(start: float) -> None:
     assert moved.unique().tolist() == [0, 1 / 256]
     error = (1e-4 / 256 / weight.numel()) ** 0.5  # standard, of the mean
     assert abs(moved.mean() - 1e-4) < 4 * error < 1e-5
-    for other in (0.0, 1.0):  # what has nothing to be rounded stays
+    for other in (0.0, 1.0):  # these need no rounding
         weight = nn.Parameter(torch.full((500,), other, dtype=torch.bfloat16))
         StepInBackward([weight], lr=0.0)
         weight.sum().backward()
@@ -85,7 +85,7 @@ def test_rounding_is_right_on_average(start: float) -> None:
 
 
 def test_steps_are_those_of_adamw_with_its_groups_and_schedule() -> None:
-    """But for what averages of 8 bits and weights of 16 cost."""
+    """Apart from what averages of 8 bits and weights of 16 bits cost."""
     torch.manual_seed(0)
     start = [torch.randn(64, 256) * 0.01, torch.randn(100) * 0.01]
     inputs = [torch.randn(4, 64), torch.randn(4, 100)]
@@ -136,7 +136,7 @@ def test_gradients_are_let_go_one_by_one() -> None:
 
 
 def test_a_weight_that_is_still_needed_must_not_be_stepped() -> None:
-    """autograd says so, as it does of other changes in place."""
+    """autograd raises an error, as for any other change in place."""
     weight = nn.Parameter(torch.randn(8, 8, dtype=torch.bfloat16))
     StepInBackward([weight], lr=1e-3)
     x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
@@ -146,7 +146,7 @@ def test_a_weight_that_is_still_needed_must_not_be_stepped() -> None:
         second.backward()
 
 
-def test_what_is_no_number_stays_so() -> None:
+def test_nan_stays_nan() -> None:
     weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     StepInBackward([weight], lr=1e-3)
     (weight * torch.tensor([math.nan] + [1.0] * 7)).sum().backward()
@@ -197,7 +197,7 @@ def test_averages_are_bytes_and_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_averages_follow_fp32_without_bias() -> None:
-    """Also v, whose steps of a thousandth rounding to the nearest would all lose."""
+    """Also v: it changes by a thousandth in a step, which rounding to the nearest would lose."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.ones(40, 256, dtype=torch.bfloat16))
     optimizer = StepInBackward([weight], lr=0.0, betas=(0.9, 0.99))
@@ -208,7 +208,7 @@ def test_averages_follow_fp32_without_bias() -> None:
         (weight * grad).sum().backward()
         m, v = 0.9 * m + 0.1 * grad, 0.99 * v + 0.01 * grad.square()
     state = optimizer.state[weight]
-    kept = plain.read_averages(*(state[name] for name in ("m", "v", "m_scale", "v_scale")))
+    kept = read_averages(*(state[name] for name in ("m", "v", "m_scale", "v_scale")))
     for have, want in zip(kept, (m, v), strict=True):
         ratio = have.view(40, 256).mean(1) / want.mean(1)
         assert (ratio - 1).abs().mean() < 0.03
@@ -267,9 +267,10 @@ def test_groups_rate_and_weights_are_those_of_a_usual_run(tuner: Callable[..., F
 
     assert len(curve(ours, "learning_rate")) == 6
     assert curve(ours, "learning_rate") == curve(usual, "learning_rate")
-    for key in ("loss", "grad_norm"):  # the first before any step
+    # Rounding to bf16 alone moves the gradient of so small a model by 8 to 29 %.
+    for key, later in (("loss", 0.2), ("grad_norm", 0.35)):
         assert curve(ours, key)[0] == pytest.approx(curve(usual, key)[0], rel=0.02)
-        assert curve(ours, key) == pytest.approx(curve(usual, key), rel=0.2)
+        assert curve(ours, key) == pytest.approx(curve(usual, key), rel=later)
     assert {p.dtype for p in ours.model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in usual.model.parameters()} == {torch.float32}
     assert all(p.grad is None for p in ours.model.parameters())
@@ -335,85 +336,3 @@ def test_killed_and_repeated_it_ends_with_the_same_weights(
     )
     assert [name for name in last if not torch.equal(result[name], last[name])] == []
     assert [name for name in last if torch.equal(result[name], base[name])] == []
-
-
-# --- When it is chosen
-
-
-def parse(words: str) -> FineTuningArguments:
-    return parse_arguments(["--data_path", "x", "--output_dir", "out", *words.split()])[2]
-
-
-def on_gpus(monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> None:
-    """As there, for all that parsing asks."""
-    found = {"device": torch.device("cuda"), "world_size": processes}
-    for name, value in found.items():
-        monkeypatch.setattr(FineTuningArguments, name, property(lambda self, value=value: value))
-
-
-AGAINST = {
-    "--use_lora True": "--use_lora True",
-    "--gradient_accumulation_steps 2": "--gradient_accumulation_steps 2",
-    "--optim sgd": "--optim sgd",
-    "--max_grad_norm 1.0": "--max_grad_norm 1",
-    "--max-grad-norm=0.5": "--max_grad_norm 0.5",
-    "--bf16 False": "add --bf16 True",
-}
-
-
-@pytest.mark.parametrize("words", AGAINST)
-def test_what_does_not_work_with_it_is_refused_or_decides_against_it(
-    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    on_gpus(monkeypatch)
-    with pytest.raises(UserError) as caught:
-        parse(f"--bf16 True --single_gpu_full True {words}")
-    assert AGAINST[words] in str(caught.value) and "\n" not in str(caught.value)
-    usual = parse(f"--bf16 True {words}")
-    assert usual.single_gpu_full is False and usual.optim != STEP_IN_BACKWARD
-    assert capsys.readouterr().err == ""
-
-
-def test_it_is_for_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpus(monkeypatch, processes=2)
-    with pytest.raises(UserError, match="2 devices; start it with python"):
-        parse("--bf16 True --single_gpu_full True")
-    assert parse("--bf16 True").single_gpu_full is False
-
-
-def test_a_process_uses_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For several transformers takes torch's DataParallel."""
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    on_gpus(monkeypatch)
-    training = parse("--bf16 True --per_device_train_batch_size 3")
-    assert training.n_gpu == 1 and training.train_batch_size == 3
-    assert training.single_gpu_full is True
-
-
-def test_deepspeed_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")  # as under its launcher
-    config = Path(__file__).parents[3] / "configs/ds_config_zero3.json"
-    with pytest.raises(UserError, match="--deepspeed"):
-        parse(f"--bf16 True --single_gpu_full True --deepspeed {config}")
-
-
-def test_it_is_chosen_where_all_weights_train_on_one_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert parse("--bf16 True").single_gpu_full is False  # on the CPU
-    assert parse("--bf16 True").max_grad_norm == 1
-    assert capsys.readouterr().err == ""
-    for words in ("--single_gpu_full --bf16 True", "--single_gpu_full True --bf16 True"):
-        assert parse(words).single_gpu_full is True
-    capsys.readouterr()
-    on_gpus(monkeypatch)
-    assert parse("--bf16 True --trainable q_proj").single_gpu_full is False
-    assert parse("--bf16 True --single_gpu_full False").single_gpu_full is False
-    assert capsys.readouterr().err == ""
-    for words in ("--bf16 True", "--bf16 True --max_grad_norm 0"):
-        chosen = parse(words)
-        assert chosen.single_gpu_full is True
-        assert (chosen.optim, chosen.max_grad_norm) == (STEP_IN_BACKWARD, 0)
-        said = capsys.readouterr()
-        assert said.out == "" and said.err.count("\n") == 1
-        assert "gradients are not clipped" in said.err

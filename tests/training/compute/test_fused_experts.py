@@ -1,7 +1,7 @@
-"""The fused way through the experts equals the plain one: outputs and every gradient.
+"""What the fused way through the experts does beyond its sums: what it keeps, repeats and drops.
 
-On the CPU with the plain twins of its kernels, whose own equality is in tests/test_kernels.py; on a
-GPU benchmarks/check_gpu.py does the same with the kernels.
+test_grouped_experts.py and tests/model/test_experts.py compare its output and gradients with loops.
+Here it takes the plain twins of its kernels; tests/kernels compares those with the kernels.
 """
 
 from functools import partial
@@ -16,28 +16,21 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.checkpoint import own_tokenizer
+from deepseek_moe.errors import UserError
 from deepseek_moe.files import BUNDLED_MODEL
-from deepseek_moe.kernels.training import torch_ops as plain
-from deepseek_moe.training.compute import grouped_experts as way
+from deepseek_moe.kernels.training import torch_ops
 from deepseek_moe.training.compute.grouped_experts import (
     GROUPED,
     RECOMPUTED,
     LowRank,
-    _fused_forward,
     grouped_experts_forward,
 )
-from deepseek_moe.training.quantized_base import Quantization
+from deepseek_moe.training.quantized_base import Quantization, dequantize
 
 E, D, WIDTH, TOKENS, RANK = 8, 64, 48, 21, 5
 STACKS = {"gate_up_proj": (2 * WIDTH, D), "down_proj": (D, WIDTH)}
-ROUTINGS = {
-    "spread": torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(t))[:3]
-                           for t in range(TOKENS)]),
-    "skewed": torch.tensor([[7, 0, 1]] * (TOKENS - 1) + [[3, 7, 0]]),
-    "most_experts_without_tokens": torch.tensor([[2, 5, 3]] * TOKENS),
-    "last_expert_without_tokens": torch.tensor([[t % 7, (t + 1) % 7, (t + 3) % 7]
-                                                for t in range(TOKENS)]),
-}  # fmt: skip
+INDEX = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(t))[:3]
+                     for t in range(TOKENS)])  # fmt: skip
 
 
 def make(trained: bool, bits: int = 16, recompute: bool = False) -> Any:
@@ -52,67 +45,62 @@ def make(trained: bool, bits: int = 16, recompute: bool = False) -> Any:
     return experts
 
 
-def factors(names: tuple[str, ...], dropout: float = 0.0) -> dict[str, list[LowRank]]:
+def factors(names: tuple[str, ...] = tuple(STACKS), dropout: float = 0.0) -> dict[str, LowRank]:
     torch.manual_seed(2)
     made = {}
     for name in names:
         out, width = STACKS[name]
         a, b = torch.randn(E, RANK, width) * 0.3, torch.randn(E, RANK, out) * 0.3
-        made[name] = [LowRank(a.requires_grad_(), b.requires_grad_(), dropout)]
+        made[name] = LowRank(a.requires_grad_(), b.requires_grad_(), dropout)
     return made
 
 
-def run(forward: Any, experts: Any, adapters: Any, index: torch.Tensor, **kw: Any) -> Any:
+def run(
+    experts: Any,
+    adapters: dict[str, LowRank],
+    index: torch.Tensor = INDEX,
+    forward: Any = grouped_experts_forward,
+) -> dict[str, torch.Tensor]:
     """The output, and the gradients of all that can have one."""
     torch.manual_seed(3)
     hidden = torch.randn(TOKENS, D, requires_grad=True)
     weights = torch.rand(index.shape, requires_grad=True)
     probe = torch.randn(TOKENS, D)
     leaves = {"hidden": hidden, "weights": weights}
-    for name in STACKS:
-        if getattr(experts, name).requires_grad:
-            leaves[name] = getattr(experts, name)
-        for low in adapters.get(name, ()):
-            leaves |= {f"{name} A": low.a_ERI, f"{name} B": low.b_ERO}
+    leaves |= {n: getattr(experts, n) for n in STACKS if getattr(experts, n).requires_grad}
+    for name, low in adapters.items():
+        leaves |= {f"{name} A": low.a_ERI, f"{name} B": low.b_ERO}
     torch.manual_seed(4)
-    out = forward(experts, hidden, index, weights, adapters, **kw)
+    out = forward(experts, hidden, index, weights, adapters)
     grads = torch.autograd.grad((out * probe).sum(), list(leaves.values()))
-    return out, dict(zip(leaves, grads, strict=True))
+    return {"output": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def agree(have: Any, want: Any) -> None:
-    for name, (mine, other) in {
-        "output": (have[0], want[0]),
-        **{n: (have[1][n], want[1][n]) for n in want[1]},
-    }.items():
+def agree(have: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert have.keys() == want.keys()
+    for name, other in want.items():
         assert other.any()
-        assert (mine - other).abs().max() <= 1e-5 * max(1.0, other.abs().max().item()), name
+        assert (have[name] - other).abs().max() <= 1e-5 * max(1.0, other.abs().max().item()), name
 
 
-FUSED: dict[str, Any] = {"dtype": torch.float32, "ops": plain}
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_all_weights_train(routing: str, recompute: bool) -> None:
-    experts, index = make(True, recompute=recompute), ROUTINGS[routing]
-    want = run(grouped_experts_forward, experts, {}, index)
-    agree(run(_fused_forward, experts, {}, index, **FUSED), want)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("names", [tuple(STACKS), ("gate_up_proj",), ("down_proj",)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_adapters_over_frozen_weights(bits: int, names: tuple[str, ...], recompute: bool) -> None:
-    experts, adapters = make(False, bits, recompute), factors(names)
-    for index in ROUTINGS.values():
-        want = run(grouped_experts_forward, experts, adapters, index)
-        agree(run(_fused_forward, experts, adapters, index, **FUSED), want)
+@pytest.mark.parametrize("names", [tuple(STACKS), ("gate_up_proj",), ("down_proj",), ()])
+def test_quantised_and_recomputed_give_the_same(bits: int, names: tuple[str, ...]) -> None:
+    """As the numbers that the quantised weights stand for."""
+    plain, adapters = make(False), factors(names)
+    for name in STACKS:
+        weight = dequantize(getattr(make(False, bits), name), torch.float32)
+        setattr(plain, name, nn.Parameter(weight, requires_grad=False))
+    want = run(plain, adapters)
+    agree(run(make(False, bits), adapters), want)
+    agree(run(make(False, bits, recompute=True), adapters), want)
+    if not names and bits == 16:
+        agree(run(make(True, recompute=True), {}), run(make(True), {}))
 
 
 def test_picks_of_other_ranks_count_for_nothing() -> None:
     """Expert parallelism marks them with the number of experts; the loop leaves them out."""
-    index = ROUTINGS["spread"].clone()
+    index = INDEX.clone()
     index[::3, 1] = E
     index[5] = E
 
@@ -127,29 +115,25 @@ def test_picks_of_other_ranks_count_for_nothing() -> None:
             rows.append(row)
         return torch.stack(rows)
 
-    experts = make(True)
-    agree(run(_fused_forward, experts, {}, index, **FUSED), run(loop, experts, {}, index))
-
-
-def test_nothing_trains_but_what_is_before() -> None:
-    experts, index = make(False), ROUTINGS["spread"]
-    want = run(grouped_experts_forward, experts, {}, index)
-    agree(run(_fused_forward, experts, {}, index, **FUSED), want)
+    agree(run(make(True), {}, index), run(make(True), {}, index, loop))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_dropout(recompute: bool) -> None:
-    """Of the adapters' inputs only: of a token before A of gate and up, of a pick before down's;
-    the backward pass drops what the forward pass dropped."""
-    p, index = 0.4, ROUTINGS["spread"]
-    experts, adapters = make(False, recompute=recompute), factors(tuple(STACKS), p)
+    """Only inputs of adapters drop out: of a token before A of gate and up, of a pick before down's
+    A. The backward pass drops what the forward pass dropped."""
+    p = 0.4
+    experts, adapters = make(False, recompute=recompute), factors(dropout=p)
 
     def written_out(experts: Any, hidden: Any, index: Any, weights: Any, adapters: Any) -> Any:
         seed = int(torch.randint(2**31 - 1, ()))
         dropped, _ = torch.native_dropout(hidden, p, True)
-        [[up], [down]] = adapters.values()
-        _, place_TK, _ = plain.sort_picks(index.int(), E)
-        kept_NF = plain._kept(torch.empty(index.numel(), WIDTH), p, seed)
+        up, down = adapters.values()
+        _, place_TK, _ = torch_ops.sort_picks(index.int(), E)
+        # The kernel's own dropout of numbers that are all 1.
+        ones = torch.full((index.numel(), 2 * WIDTH), 100.0), None, torch.ones(index.numel())
+        whole_NF, dropped_NF = torch_ops.weighted_swiglu(*ones, p, seed)
+        kept_NF = dropped_NF / whole_NF
         rows = []
         for t in range(TOKENS):
             row = torch.zeros(D)
@@ -163,71 +147,66 @@ def test_dropout(recompute: bool) -> None:
             rows.append(row)
         return torch.stack(rows)
 
-    want = run(written_out, experts, adapters, index)
-    agree(run(_fused_forward, experts, adapters, index, **FUSED), want)
-    again = run(_fused_forward, experts, adapters, index, **FUSED)
-    assert torch.equal(again[0], run(_fused_forward, experts, adapters, index, **FUSED)[0])
+    want = run(experts, adapters, forward=written_out)
+    have, again = run(experts, adapters), run(experts, adapters)
+    agree(have, want)
+    assert all(torch.equal(have[name], again[name]) for name in have)
 
 
-def test_only_gate_and_up_are_kept() -> None:
-    """Of tensors with a row a pick: [N, 2F] and the thin products, with `recompute` only these."""
-    rows = TOKENS * 3
-    for recompute, fat in ((False, [2 * WIDTH]), (True, [])):
-        experts, adapters = make(False, recompute=recompute), factors(tuple(STACKS))
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(partial(_note, kept), lambda x: x):
-            run(_fused_forward, experts, adapters, ROUTINGS["spread"], **FUSED)
-        wide = [x.shape[1] for x in kept if x.dim() == 2 and x.shape[0] == rows]
-        assert sorted(wide) == sorted([8, 8, *fat])
-
-
-def test_of_dropout_a_mask_is_kept() -> None:
-    """Beside the input, which others keep too."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_only_gate_and_up_and_a_mask_are_kept(recompute: bool) -> None:
+    """Tensors with a row a pick: [N, 2F] and the thin products, with `recompute` only these. Of the
+    dropout a mask is kept, beside the input, which other layers keep too."""
     kept: list[torch.Tensor] = []
-    experts, adapters = make(False), factors(tuple(STACKS), 0.4)
-    with torch.autograd.graph.saved_tensors_hooks(partial(_note, kept), lambda x: x):
-        run(_fused_forward, experts, adapters, ROUTINGS["spread"], **FUSED)
-    masks = [x.dtype for x in kept if x.shape == (TOKENS, D) and x.dtype == torch.bool]
-    hidden = {x.data_ptr() for x in kept if x.shape == (TOKENS, D) and x.dtype != torch.bool}
-    assert len(masks) == 1 and len(hidden) == 2  # the test's own product keeps its probe
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        run(make(False, recompute=recompute), factors(dropout=0.4))
+    wide = [x.shape[1] for x in kept if x.dim() == 2 and x.shape[0] == TOKENS * 3]
+    assert sorted(wide) == sorted([8, 8] if recompute else [8, 8, 2 * WIDTH])
+    of_tokens = [x for x in kept if x.shape == (TOKENS, D)]
+    assert [x.dtype for x in of_tokens].count(torch.bool) == 1
+    # The test's own product keeps its probe.
+    assert len({x.data_ptr() for x in of_tokens if x.dtype != torch.bool}) == 2
 
 
 def test_checkpointing_does_not_make_the_last_product_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    product, shapes = way.Picks.product, []
+    product, shapes = F.grouped_mm, []
 
-    def noted(self: Any, x_NI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
-        shapes.append(tuple(weight_EIO.shape[1:]))
-        return product(self, x_NI, weight_EIO)
+    def noted(x_NI: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        if weight.dim() == 3:  # else it is the gradient of a weight
+            shapes.append(tuple(weight.shape[1:]))
+        return product(x_NI, weight, **options)
 
-    monkeypatch.setattr(way.Picks, "product", noted)
+    monkeypatch.setattr(F, "grouped_mm", noted)
 
     def checkpointed(experts: Any, hidden: Any, *rest: Any) -> torch.Tensor:
-        again = partial(_fused_forward, experts, **FUSED)
+        again = partial(grouped_experts_forward, experts)
         return checkpoint(again, hidden, *rest, use_reentrant=False)
 
-    experts, index = make(True), ROUTINGS["spread"]
-    have = run(checkpointed, experts, {}, index)
+    have = run(make(True), {}, forward=checkpointed)
     up, down = (D, 2 * WIDTH), (WIDTH, D)
     assert shapes == [up, down, up, down[::-1], up[::-1]]  # forward, again, backward
-    agree(have, run(grouped_experts_forward, experts, {}, index))
+    agree(have, run(make(True), {}))
 
 
-def _note(kept: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    kept.append(x)
-    return x
+def test_other_activations_than_silu_are_refused() -> None:
+    experts = make(False)
+    experts.act_fn = nn.GELU()
+    with pytest.raises(UserError, match="computes GELU; fine-tune one whose hidden_act is silu"):
+        run(experts, {})
 
 
 @pytest.mark.slow
-def test_200_steps_follow_the_plain_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the bundled model, all weights, on text that it can learn by heart."""
+def test_200_steps_follow_the_losses_of_transformers_own_experts() -> None:
+    """All weights of the bundled model train on text that it can learn by heart."""
     text = (BUNDLED_MODEL.parents[1] / "LICENSE-MODEL").read_text(encoding="utf-8")
     ids = torch.tensor(own_tokenizer(BUNDLED_MODEL)(text[:6000]).input_ids[:512]).view(8, 64)
 
-    def losses() -> torch.Tensor:
-        model = DeepseekForCausalLM.from_pretrained(BUNDLED_MODEL, experts_implementation="grouped")
-        optimizer, found = torch.optim.AdamW(model.train().parameters(), lr=1e-4), []
+    def losses(implementation: str) -> torch.Tensor:
+        options = {"experts_implementation": implementation}
+        model = DeepseekForCausalLM.from_pretrained(BUNDLED_MODEL, **options).train()
+        optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-4), []
         for step in range(200):
             batch = ids[step % 4 * 2 :][:2]
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -237,11 +216,8 @@ def test_200_steps_follow_the_plain_losses(monkeypatch: pytest.MonkeyPatch) -> N
             found.append(loss.item())
         return torch.tensor(found)
 
-    want = losses()
+    want, found = losses("grouped_mm"), losses(GROUPED)
     assert want[-10:].mean() < 0.5 * want[:4].mean()
-    monkeypatch.setattr(way, "_can_fuse", lambda *_: True)
-    monkeypatch.setattr(way, "_fused_forward", partial(_fused_forward, ops=plain))
-    found = losses()
     # Rounding grows in 200 steps: "eager" and "grouped_mm" come to differ by 0.013, and by 0.002 on
     # average.
     torch.testing.assert_close(found, want, rtol=0.0, atol=0.03)

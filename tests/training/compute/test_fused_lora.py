@@ -1,4 +1,4 @@
-"""Adapted linear layers computed together equal PEFT's own: outputs and every gradient."""
+"""Adapted linear layers computed together equal PEFT's own: outputs and all gradients."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from deepseek_moe.training.compute.fused_experts import drop_again, drop_out
-from deepseek_moe.training.compute.fused_lora import linears
+from deepseek_moe.training.compute.fused_lora import FusedLinears, linears
 from deepseek_moe.training.quantized_base import Quantization
 
 WIDTH, OUTS, P = 64, {"q": 48, "k": 64, "v": 32}, 0.4
@@ -67,7 +67,7 @@ def together(model: Any) -> Any:
 
 
 def unpacked(model: Any) -> Any:
-    """The same over the weights that 4 bits stand for, by PEFT."""
+    """The layers as PEFT computes them, over the weights that 4 bits stand for."""
     plain = make()
     for name in OUTS:
         weight = Quantization(4, dtype="float32").roundtrip(getattr(plain, name).base_layer.weight)
@@ -75,30 +75,29 @@ def unpacked(model: Any) -> Any:
     return plain
 
 
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of `FusedLinears` takes from now on."""
-    from deepseek_moe.training.compute import fused_lora as fused_linears
-
-    counts, apply = [], fused_linears.FusedLinears.apply
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of `FusedLinears` takes."""
+    counts, apply = [], FusedLinears.apply
 
     def noted(*args: Any) -> Any:
         counts.append(len(args[2]))
         return apply(*args)
 
-    monkeypatch.setattr(fused_linears.FusedLinears, "apply", noted)
+    monkeypatch.setattr(FusedLinears, "apply", noted)
     return counts
 
 
 @pytest.mark.parametrize("of_input", [True, False])
 @pytest.mark.parametrize("bits", [16, 4])
-def test_three_layers_are_one(bits: int, of_input: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, model = fused(monkeypatch), make(bits)
+def test_three_layers_are_one(bits: int, of_input: bool, counts: list[int]) -> None:
+    model = make(bits)
     plain = model if bits == 16 else unpacked(model)
     agree(run(together(model), model, of_input), run(plain, plain, of_input))
     assert counts == [3]
 
 
-def test_what_drops_out_does_so_in_both_passes() -> None:
+def test_the_same_numbers_drop_out_in_both_passes() -> None:
     model = make(dropout=P)
 
     def written_out(x: torch.Tensor) -> list[torch.Tensor]:
@@ -126,6 +125,7 @@ def test_dropout_is_repeated_to_the_bit() -> None:
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
+        ({"rank_pattern": {"v": 8}, "alpha_pattern": {"v": 12}}, [3]),  # the scale stays
         ({"targets": "q"}, [1]),
         ({"targets": "qv", "rank_pattern": {"v": 8}, "alpha_pattern": {"v": 12}}, [1, 1]),
         ({"rank_pattern": {"v": 8}}, [1, 1, 1]),  # and so another scale
@@ -133,23 +133,16 @@ def test_dropout_is_repeated_to_the_bit() -> None:
         ({"lora_bias": True}, []),
     ],
 )
-def test_layers_that_differ_are_apart(
-    changes: dict[str, Any], wanted: list[int], monkeypatch: pytest.MonkeyPatch
+def test_only_layers_of_the_same_scale_are_computed_together(
+    changes: dict[str, Any], wanted: list[int], counts: list[int]
 ) -> None:
-    counts, model = fused(monkeypatch), make(**changes)
+    model = make(**changes)
     agree(run(together(model), model), run(model, model))
     assert counts == wanted
 
 
-def test_ranks_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(rank_pattern={"v": 8}, alpha_pattern={"v": 12})
-    counts = fused(monkeypatch)
-    agree(run(together(model), model), run(model, model))
-    assert counts == [3]
-
-
-def test_adapters_that_are_off_or_merged_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, model = fused(monkeypatch), make()
+def test_adapters_that_are_off_or_merged_add_nothing(counts: list[int]) -> None:
+    model = make()
     x = torch.randn(3, WIDTH)
     for change in ("enable_adapters", "merge"):
         for name in OUTS:

@@ -1,6 +1,6 @@
-"""The training path: adapters in the grouped experts, packed batches, checkpointing.
+"""The experts in training: adapters, autocast, checkpointing, and the balance loss of batches.
 
-tests/test_experts.py runs the same grouped product, with full weights, against per-token loops.
+tests/model/test_experts.py compares them without adapters, when all weights train, with loops.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_fixtures import add_random_adapters
 from peft import LoraConfig
 from torch import nn
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.model.modeling_deepseek import DeepseekExperts, DeepseekGate
 from deepseek_moe.training.compute import grouped_experts as experts
+from deepseek_moe.training.examples import Collator
 from deepseek_moe.training.quantized_base import Quantization
 from deepseek_moe.training.trainable import EXPERT_PARAMETERS, add_lora
 
 MakeModel = Callable[..., DeepseekForCausalLM]
-LINEARS = [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]
 E, D, WIDTH, TOKENS = 8, 32, 16, 11
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
 EXAMPLES = [[0, 17, 5, 44, 80], [0, 3, 62, 9, 9, 31, 7], [0, 12, 70, 1]]
@@ -180,8 +181,8 @@ def test_rows_are_aligned_as_gpus_want_them(
     adapted: Callable[..., nn.Module],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """CPUs take any operands; GPUs only those whose rows, or columns, are side by side and whole
-    16 bytes."""
+    """GPUs take only operands whose rows, or columns, are side by side and whole 16 bytes; CPUs
+    take any."""
     calls, plain = [], torch.nn.functional.grouped_mm
 
     def checked(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -197,28 +198,9 @@ def test_rows_are_aligned_as_gpus_want_them(
     hidden = torch.randn(TOKENS, D, requires_grad=True)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         adapted(rank)(hidden, index, torch.ones(index.shape)).sum().backward()
-    assert calls == [dtype] * 8  # the base and A and B, of two stacks; the base's gradients
-
-
-def test_adapters_follow_autocast(adapted: Callable[..., nn.Module]) -> None:
-    model = adapted(3)
-    index = ROUTINGS["spread"]
-    grads, outs = [], []
-    for enabled in (False, True):
-        torch.manual_seed(5)
-        hidden = torch.randn(TOKENS, D, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = model(hidden, index, torch.rand(index.shape))
-        assert out.dtype == torch.float32
-        out.square().sum().backward()
-        outs.append(out)
-        leaves = [hidden, *(p for p in model.parameters() if p.requires_grad)]
-        grads.append([leaf.grad.clone() for leaf in leaves])
-        assert all(x.dtype == torch.float32 and x.isfinite().all() for x in grads[-1])
-        model.zero_grad()
-    assert not torch.equal(outs[0], outs[1])  # else autocast did nothing
-    for exact, low in zip([outs[0], *grads[0]], [outs[1], *grads[1]], strict=True):
-        assert (exact - low).norm() < 0.02 * exact.norm()
+    # Forward, the base and A and B of two stacks; backward, two products for each adapter's factor
+    # and one for the input of each base.
+    assert calls == [dtype] * (6 + 8 + 2)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -228,7 +210,7 @@ def test_training_under_autocast_is_close_to_fp32(adapters: bool, tiny_model: Ma
     for enabled in (False, True):
         model = tiny_model(experts_implementation=experts.GROUPED, initializer_range=0.1)
         if adapters:
-            model = random_adapters(model)
+            model = add_random_adapters(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = model.train()(IDS, labels=IDS, use_cache=False).loss
         loss.backward()
@@ -236,6 +218,7 @@ def test_training_under_autocast_is_close_to_fp32(adapters: bool, tiny_model: Ma
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values())
         found.append((loss.detach(), torch.cat([g.flatten() for g in grads.values()])))
     (loss, grad), (low_loss, low_grad) = found
+    assert not torch.equal(loss, low_loss)  # else autocast did nothing
     torch.testing.assert_close(low_loss, loss, atol=0.05, rtol=0.01)
     assert torch.cosine_similarity(grad, low_grad, dim=0) > 0.98
 
@@ -243,17 +226,8 @@ def test_training_under_autocast_is_close_to_fp32(adapters: bool, tiny_model: Ma
 # ---- gradient checkpointing ----
 
 
-def random_adapters(model: DeepseekForCausalLM, rank: int = 3, dropout: float = 0.0) -> Any:
-    torch.manual_seed(6)
-    adapted = add_lora(model, LINEARS, rank, 6.0, dropout)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return adapted
-
-
 def gradients(model: nn.Module, **inputs: Any) -> dict[str, torch.Tensor]:
-    """Of a training step's loss, or with `labels` None of the balance loss alone."""
+    """The gradients of a training step's loss, or without `labels` of the balance loss alone."""
     model.zero_grad()
     out = model.train()(use_cache=False, **inputs)
     (out.logits.sum() * 0 if out.loss is None else out.loss).backward()
@@ -277,7 +251,7 @@ def test_checkpointing_changes_no_gradient(
     model = tiny_model(experts_implementation=experts.GROUPED)
     if bits == 4:
         quantise_experts(model)
-    model = random_adapters(model, dropout=dropout)
+    model = add_random_adapters(model, dropout=dropout)
     found = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -297,10 +271,10 @@ def quantise_experts(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_recomputed_routing_keeps_its_picks(adapters: bool, tiny_model: MakeModel) -> None:
-    """The router is turned round between the passes: choosing again would choose otherwise."""
+    """The router is turned round between the passes, so that choosing again would choose others."""
     model = tiny_model(experts_implementation=experts.GROUPED)
     if adapters:
-        model = random_adapters(model)
+        model = add_random_adapters(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     gates = [module for module in model.modules() if isinstance(module, DeepseekGate)]
     picks: list[list[torch.Tensor]] = [[] for _ in gates]
@@ -317,56 +291,46 @@ def test_recomputed_routing_keeps_its_picks(adapters: bool, tiny_model: MakeMode
 # ---- the balance loss of padded and packed rows, and of parts of a step ----
 
 
-def padded(examples: list[list[int]]) -> dict[str, torch.Tensor]:
-    width = max(map(len, examples)) + 2
-    ids = torch.ones(len(examples), width, dtype=torch.long)
-    sequences = torch.full_like(ids, -1)
-    for i, example in enumerate(examples):
-        ids[i, : len(example)] = torch.tensor(example)
-        sequences[i, : len(example)] = i
-    return {"input_ids": ids, "sequence_ids": sequences}
+def batch_of(examples: list[list[int]], packing: bool) -> dict[str, torch.Tensor]:
+    """Examples as rows with padding, or packed into two rows: all but the last, and the last."""
+    rows = [examples[:-1], examples[-1:]] if packing else [[example] for example in examples]
+    features = []
+    for row in filter(None, rows):
+        ids, lengths = [i for example in row for i in example], [len(example) for example in row]
+        trained = [k > 0 for length in lengths for k in range(length)]
+        row = {"input_ids": ids, "length": len(ids), "trained": trained, "lengths": lengths}
+        features.append(row | {"sources": ["here"] * len(lengths)})
+    batch = Collator(pad_token_id=1, packing=packing)(features)
+    wanted = ("input_ids", "labels", "sequence_ids", "position_ids")
+    return {name: batch[name] for name in wanted if name in batch}
 
 
-def packed(examples: list[list[int]]) -> dict[str, torch.Tensor]:
-    """In two rows: all but the last, and the last with padding."""
-    rows = [row for row in (examples[:-1], examples[-1:]) if row]
-    width = max(sum(map(len, row)) for row in rows)
-    ids = torch.ones(len(rows), width, dtype=torch.long)
-    sequences, positions = torch.full_like(ids, -1), torch.zeros_like(ids)
-    number = 0
-    for i, row in enumerate(rows):
-        at = 0
-        for example in row:
-            end = at + len(example)
-            ids[i, at:end] = torch.tensor(example)
-            sequences[i, at:end] = number
-            positions[i, at:end] = torch.arange(len(example))
-            at, number = end, number + 1
-        positions[i, at:] = torch.arange(width - at)
-    return {"input_ids": ids, "sequence_ids": sequences, "position_ids": positions}
+both_layouts = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 
 
-@pytest.mark.parametrize("batch", [padded, packed])
+@both_layouts
 def test_each_example_counts_by_itself_in_the_balance_loss(
-    batch: Callable[..., dict[str, torch.Tensor]], tiny_model: MakeModel
+    packing: bool, tiny_model: MakeModel
 ) -> None:
     model = tiny_model(experts_implementation=experts.GROUPED)
     alone = [gradients(model, input_ids=torch.tensor([example])) for example in EXAMPLES]
     wanted = {name: sum(some[name] for some in alone) / len(alone) for name in alone[0]}
     assert wanted["model.layers.1.mlp.gate.weight"].abs().max() > 1e-3
-    same(gradients(model, **batch(EXAMPLES)), wanted)
+    batch = batch_of(EXAMPLES, packing)
+    del batch["labels"]
+    same(gradients(model, **batch), wanted)
 
     model.train()
     losses = [model(torch.tensor([example]), use_cache=False).aux_loss for example in EXAMPLES]
-    have = model(**batch(EXAMPLES), use_cache=False).aux_loss
+    have = model(**batch, use_cache=False).aux_loss
     torch.testing.assert_close(have, sum(losses) / len(losses))
-    rows_as_sequences = batch(EXAMPLES) | {"sequence_ids": None}
+    rows_as_sequences = batch | {"sequence_ids": None}
     assert (model(**rows_as_sequences, use_cache=False).aux_loss - have).abs() > 1e-3
 
 
 def test_padding_is_left_out_of_the_balance_loss_over_all_tokens(tiny_model: MakeModel) -> None:
     model = tiny_model(seq_aux=False).train()
-    batch = packed(EXAMPLES)
+    batch = batch_of(EXAMPLES, packing=True)
     have = model(**batch, use_cache=False).aux_loss
     other = batch["input_ids"].clone()
     other[batch["sequence_ids"] < 0] = 50
@@ -388,22 +352,17 @@ def test_aux_loss_scale_multiplies_the_balance_gradient_alone(tiny_model: MakeMo
     assert (scaled[1.0][router] - scaled[0.0][router]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("batch", [padded, packed])
-def test_micro_batches_add_up_to_the_big_batch(
-    batch: Callable[..., dict[str, torch.Tensor]], tiny_model: MakeModel
-) -> None:
-    model = random_adapters(tiny_model(experts_implementation=experts.GROUPED))
+@both_layouts
+def test_micro_batches_add_up_to_the_big_batch(packing: bool, tiny_model: MakeModel) -> None:
+    model = add_random_adapters(tiny_model(experts_implementation=experts.GROUPED))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "mlp.gate." in name)
     tokens = sum(len(example) - 1 for example in EXAMPLES)
 
     def part(examples: list[list[int]]) -> dict[str, torch.Tensor]:
-        inputs = batch(examples)
-        labels = inputs["input_ids"].masked_fill(inputs["sequence_ids"] < 0, -100)
-        labels[inputs["input_ids"] == 0] = -100  # the first of each example
+        inputs = batch_of(examples, packing)
         share = len(examples) / len(EXAMPLES)
-        extra = {"labels": labels, "aux_loss_scale": share, "num_items_in_batch": tokens}
-        return gradients(model, **inputs, **extra)
+        return gradients(model, **inputs, aux_loss_scale=share, num_items_in_batch=tokens)
 
     parts = [part(EXAMPLES[:2]), part(EXAMPLES[2:])]
     same({name: sum(some[name] for some in parts) for name in parts[0]}, part(EXAMPLES))

@@ -1,29 +1,34 @@
-"""Liger's kernels change nothing of what the model computes: in Triton's interpreter."""
+"""The fused forwards change nothing of what the model computes.
 
+Only `liger_rope` is Liger's own here, in Triton's interpreter. The interpreter cannot run the other
+kernels, which are replaced by torch. So this compares how the functions are put together.
+"""
+
+import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from adapter_fixtures import add_random_adapters
 from finetune_fixtures import liger_in_torch
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
-    pytest.skip("on a GPU, benchmarks/check_gpu.py checks them", allow_module_level=True)
+    pytest.skip("on a GPU, tests/gpu compares them", allow_module_level=True)
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.training.compute.liger import use_fused_forwards
-from deepseek_moe.training.trainable import add_lora
 
 MakeModel = Callable[..., DeepseekForCausalLM]
-LINEARS = [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
 PARTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1, -1]])
 
 
 @pytest.fixture(autouse=True)
-def beyond_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Liger's kernels that round what is no tensor's; check_gpu.py calls them, on a GPU."""
+def kernels_that_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from liger_kernel.transformers import functional
 
     for name, function in liger_in_torch().items():
@@ -46,10 +51,7 @@ def test_loss_and_gradients_stay_the_same(
     torch.manual_seed(1)
     model = tiny_model(experts_implementation="grouped", aux_loss_alpha=0.01).train()
     if adapted:
-        model = add_lora(model, LINEARS, 3, 6.0, 0.0)  # dropout: test_fused_linears.py
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
+        model = add_random_adapters(model)  # with dropout: test_fused_lora.py
     labels = IDS.masked_fill(PARTS < 0, -100)
     labels[0, :3] = -100
     inputs = {"num_items_in_batch": num_items} if num_items else {}
@@ -65,7 +67,7 @@ def test_loss_and_gradients_stay_the_same(
 
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens", "lm_head"]])
 def test_a_head_that_trains_beside_adapters(saved: list[str], tiny_model: MakeModel) -> None:
-    model = add_lora(tiny_model().train(), ["q_proj"], 3, 6.0, 0.0, saved)
+    model = add_random_adapters(tiny_model().train(), ["q_proj"], modules_to_save=saved)
     want, want_grads = run(model, IDS)
     use_fused_forwards(model)
     have, have_grads = run(model, IDS)
@@ -77,7 +79,7 @@ def test_a_head_that_trains_beside_adapters(saved: list[str], tiny_model: MakeMo
 
 
 def test_a_head_with_an_adapter_keeps_its_logits(tiny_model: MakeModel) -> None:
-    model = add_lora(tiny_model().train(), ["lm_head"], 3, 6.0, 0.0)
+    model = add_random_adapters(tiny_model().train(), ["lm_head"])
     use_fused_forwards(model)
     assert run(model, IDS)[0].logits is not None
 
@@ -108,8 +110,16 @@ def test_generation_with_a_cache_stays_the_same(tiny_model: MakeModel) -> None:
 
 
 def test_training_and_evaluation_take_turns(tiny_model: MakeModel) -> None:
-    model = add_lora(tiny_model(), LINEARS, 3, 6.0, 0.5)
+    model = add_random_adapters(tiny_model(), dropout=0.5)
     use_fused_forwards(model)
     for mode in (True, False, False, True, True):
         assert (model.train() if mode else model.eval()) is model
         assert {module.training for module in model.modules()} == {mode}
+
+
+def test_the_attention_that_is_repeated_here_has_not_changed() -> None:
+    """If this fails, compare transformers' forward with `FusedAttention.forward`, mend that, and
+    put the new hash here."""
+    source = inspect.getsource(LlamaAttention.forward)
+    found = hashlib.sha256("".join(source.split()).encode()).hexdigest()
+    assert found.startswith("3c5ec3430ccfa6ac")
