@@ -49,6 +49,10 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)  # small models: threads on a busy machine wait longer than they work
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--model", help="with -m gpu: compare the engine on this model too")
+
+
 @pytest.fixture(autouse=True)
 def no_deepspeed_of_another_test() -> Iterator[None]:
     """transformers keeps a config that was read, while anything refers to it, and divides every

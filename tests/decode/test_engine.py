@@ -259,7 +259,7 @@ def model_for_kernels(
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/check_gpu.py does it on a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu does it on a GPU")
 @pytest.mark.parametrize("way", [few, many, prompts_in_chunks])
 @torch.inference_mode()
 def test_whole_steps_with_kernels(

@@ -1,7 +1,7 @@
 """The fused way through the experts equals the plain one: outputs and every gradient.
 
 On the CPU with the plain twins of its kernels, whose own equality is in tests/test_kernels.py; on a
-GPU benchmarks/check_gpu.py does the same with the kernels.
+GPU tests/gpu does the same with the kernels.
 """
 
 from functools import partial

@@ -9,7 +9,7 @@ from finetune_fixtures import liger_in_torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
-    pytest.skip("on a GPU, benchmarks/check_gpu.py checks them", allow_module_level=True)
+    pytest.skip("on a GPU, tests/gpu compares them", allow_module_level=True)
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.training.compute.liger import use_fused_forwards
@@ -23,7 +23,7 @@ PARTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1, -1]])
 
 @pytest.fixture(autouse=True)
 def beyond_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Liger's kernels that round what is no tensor's; check_gpu.py calls them, on a GPU."""
+    """Liger's kernels that round what is no tensor's; tests/gpu calls them, on a GPU."""
     from liger_kernel.transformers import functional
 
     for name, function in liger_in_torch().items():
