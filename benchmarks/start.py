@@ -1,9 +1,9 @@
-"""From the start of a process to its first token: the parts of that time, and the host memory.
+"""How long does it take until the first token, and how much host memory?
 
     python benchmarks/start.py --model /tmp/random-16b
 
-Twice: with an empty Triton cache, so that every kernel is compiled, and with what that left there.
-The weight files are read once before, so that they are in the page cache.
+It starts twice: with an empty Triton cache, so that every kernel is compiled, and with what the
+first start left there. The weight files are read before, so that they are in the page cache.
 """
 
 import argparse
@@ -31,13 +31,11 @@ PROMPT, NEW = 128, 9  # the ninth token comes after kernels are compiled and a g
 
 @dataclass
 class Start:
-    """One start: `seconds` from the start of the process to the end of each part, and the most host
-    memory that it had, all and without the pages of files."""
-
     triton_cache: str
-    seconds: dict[str, float]
-    anonymous_bytes: int
-    resident_bytes: int
+    seconds: dict[str, float]  # from the start of the process to the end of each part
+    anonymous_bytes: int  # the most host memory without the pages of files
+    resident_bytes: int  # the most with these
+    largest_file: int  # bytes of the largest weight file
 
 
 def main() -> None:
@@ -49,13 +47,12 @@ def main() -> None:
     if args.since is not None:
         print(json.dumps(first_tokens(args.model, args.device, args.since)))
         return
-    largest = largest_file(args.model)
     for start in starts(args.model, args.device):
-        print(f"{start.triton_cache} Triton cache: {describe(start, largest)}", flush=True)
+        print(describe(start), flush=True)
 
 
 def first_tokens(model: str, device: str, since: float) -> dict[str, float]:
-    """Loads and begins to generate in this process. Seconds after `since` (of time.time())."""
+    """Loads and begins to generate; seconds after `since`, a time of time.time()."""
     seconds = {"imports": time.time() - since}
     network, _ = load(model, device=device)
     seconds["load"] = time.time() - since
@@ -75,17 +72,20 @@ def starts(model: str, device: str) -> Iterator[Start]:
     Raises:
         UserError: a process failed.
     """
-    for file in tqdm(weight_files(find_checkpoint(model)), "reading", unit="file", leave=False):
+    files = weight_files(find_checkpoint(model))
+    for file in tqdm(files, "reading", unit="file", leave=False):
         with file.open("rb", buffering=0) as handle:
             while handle.read(2**26):
                 pass
     with tempfile.TemporaryDirectory() as cache:
         for name in tqdm(("empty", "filled"), unit="start", leave=False):
-            yield one_start(model, device, name, Path(cache))
+            start = one_start(model, device, name, Path(cache))
+            start.largest_file = max(file.stat().st_size for file in files)
+            yield start
 
 
 def one_start(model: str, device: str, name: str, cache: Path) -> Start:
-    """A start with this folder as Triton's cache."""
+    """A start with the folder `cache` as Triton's cache."""
     command = [sys.executable, __file__, "--model", model, "--device", device, "--since"]
     anonymous = resident = 0
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
@@ -105,11 +105,11 @@ def one_start(model: str, device: str, name: str, cache: Path) -> Start:
         printed, said = out.read().split("\n"), log.read().strip().split("\n")
     if process.returncode:
         raise UserError(f"a start failed: {said[-1]}; try {' '.join(command[1:4])} by itself")
-    return Start(name, json.loads(printed[-2]), anonymous, resident)
+    return Start(name, json.loads(printed[-2]), anonymous, resident, 0)
 
 
 def host_memory(pid: int) -> dict[str, int]:
-    """The sizes in a process's status file on Linux, in bytes: RssAnon now, VmHWM at its most."""
+    """Sizes of a process's status file on Linux, in bytes: RssAnon is now, VmHWM the most."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:  # it has just ended, or this is no Linux
@@ -118,21 +118,16 @@ def host_memory(pid: int) -> dict[str, int]:
     return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
 
 
-def largest_file(model: str) -> int:
-    """Bytes of the largest weight file."""
-    return max(file.stat().st_size for file in weight_files(find_checkpoint(model)))
-
-
-def describe(start: Start, largest: int) -> str:
+def describe(start: Start) -> str:
     """A line of the parts and the memory."""
     before, parts = 0.0, []
     for name, seconds in start.seconds.items():
         parts.append(f"{name} {seconds:.1f} s (+{seconds - before:.1f})")
         before = seconds
-    return (
-        f"{', '.join(parts)}; host memory at most {start.anonymous_bytes / 1e9:.2f} GB, "
-        f"{start.resident_bytes / 1e9:.2f} GB with files (largest file {largest / 1e9:.2f} GB)"
-    )
+    sizes = (start.anonymous_bytes, start.resident_bytes, start.largest_file)
+    most, with_files, largest = (f"{size / 1e9:.2f} GB" for size in sizes)
+    memory = f"host memory at most {most}, {with_files} with files (largest file {largest})"
+    return f"{start.triton_cache} Triton cache: {', '.join(parts)}; {memory}"
 
 
 if __name__ == "__main__":
