@@ -23,9 +23,9 @@ ONE_RANK = str(HERE / "one_rank.py")
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 LORA, QLORA = "--use_lora True --lora_r 64", "--use_lora True --bits 4 --lora_r 64"
-QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
 KEPT = "--gradient_checkpointing 0"
-EIGHT_BITS = "--optim adamw_bnb_8bit"
+QLORA_8BIT_ADAM = f"{QLORA} --optim adamw_bnb_8bit"
+QLORA_16_8BIT_ADAM = "--use_lora True --bits 4 --lora_r 16 --optim adamw_bnb_8bit"
 ZERO = "--deepspeed configs/ds_config_zero"
 STEPS, UNCOUNTED = 8, 4
 """Steps of a run whose rate is measured, and those at its beginning that do not count."""

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from finetune_runs import EIGHT_BITS, HERE, QLORA, QLORA_16, command_of, rows_file, run, steps_of
+from finetune_runs import (
+    HERE,
+    QLORA,
+    QLORA_8BIT_ADAM,
+    QLORA_16_8BIT_ADAM,
+    command_of,
+    rows_file,
+    run,
+    steps_of,
+)
 from random_model import model_of_layers
 from tables import refuse_unknown, require_gpu
 from tqdm import tqdm
@@ -48,8 +57,8 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("full, layers recomputed", 80, "", 16, whole=True),
     Setting("qlora r64, layers recomputed", 32, QLORA, 16),
-    Setting("qlora r64, adam in 8 bits", 24, f"{QLORA} {EIGHT_BITS}", 16),
-    Setting("qlora r16, adam in 8 bits", 16, f"{QLORA_16} {EIGHT_BITS}", 1),
+    Setting("qlora r64, adam in 8 bits", 24, QLORA_8BIT_ADAM, 16),
+    Setting("qlora r16, adam in 8 bits", 16, QLORA_16_8BIT_ADAM, 1),
     Setting("completion, bf16", 40, "--dtype bfloat16"),
     Setting("completion, int8", 24, "--quantization int8"),
     Setting("completion, int4", 16, "--quantization int4"),

@@ -13,20 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import finetune_runs as runs
 import torch
-from finetune_runs import (
-    EIGHT_BITS,
-    KEPT,
-    LORA,
-    QLORA,
-    QLORA_16,
-    ZERO,
-    command_of,
-    dry_run_gigabytes,
-    finetune,
-    rows_file,
-    steps_of,
-)
 from random_model import model_of_layers
 from tables import refuse_unknown, require_gpu
 from tqdm import tqdm
@@ -36,24 +24,24 @@ from deepseek_moe.errors import exit_on_user_error
 FP32 = "--single_gpu_full False"
 SETTINGS = {  # name: layers, rows a batch, tokens a row, options
     "full on one GPU, 16 x 1024": (28, 16, 1024, ""),
-    "full on one GPU, 16 x 1024, all kept": (28, 16, 1024, KEPT),
+    "full on one GPU, 16 x 1024, all kept": (28, 16, 1024, runs.KEPT),
     "full on one GPU, 16 x 1024, experts recomputed": (
-        28, 16, 1024, f"{KEPT} --recompute_experts 1"
+        28, 16, 1024, f"{runs.KEPT} --recompute_experts 1"
     ),
-    "lora r64, 16 x 1024": (28, 16, 1024, LORA),
-    "lora r64, 16 x 1024, all kept": (28, 16, 1024, f"{LORA} {KEPT}"),
+    "lora r64, 16 x 1024": (28, 16, 1024, runs.LORA),
+    "lora r64, 16 x 1024, all kept": (28, 16, 1024, f"{runs.LORA} {runs.KEPT}"),
     "lora r64 in 8 bits, 4 x 1024": (28, 4, 1024, "--use_lora True --bits 8 --lora_r 64"),
-    "qlora r64, 16 x 1024": (28, 16, 1024, QLORA),
-    "qlora r64, 16 x 1024, adam in 8 bits": (28, 16, 1024, f"{QLORA} {EIGHT_BITS}"),
-    "qlora r64, 4 x 1024, all kept": (28, 4, 1024, f"{QLORA} {KEPT}"),
-    "qlora r64, 1 x 4096": (28, 1, 4096, QLORA),
-    "qlora r16, 1 x 1024, adam in 8 bits": (28, 1, 1024, f"{QLORA_16} {EIGHT_BITS}"),
-    "qlora r64, 16 x 1024, ZeRO-2": (28, 16, 1024, f"{QLORA} {ZERO}2_no_offload.json"),
+    "qlora r64, 16 x 1024": (28, 16, 1024, runs.QLORA),
+    "qlora r64, 16 x 1024, adam in 8 bits": (28, 16, 1024, runs.QLORA_8BIT_ADAM),
+    "qlora r64, 4 x 1024, all kept": (28, 4, 1024, f"{runs.QLORA} {runs.KEPT}"),
+    "qlora r64, 1 x 4096": (28, 1, 4096, runs.QLORA),
+    "qlora r16, 1 x 1024, adam in 8 bits": (28, 1, 1024, runs.QLORA_16_8BIT_ADAM),
+    "qlora r64, 16 x 1024, ZeRO-2": (28, 16, 1024, f"{runs.QLORA} {runs.ZERO}2_no_offload.json"),
     "full in fp32, 4 layers, 8 x 1024": (4, 8, 1024, FP32),
-    "full in fp32, 4 layers, 4 x 1024, all kept": (4, 4, 1024, f"{FP32} {KEPT}"),
-    "full, 4 layers, 8 x 1024, ZeRO-2": (4, 8, 1024, f"{ZERO}2_no_offload.json"),
-    "full, 4 layers, 8 x 1024, ZeRO-3": (4, 8, 1024, f"{ZERO}3.json"),
-    "full, 4 layers, 8 x 1024, ZeRO-3 offload": (4, 8, 1024, f"{ZERO}3_offload.json"),
+    "full in fp32, 4 layers, 4 x 1024, all kept": (4, 4, 1024, f"{FP32} {runs.KEPT}"),
+    "full, 4 layers, 8 x 1024, ZeRO-2": (4, 8, 1024, f"{runs.ZERO}2_no_offload.json"),
+    "full, 4 layers, 8 x 1024, ZeRO-3": (4, 8, 1024, f"{runs.ZERO}3.json"),
+    "full, 4 layers, 8 x 1024, ZeRO-3 offload": (4, 8, 1024, f"{runs.ZERO}3_offload.json"),
 }  # fmt: skip
 
 
@@ -67,12 +55,12 @@ def main() -> None:
     require_gpu()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'setting':46} {'estimated':>10} {'measured':>10} {'ratio':>6} {'tokens/s':>9}")
-    with rows_file(64, 6000) as data:
+    with runs.rows_file(64, 6000) as data:
         for name, (layers, *shape, options) in tqdm(chosen.items(), file=sys.stderr):
             model = model_of_layers(args.models, layers)
-            command = command_of(model, data, *shape, options, steps=3)
-            estimated = dry_run_gigabytes(command)
-            steps = steps_of(finetune(command, "step 3/3"))
+            command = runs.command_of(model, data, *shape, options, steps=3)
+            estimated = runs.dry_run_gigabytes(command)
+            steps = runs.steps_of(runs.finetune(command, "step 3/3"))
             if estimated is None or not steps:
                 print(f"{name:46} failed", flush=True)
                 continue

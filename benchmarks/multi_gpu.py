@@ -30,24 +30,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import finetune_runs as runs
+import tables
 import torch
-from finetune_runs import (
-    LORA,
-    QLORA,
-    STEPS,
-    ZERO,
-    command_of,
-    deepspeed,
-    dry_run_gigabytes,
-    measured_rate,
-    rows_file,
-    run,
-    steps_of,
-    torchrun,
-)
 from one_rank import WAYS
 from random_model import model_of_layers
-from tables import Report, add_report_options, aligned, number, percent, refuse_unknown
+from tables import Columns, Row, number, percent
 from tqdm import tqdm
 
 from deepseek_moe.errors import UserError, exit_on_user_error
@@ -59,20 +47,33 @@ CPU_ROWS, CPU_LENGTH = (2,), 64
 RESERVE = 0.92  # of a GPU's memory: the rest is for CUDA, and for what the cache wastes
 KILL_STEPS = 6
 SETTINGS = {
-    "full, ZeRO-3": f"{ZERO}3.json",
-    "QLoRA, ZeRO-2": f"{QLORA} {ZERO}2_no_offload.json",
-    "LoRA, ZeRO-2": f"{LORA} {ZERO}2_no_offload.json",
+    "full, ZeRO-3": f"{runs.ZERO}3.json",
+    "QLoRA, ZeRO-2": f"{runs.QLORA} {runs.ZERO}2_no_offload.json",
+    "LoRA, ZeRO-2": f"{runs.LORA} {runs.ZERO}2_no_offload.json",
 }
-TRAINED = ["rows", "tok/s/GPU", "ms a step", "GB", "comm.", "exposed", "scaling"]
-GENERATED = ["batch", "tokens/s", "GB", "same", "tokens"]
-Row = dict[str, Any]
+TRAINED: Columns = {
+    "rows": lambda row: str(row["rows"] or "no fit"),
+    "tok/s/GPU": lambda row: number(row["tokens_s"]),
+    "ms a step": lambda row: number(row["step_ms"]),
+    "GB": lambda row: number(row["gigabytes"]),
+    "comm.": lambda row: percent(row["communication"]),
+    "exposed": lambda row: percent(row["exposed"]),
+    "scaling": lambda row: percent(row["scaling"]),
+}
+GENERATED: Columns = {
+    "batch": lambda row: str(row["batch_size"]),
+    "tokens/s": lambda row: number(row["tokens_s"]),
+    "GB": lambda row: number(row["gigabytes"]),
+    "same": lambda row: str(row["same"]),
+    "tokens": lambda row: str(row["tokens"]),
+}
 
 
 def main() -> None:
     args = parse_arguments()
     if args.model is None:
         args.model = model_of_layers(args.folder, args.num_hidden_layers)
-    report = Report(args, torch.device(args.device))
+    report = tables.Report(args, torch.device(args.device))
     report.contents["gpus"] = args.gpus
     if args.kill:
         print("\na rank killed in its second save, and the command repeated", flush=True)
@@ -83,16 +84,14 @@ def main() -> None:
     if "train" in args.parts:
         speed = report.contents["bytes_s"] = link(args)
         print(f"link: {number(speed and speed / 1e9)} GB/s a GPU, each way")
-        print(f"\n{'training':14} {'GPUs':>4} {aligned(TRAINED)}", flush=True)
-        with rows_file(rows_of(args)[0] * args.gpus[-1] * (STEPS + 1), 1500) as data:
+        print(f"\n{'training':14} {'GPUs':>4} {tables.aligned(TRAINED)}", flush=True)
+        with runs.rows_file(rows_of(args)[0] * args.gpus[-1] * (runs.STEPS + 1), 1500) as data:
             for row in train_rows(args, data):
-                shown = f"{row['name']:14} {row['gpus']:>4} {aligned(train_cells(row))}"
-                report.add("train", row, shown)
+                report.add("train", row, TRAINED, f"{row['name']:14} {row['gpus']:>4}")
     if "inference" in args.parts:
-        print(f"\n{'inference':14} {'GPUs':>4} {aligned(GENERATED)}", flush=True)
+        print(f"\n{'inference':14} {'GPUs':>4} {tables.aligned(GENERATED)}", flush=True)
         for row in inference_rows(args):
-            shown = f"{row['way']:14} {row['gpus']:>4} {aligned(inference_cells(row))}"
-            report.add("inference", row, shown)
+            report.add("inference", row, GENERATED, f"{row['way']:14} {row['gpus']:>4}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -111,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true", help="where full training does not fit")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of a run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-moe")
-    add_report_options(parser)
+    tables.add_report_options(parser)
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     there = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
@@ -125,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         args.model = args.model or BUNDLED_MODEL
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    refuse_unknown(args.only, chosen(args), SETTINGS)
+    tables.refuse_unknown(args.only, chosen(args), SETTINGS)
     args.folder.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -143,7 +142,7 @@ def rows_of(args: argparse.Namespace) -> tuple[int, ...]:
 def options_of(args: argparse.Namespace, data: Path, rows: int, options: str, steps: int) -> str:
     """Options of finetune.py for some steps."""
     length = LENGTH if args.device == "cuda" else CPU_LENGTH
-    command = command_of(args.model, data, rows, length, options, steps)
+    command = runs.command_of(args.model, data, rows, length, options, steps)
     return command + (" --use_cpu True" if args.device == "cpu" else "")
 
 
@@ -151,8 +150,8 @@ def link(args: argparse.Namespace) -> float | None:
     """Bytes/s between the most GPUs asked for; None if that failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "link.json")
-        command = [*torchrun(args.gpus[-1]), "link", str(file), args.device]
-        run(command, Path(folder, "log"), args.timeout, lambda _: file.exists())
+        command = [*runs.torchrun(args.gpus[-1]), "link", str(file), args.device]
+        runs.run(command, Path(folder, "log"), args.timeout, lambda _: file.exists())
         return json.loads(file.read_text())["bytes_s"] if file.exists() else None
 
 
@@ -166,9 +165,9 @@ def train_rows(args: argparse.Namespace, data: Path) -> Iterator[Row]:
         row |= dict.fromkeys(("tokens_s", "step_ms", "gigabytes", "communication", "exposed"))
         row["scaling"] = None
         if rows:
-            command = options_of(args, data, rows, options, STEPS + 1)
+            command = options_of(args, data, rows, options, runs.STEPS + 1)
             printed, shares = profiled(args, command, gpus)
-            found = measured_rate(steps_of(printed))
+            found = runs.measured_rate(runs.steps_of(printed))
             if found and shares:
                 speed, row["gigabytes"] = found[0] / gpus, found[1]
                 length = LENGTH if args.device == "cuda" else CPU_LENGTH
@@ -179,14 +178,6 @@ def train_rows(args: argparse.Namespace, data: Path) -> Iterator[Row]:
         yield row
 
 
-def train_cells(row: Row) -> list[str]:
-    return [
-        str(row["rows"] or "no fit"),
-        *(number(row[name]) for name in ("tokens_s", "step_ms", "gigabytes")),
-        *(percent(row[name]) for name in ("communication", "exposed", "scaling")),
-    ]
-
-
 def fitting(args: argparse.Namespace, name: str, gpus: int, data: Path) -> tuple[int, str]:
     """Rows a GPU, and options, for what the dry run says fits; 0 rows if nothing does."""
     options = SETTINGS[name]
@@ -194,10 +185,10 @@ def fitting(args: argparse.Namespace, name: str, gpus: int, data: Path) -> tuple
         return rows_of(args)[0], options
     room = RESERVE * torch.cuda.get_device_properties(0).total_memory / 1e9
     for rows in ROWS:
-        needed = dry_run_gigabytes(options_of(args, data, rows, options, STEPS), gpus)
+        needed = runs.dry_run_gigabytes(options_of(args, data, rows, options, runs.STEPS), gpus)
         if needed is not None and needed < room:
             return rows, options
-    return (ROWS[0], f"{ZERO}3_offload.json") if args.offload else (0, options)
+    return (ROWS[0], f"{runs.ZERO}3_offload.json") if args.offload else (0, options)
 
 
 def profiled(args: argparse.Namespace, command: str, gpus: int) -> tuple[str, dict[str, float]]:
@@ -206,7 +197,7 @@ def profiled(args: argparse.Namespace, command: str, gpus: int) -> tuple[str, di
         file = Path(folder, "shares.json")
         words = ["profile", str(file), *command.split(), "--output_dir", f"{folder}/run"]
         log, until = Path(folder, "log"), lambda _: file.exists()
-        printed, _ = deepspeed(gpus, words, log, args.timeout, until)
+        printed, _ = runs.deepspeed(gpus, words, log, args.timeout, until)
         return printed, json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -216,7 +207,7 @@ def killed(args: argparse.Namespace, name: str) -> str:
     gpus, rows = args.gpus[-1], rows_of(args)[-1]
     with (
         tempfile.TemporaryDirectory(dir=args.folder) as folder,
-        rows_file(rows * gpus * KILL_STEPS, 1500) as data,
+        runs.rows_file(rows * gpus * KILL_STEPS, 1500) as data,
         tqdm(total=3, unit="run", file=sys.stderr) as bar,
     ):
         command = options_of(args, data, rows, SETTINGS[name], KILL_STEPS)
@@ -225,7 +216,7 @@ def killed(args: argparse.Namespace, name: str) -> str:
 
         def start(output: str, death: int) -> tuple[str, int]:
             words = ["die", str(death), *command.split(), "--output_dir", f"{folder}/{output}"]
-            ended = deepspeed(gpus, words, Path(folder, "log"), args.timeout)
+            ended = runs.deepspeed(gpus, words, Path(folder, "log"), args.timeout)
             bar.update()
             return ended
 
@@ -273,11 +264,6 @@ def inference_rows(args: argparse.Namespace) -> Iterator[Row]:
             yield row
 
 
-def inference_cells(row: Row) -> list[str]:
-    counts = ["-" if row[name] is None else f"{row[name]:,}" for name in ("same", "tokens")]
-    return [str(row["batch_size"]), number(row["tokens_s"]), number(row["gigabytes"]), *counts]
-
-
 def generated(args: argparse.Namespace, way: str, gpus: int) -> dict[str, Any]:
     """What one_rank.py found; empty if it failed."""
     names = ("dtype", "device", "batch_sizes", "prompt_tokens", "new_tokens")
@@ -285,8 +271,8 @@ def generated(args: argparse.Namespace, way: str, gpus: int) -> dict[str, Any]:
         file = Path(folder, "found.json")
         options = {name: getattr(args, name) for name in names}
         options |= {"way": way, "model": str(args.model), "file": str(file)}
-        command = [*torchrun(gpus), "generate", json.dumps(options)]
-        run(command, Path(folder, "log"), args.timeout, lambda _: file.exists())
+        command = [*runs.torchrun(gpus), "generate", json.dumps(options)]
+        runs.run(command, Path(folder, "log"), args.timeout, lambda _: file.exists())
         return json.loads(file.read_text()) if file.exists() else {}
 
 

@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,13 +29,10 @@ from deepseek_moe.model.layout import weight_files
 PROMPT, NEW = 128, 9  # the ninth token comes after kernels are compiled and a graph is captured
 
 
-@dataclass
-class Start:
-    triton_cache: str
-    seconds: dict[str, float]  # from the start of the process to the end of each part
-    anonymous_bytes: int  # the most host memory without the pages of files
-    resident_bytes: int  # the most with these
-    largest_file: int  # bytes of the largest weight file
+Start = dict[str, Any]
+"""`triton_cache` (empty or filled), `seconds` (from the start of the process to each part's end),
+`anonymous_bytes` (the most host memory without the pages of files), `resident_bytes` (with these),
+`largest_file` (bytes of the largest weight file)."""
 
 
 def main() -> None:
@@ -79,13 +76,16 @@ def starts(model: str, device: str) -> Iterator[Start]:
                 pass
     with tempfile.TemporaryDirectory() as cache:
         for name in tqdm(("empty", "filled"), unit="start", leave=False):
-            start = one_start(model, device, name, Path(cache))
-            start.largest_file = max(file.stat().st_size for file in files)
-            yield start
+            largest = max(file.stat().st_size for file in files)
+            yield {
+                "triton_cache": name,
+                **one_start(model, device, Path(cache)),
+                "largest_file": largest,
+            }
 
 
-def one_start(model: str, device: str, name: str, cache: Path) -> Start:
-    """A start with the folder `cache` as Triton's cache."""
+def one_start(model: str, device: str, cache: Path) -> dict[str, Any]:
+    """What is measured of a start with the folder `cache` as Triton's cache."""
     command = [sys.executable, __file__, "--model", model, "--device", device, "--since"]
     anonymous = resident = 0
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
@@ -105,7 +105,8 @@ def one_start(model: str, device: str, name: str, cache: Path) -> Start:
         printed, said = out.read().split("\n"), log.read().strip().split("\n")
     if process.returncode:
         raise UserError(f"a start failed: {said[-1]}; try {' '.join(command[1:4])} by itself")
-    return Start(name, json.loads(printed[-2]), anonymous, resident, 0)
+    seconds = json.loads(printed[-2])
+    return {"seconds": seconds, "anonymous_bytes": anonymous, "resident_bytes": resident}
 
 
 def host_memory(pid: int) -> dict[str, int]:
@@ -121,13 +122,13 @@ def host_memory(pid: int) -> dict[str, int]:
 def describe(start: Start) -> str:
     """A line of the parts and the memory."""
     before, parts = 0.0, []
-    for name, seconds in start.seconds.items():
+    for name, seconds in start["seconds"].items():
         parts.append(f"{name} {seconds:.1f} s (+{seconds - before:.1f})")
         before = seconds
-    sizes = (start.anonymous_bytes, start.resident_bytes, start.largest_file)
-    most, with_files, largest = (f"{size / 1e9:.2f} GB" for size in sizes)
+    names = ("anonymous_bytes", "resident_bytes", "largest_file")
+    most, with_files, largest = (f"{start[name] / 1e9:.2f} GB" for name in names)
     memory = f"host memory at most {most}, {with_files} with files (largest file {largest})"
-    return f"{start.triton_cache} Triton cache: {', '.join(parts)}; {memory}"
+    return f"{start['triton_cache']} Triton cache: {', '.join(parts)}; {memory}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from deepseek_moe.files import check_writable, write_text
 
 Figure = float | str | None
 """What was measured, a word instead (such as NO_MEMORY), or None: not measured."""
+Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
+"""Titles, and what each column shows of a row."""
 
 
 class Report:
@@ -37,9 +40,9 @@ class Report:
         print(", ".join(f"{name} {value}" for name, value in self.contents["machine"].items()))
         print(self.contents["command"], flush=True)
 
-    def add(self, part: str, row: dict[str, Any], shown: str) -> None:
-        """Appends a row to a part of the report."""
-        print(shown, flush=True)
+    def add(self, part: str, row: Row, columns: Columns, name: str = "") -> None:
+        """Appends a row to a part of the report, and shows its columns after `name`."""
+        print(name, aligned(show(row) for show in columns.values()), flush=True)
         self.contents.setdefault(part, []).append(row)
         if self.file:  # now, in case a later row fails
             write_text(self.file, json.dumps(self.contents, indent=1) + "\n", overwrite=True)

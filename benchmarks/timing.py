@@ -69,6 +69,10 @@ def stock_decode(model: PreTrainedModel, prompts: Prompts, new: int) -> tuple[fl
     return seconds, tokens_BL[:, ids_BL.shape[1] :].tolist()
 
 
+def stock_decode_seconds(model: PreTrainedModel, prompts: Prompts, new: int) -> float:
+    return stock_decode(model, prompts, new)[0]
+
+
 def prefill_seconds(generator: Generator, prompts: Prompts) -> float:
     """From ids to the logits after each prompt in the engine, with the cache filled."""
     engine = generator.engine or Engine(generator.model)

@@ -20,34 +20,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from finetune_runs import (
-    EIGHT_BITS,
-    HERE,
-    KEPT,
-    LORA,
-    QLORA,
-    QLORA_16,
-    STEPS,
-    command_of,
-    finetune,
-    measured_rate,
-    rows_file,
-    steps_of,
-)
+import finetune_runs as runs
+import tables
 from limits import layer_numbers, product_rate
 from random_model import model_of_layers
-from tables import (
-    Report,
-    add_report_options,
-    aligned,
-    number,
-    percent,
-    ratio,
-    refuse_unknown,
-    require_gpu,
-)
 from timing import release
 from tqdm import tqdm
 
@@ -65,22 +43,32 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("all weights, everything kept", 16, 1024, KEPT),
-    Setting("all weights, skewed routing", 16, 1024, KEPT, skewed=True),
-    Setting("all weights, experts recomputed", 16, 1024, f"{KEPT} --recompute_experts True"),
+    Setting("all weights, everything kept", 16, 1024, runs.KEPT),
+    Setting("all weights, skewed routing", 16, 1024, runs.KEPT, skewed=True),
+    Setting("all weights, experts recomputed", 16, 1024, f"{runs.KEPT} --recompute_experts True"),
     Setting("all weights, layers recomputed", 16, 1024, "", "full"),
     Setting("all weights, layers recomputed, long", 4, 4096, ""),
     Setting("all weights, layers recomputed, packed", 4, 4096, "--packing True"),
-    Setting("LoRA r64, everything kept", 16, 1024, f"{LORA} {KEPT}"),
-    Setting("LoRA r64, layers recomputed", 16, 1024, LORA, "lora"),
-    Setting("QLoRA r64, layers recomputed", 16, 1024, QLORA),
-    Setting("QLoRA r64, layers recomputed, 8-bit Adam", 16, 1024, f"{QLORA} {EIGHT_BITS}"),
-    Setting("QLoRA r64, layers recomputed, skewed routing", 16, 1024,
-            f"{QLORA} {EIGHT_BITS}", skewed=True),
-    Setting("QLoRA r64, everything kept", 16, 1024, f"{QLORA} {KEPT}"),
-    Setting("QLoRA r16, layers recomputed, 8-bit Adam", 1, 1024, f"{QLORA_16} {EIGHT_BITS}"),
-)  # fmt: skip
-COLUMNS = ["tokens/s", "ms a step", "TFLOP/s", "MFU", "stock", "x stock", "GB", "stock GB"]
+    Setting("LoRA r64, everything kept", 16, 1024, f"{runs.LORA} {runs.KEPT}"),
+    Setting("LoRA r64, layers recomputed", 16, 1024, runs.LORA, "lora"),
+    Setting("QLoRA r64, layers recomputed", 16, 1024, runs.QLORA),
+    Setting("QLoRA r64, layers recomputed, 8-bit Adam", 16, 1024, runs.QLORA_8BIT_ADAM),
+    Setting(
+        "QLoRA r64, layers recomputed, skewed routing", 16, 1024, runs.QLORA_8BIT_ADAM, skewed=True
+    ),
+    Setting("QLoRA r64, everything kept", 16, 1024, f"{runs.QLORA} {runs.KEPT}"),
+    Setting("QLoRA r16, layers recomputed, 8-bit Adam", 1, 1024, runs.QLORA_16_8BIT_ADAM),
+)
+COLUMNS: tables.Columns = {
+    "tokens/s": lambda row: tables.number(row["tokens_s"]),
+    "ms a step": lambda row: tables.number(row["step_ms"]),
+    "TFLOP/s": lambda row: tables.ratio(row["flops_s"], 1e12, "{:.0f}"),
+    "MFU": lambda row: tables.percent(row["mfu"]),
+    "stock": lambda row: tables.number(row["stock_tokens_s"]),
+    "x stock": lambda row: tables.ratio(row["tokens_s"], row["stock_tokens_s"]),
+    "GB": lambda row: tables.number(row["gigabytes"]),
+    "stock GB": lambda row: tables.number(row["stock_gigabytes"]),
+}
 
 
 def main() -> None:
@@ -89,33 +77,33 @@ def main() -> None:
     parser.add_argument("--no_stock", action="store_true")
     parser.add_argument("--num_hidden_layers", type=int, default=28)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "random-moe")
-    add_report_options(parser)
+    tables.add_report_options(parser)
     args = parser.parse_args()
     chosen = [setting for setting in SETTINGS if args.only in setting.name]
-    refuse_unknown(args.only, chosen, (setting.name for setting in SETTINGS))
-    device = require_gpu()
-    report = Report(args, device)
+    tables.refuse_unknown(args.only, chosen, (setting.name for setting in SETTINGS))
+    device = tables.require_gpu()
+    report = tables.Report(args, device)
     operations_s = product_rate(device)
     report.contents["operations_s"] = operations_s
     release(device)
     print(f"measured: multiplies {operations_s / 1e12:.3g} TFLOP/s (square matrices)")
-    print(f"{'':44} {'rows x length':>13} {aligned(COLUMNS)}", flush=True)
-    with rows_file(16 * STEPS, 6000) as data:
+    print(f"{'':44} {'rows x length':>13} {tables.aligned(COLUMNS)}", flush=True)
+    with runs.rows_file(16 * runs.STEPS, 6000) as data:
         for row in rows(args, tqdm(chosen, file=sys.stderr), data, operations_s):
-            name = f"{row['name']:44} {row['shape']:>13}"
-            report.add("lines", row, f"{name} {aligned(cells(row))}")
+            report.add("lines", row, COLUMNS, f"{row['name']:44} {row['shape']:>13}")
 
 
 def rows(
     args: argparse.Namespace, chosen: Iterator[Setting], data: Path, operations_s: float
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tables.Row]:
     """A row for each setting; a run that failed leaves None, and says why on stderr."""
     config = DeepseekConfig(num_hidden_layers=args.num_hidden_layers)
     for setting in chosen:
         shape = (setting.rows, setting.length)
         model = model_of_layers(args.models, args.num_hidden_layers, setting.skewed)
-        command = command_of(model, data, *shape, setting.options, STEPS)
-        found = measured_rate(steps_of(finetune(command, f"step {STEPS}/{STEPS}")))
+        command = runs.command_of(model, data, *shape, setting.options, runs.STEPS)
+        printed = runs.finetune(command, f"step {runs.STEPS}/{runs.STEPS}")
+        found = runs.measured_rate(runs.steps_of(printed))
         rate, size = found or (None, None)
         flops = rate and rate * token_flops(config, setting.length)
         theirs = None
@@ -134,19 +122,6 @@ def rows(
         }
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    return [
-        number(row["tokens_s"]),
-        number(row["step_ms"]),
-        ratio(row["flops_s"], 1e12, "{:.0f}"),
-        percent(row["mfu"]),
-        number(row["stock_tokens_s"]),
-        ratio(row["tokens_s"], row["stock_tokens_s"]),
-        number(row["gigabytes"]),
-        number(row["stock_gigabytes"]),
-    ]
-
-
 def token_flops(config: DeepseekConfig, length: int) -> float:
     """Operations of a token's forward and backward pass: 6 for each weight that it passes, and for
     each of the (length + 1) / 2 positions that it attends to on average."""
@@ -160,7 +135,7 @@ def token_flops(config: DeepseekConfig, length: int) -> float:
 
 def stock(model: Path, setting: Setting) -> dict[str, float] | None:
     """What stock_train.py prints, or None if it failed."""
-    command = [sys.executable, str(HERE / "stock_train.py"), setting.stock]
+    command = [sys.executable, str(runs.HERE / "stock_train.py"), setting.stock]
     command += ["--model", str(model), "--rows", str(setting.rows), "--length", str(setting.length)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -21,16 +21,11 @@ from deepseek_moe.kernels.training import triton_ops as training_triton_ops
 
 OFFICIAL = {"hidden": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128}
 OFFICIAL |= {"experts": 64, "top_k": 6, "width": 1408}
-KERNELS_OF_FEW_TOKENS = (
-    "experts_down", "experts_gate_up", "gate_up", "linear", "qkv", "route"
-)  # fmt: skip
+KERNELS_OF_FEW_TOKENS = {"experts_down", "experts_gate_up", "gate_up", "linear", "qkv", "route"}
 """Kernels of steps of up to FEW tokens, which are compiled for each number of tokens."""
 TWINS = {
     name: (getattr(triton, name), getattr(torch_, name))
-    for triton, torch_ in (
-        (triton_ops, torch_ops),
-        (training_triton_ops, training_torch_ops),
-    )
+    for triton, torch_ in ((triton_ops, torch_ops), (training_triton_ops, training_torch_ops))
     for name in triton.__all__
 }
 """Each kernel and its twin in torch."""
@@ -38,7 +33,7 @@ TWINS = {
 
 @dataclass
 class Case:
-    """Sizes, and where and of what numbers the tensors are."""
+    """Sizes, device and dtype of the tensors that `CASES` makes."""
 
     tokens: int
     bits: int = 16
@@ -53,7 +48,6 @@ class Case:
     top_k: int = 3
     width: int = 64
     capacity: int = 1024
-    empty_row: bool = True
 
     def __post_init__(self) -> None:
         self.random = torch.Generator(self.device).manual_seed(self.seed)
@@ -62,7 +56,7 @@ class Case:
         options = {"generator": self.random, "device": self.device}
         self.slot = torch.randperm(self.slots, **options)[: self.tokens].int()
         self.position = torch.randint(self.capacity, (self.tokens,), **options).int()
-        if self.empty_row and self.tokens > 2:
+        if self.tokens > 2:
             self.position[1] = -1
         self.counters = torch.zeros(4096, dtype=torch.int32, device=self.device)
 
@@ -112,7 +106,9 @@ def _qkv(c: Case) -> list[Any]:
 
 
 def _attend(c: Case) -> list[Any]:
-    q = c.normal(c.tokens, 3, c.heads * c.head_dim)[:, 1]  # `rotate` gives a part of wider rows
+    q = c.normal(c.tokens, 3, c.heads * c.head_dim)[
+        :, 1
+    ]  # As `rotate` gives it: a part of wider rows.
     return [q, c.cache(), c.position, c.slot, c.head_dim**-0.5, c.counters]
 
 
@@ -183,7 +179,7 @@ def _weighted_swiglu_backward_alone(c: Case) -> list[Any]:
 
 
 def _adamw(c: Case) -> list[Any]:
-    shape = (c.tokens, 300 if c.seed % 2 else 512)  # the last block is shorter, or not
+    shape = (c.tokens, 300 if c.seed % 2 else 512)  # Odd: the last block is shorter.
     blocks = -(-shape[0] * shape[1] // training_torch_ops.ADAMW_BLOCK)
     weight, grad = c.normal(*shape).bfloat16(), c.normal(*shape).bfloat16()
     codes = torch.randint(256, (2, *shape), generator=c.random, device=c.device).to(torch.uint8)
@@ -193,13 +189,14 @@ def _adamw(c: Case) -> list[Any]:
 
 def _sum_picks(c: Case) -> list[Any]:
     place = torch_ops.sort_picks(c.routing()[0], c.experts)[1]
-    place = place.masked_fill(place == c.tokens, -1)  # one of no place, if there are some
+    place = place.masked_fill(place == c.tokens, -1)  # A pick without a place.
     x = c.normal(c.tokens * c.top_k, c.hidden)
     return [x, x * 2 if c.seed % 2 else None, place]
 
 
 def _unpack_4bit(c: Case) -> list[Any]:
-    # Whole programs, or not even whole bytes; more than one scale of scales.
+    # One token: sizes that fill whole programs. More tokens: the last byte is half used, and there
+    # is more than one scale of scales.
     shape = torch.Size((3, 128, 64) if c.tokens == 1 else (c.tokens, 127, 85))
     blocks, options = -(-shape.numel() // 64), {"generator": c.random, "device": c.device}
     packed = torch.randint(256, (-(-shape.numel() // 2), 1), **options).to(torch.uint8)

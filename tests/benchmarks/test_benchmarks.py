@@ -48,7 +48,7 @@ def test_decode(tmp_path: Path) -> None:
     for row in report["decode"]:
         assert row["tokens_s"] > 0 and row["limit_tokens_s"] > 0
         assert (row["stock_tokens_s"] is None) == row["weights"].startswith("int")
-    assert report["decode"][2]["whole_tokens_s"] == report["decode"][0]["tokens_s"]
+    assert report["decode"][2]["unquantised_tokens_s"] == report["decode"][0]["tokens_s"]
     assert report["decode"][0]["experts"] == 6 < report["decode"][1]["experts"]
     assert report["prefill"][0]["tokens_s"] > 0
     assert [start["triton_cache"] for start in report["start"]] == ["empty", "filled"]
