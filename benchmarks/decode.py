@@ -4,9 +4,9 @@
     python benchmarks/decode.py --model /tmp/random-16b --output_file images/decode.json
     python images/plots.py                  draws images/decode.png from that file
 
-This takes about four minutes for the 16B model on an H200. The first part starts other processes,
-which need the GPU for themselves. The limit of decoding is the bytes that a step must read over the
-measured bandwidth, that of prefill the operations over the measured rate of products (limits.py).
+This takes about three minutes for the 16B model on an H200. The limit of decoding is the bytes that
+a step must read over the measured bandwidth, that of prefill the operations over the measured rate
+of products (limits.py).
 """
 
 import argparse
@@ -17,7 +17,6 @@ import tables
 import timing
 import torch
 from limits import distinct_experts, product_rate, prompt_flops, read_bandwidth, step_bytes
-from start import describe, starts
 from tables import Figure, Row, number, percent, rate, ratio
 from timing import or_no_memory, random_prompts
 from transformers import PreTrainedModel
@@ -28,7 +27,7 @@ from deepseek_moe.errors import UserError, exit_on_user_error
 from deepseek_moe.files import BUNDLED_MODEL
 from deepseek_moe.kernels.int_weights import BITS
 
-PARTS = ("start", "prefill", "stock", "quantization")  # that --skip leaves out
+PARTS = ("prefill", "stock", "quantization")  # that --skip leaves out
 TABLES: dict[str, tuple[str, tables.Columns]] = {
     "prefill": (
         "prefill, tokens/s",
@@ -71,13 +70,6 @@ def main() -> None:
         torch.cuda.set_device(device)  # on which kernels are launched
     report = tables.Report(args, device)
     report.contents |= {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
-    if "start" not in args.skip:
-        print("\nstart, seconds since the process began", flush=True)
-        try:
-            for start in starts(args.model, args.device):
-                report.add("start", start, {"": describe})
-        except UserError as error:  # the rest can still be measured
-            print(error, flush=True)
     bytes_s, operations_s = read_bandwidth(device), product_rate(device)
     report.contents |= {"bytes_s": bytes_s, "operations_s": operations_s}
     timing.release(device)

@@ -13,9 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -29,12 +27,6 @@ from deepseek_moe.model.layout import weight_files
 PROMPT, NEW = 128, 9  # the ninth token comes after kernels are compiled and a graph is captured
 
 
-Start = dict[str, Any]
-"""`triton_cache` (empty or filled), `seconds` (from the start of the process to each part's end),
-`anonymous_bytes` (the most host memory without the pages of files), `resident_bytes` (with these),
-`largest_file` (bytes of the largest weight file)."""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(BUNDLED_MODEL), help="a folder or a hub id")
@@ -44,8 +36,16 @@ def main() -> None:
     if args.since is not None:
         print(json.dumps(first_tokens(args.model, args.device, args.since)))
         return
-    for start in starts(args.model, args.device):
-        print(describe(start), flush=True)
+    files = weight_files(find_checkpoint(args.model))
+    for file in tqdm(files, "reading", unit="file", leave=False):
+        with file.open("rb", buffering=0) as handle:
+            while handle.read(2**26):
+                pass
+    largest = max(file.stat().st_size for file in files)
+    with tempfile.TemporaryDirectory() as cache:
+        for name in tqdm(("empty", "filled"), unit="start", leave=False):
+            print(f"{name} Triton cache: {measured_start(args.model, args.device, cache)}", end="")
+            print(f" (largest file {largest / 1e9:.2f} GB)", flush=True)
 
 
 def first_tokens(model: str, device: str, since: float) -> dict[str, float]:
@@ -63,35 +63,18 @@ def first_tokens(model: str, device: str, since: float) -> dict[str, float]:
     return seconds
 
 
-def starts(model: str, device: str) -> Iterator[Start]:
-    """Two starts, in processes of their own.
+def measured_start(model: str, device: str, cache: str) -> str:
+    """A line of the parts and the memory of a start with the folder `cache` as Triton's cache.
 
     Raises:
-        UserError: a process failed.
+        UserError: the process failed.
     """
-    files = weight_files(find_checkpoint(model))
-    for file in tqdm(files, "reading", unit="file", leave=False):
-        with file.open("rb", buffering=0) as handle:
-            while handle.read(2**26):
-                pass
-    with tempfile.TemporaryDirectory() as cache:
-        for name in tqdm(("empty", "filled"), unit="start", leave=False):
-            largest = max(file.stat().st_size for file in files)
-            yield {
-                "triton_cache": name,
-                **one_start(model, device, Path(cache)),
-                "largest_file": largest,
-            }
-
-
-def one_start(model: str, device: str, cache: Path) -> dict[str, Any]:
-    """What is measured of a start with the folder `cache` as Triton's cache."""
     command = [sys.executable, __file__, "--model", model, "--device", device, "--since"]
     anonymous = resident = 0
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [*command, str(time.time())],
-            env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
+            env=os.environ | {"TRITON_CACHE_DIR": cache},
             stdout=out,
             stderr=log,
         )
@@ -105,8 +88,12 @@ def one_start(model: str, device: str, cache: Path) -> dict[str, Any]:
         printed, said = out.read().split("\n"), log.read().strip().split("\n")
     if process.returncode:
         raise UserError(f"a start failed: {said[-1]}; try {' '.join(command[1:4])} by itself")
-    seconds = json.loads(printed[-2])
-    return {"seconds": seconds, "anonymous_bytes": anonymous, "resident_bytes": resident}
+    before, parts = 0.0, []
+    for name, seconds in json.loads(printed[-2]).items():
+        parts.append(f"{name} {seconds:.1f} s (+{seconds - before:.1f})")
+        before = seconds
+    most, with_files = (f"{size / 1e9:.2f} GB" for size in (anonymous, resident))
+    return f"{', '.join(parts)}; host memory at most {most}, {with_files} with files"
 
 
 def host_memory(pid: int) -> dict[str, int]:
@@ -117,18 +104,6 @@ def host_memory(pid: int) -> dict[str, int]:
         return {}
     lines = [line.split() for line in text.split("\n") if line.endswith(" kB")]
     return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
-
-
-def describe(start: Start) -> str:
-    """A line of the parts and the memory."""
-    before, parts = 0.0, []
-    for name, seconds in start["seconds"].items():
-        parts.append(f"{name} {seconds:.1f} s (+{seconds - before:.1f})")
-        before = seconds
-    names = ("anonymous_bytes", "resident_bytes", "largest_file")
-    most, with_files, largest = (f"{start[name] / 1e9:.2f} GB" for name in names)
-    memory = f"host memory at most {most}, {with_files} with files (largest file {largest})"
-    return f"{start['triton_cache']} Triton cache: {', '.join(parts)}; {memory}"
 
 
 if __name__ == "__main__":

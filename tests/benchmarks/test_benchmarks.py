@@ -51,7 +51,6 @@ def test_decode(tmp_path: Path) -> None:
     assert report["decode"][2]["unquantised_tokens_s"] == report["decode"][0]["tokens_s"]
     assert report["decode"][0]["experts"] == 6 < report["decode"][1]["experts"]
     assert report["prefill"][0]["tokens_s"] > 0
-    assert [start["triton_cache"] for start in report["start"]] == ["empty", "filled"]
     assert len(re.findall(rf" (?:float32|int\d) +{NUMBER} +[12] +{NUMBER} ", printed)) == 4
     printed = run(f"benchmarks/decode.py --output_file {file}", code=2)
     assert "is there already" in printed
