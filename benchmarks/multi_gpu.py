@@ -64,8 +64,8 @@ GENERATED: Columns = {
     "batch": lambda row: str(row["batch_size"]),
     "tokens/s": lambda row: number(row["tokens_s"]),
     "GB": lambda row: number(row["gigabytes"]),
-    "same": lambda row: str(row["same"]),
-    "tokens": lambda row: str(row["tokens"]),
+    "same": lambda row: number(row["same"]),
+    "tokens": lambda row: number(row["tokens"]),
 }
 
 
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, nargs="+", help="numbers of GPUs; one and all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--kill", action="store_true", help="instead: kill a rank in a save")
-    parser.add_argument("--only", default="", help="settings with this text in their name")
+    parser.add_argument("--only", default="", help="settings whose name begins so: full, LoRA, ...")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--model", type=Path, help="a checkpoint, instead of random weights")
     parser.add_argument("--num_hidden_layers", type=int, default=28)

@@ -63,7 +63,7 @@ def require_gpu() -> torch.device:
 def refuse_unknown(only: str, chosen: Iterable[Any], names: Iterable[str]) -> None:
     """Raises UserError if --only has chosen nothing."""
     if not list(chosen):
-        raise UserError(f"no setting has {only!r} in its name; there are: {'; '.join(names)}")
+        raise UserError(f"--only {only} names no setting; there are: {'; '.join(names)}")
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -88,7 +88,7 @@ def number(value: Figure) -> str:
         return value
     if value is None:
         return "-"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.1f}"
 
 
 def rate(tokens: int, seconds: Figure) -> Figure:

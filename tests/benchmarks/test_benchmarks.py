@@ -85,7 +85,10 @@ def test_random_model(module: Callable[[str], ModuleType], tmp_path: Path) -> No
     ("command", "said"),
     [
         *[(f"{name} --only r64", "no GPU was found") for name in ("train", "memory", "fits")],
-        *[(f"{name} --only r65", "no setting has 'r65") for name in ("train", "memory", "fits")],
+        *[
+            (f"{name} --only r65", "--only r65 names no setting")
+            for name in ("train", "memory", "fits")
+        ],
         ("multi_gpu --gpus 2", "0 GPU.* is 2"),
         (f"random_model --output {BUNDLED_MODEL}", "is there already"),
     ],
