@@ -1,12 +1,13 @@
-"""What no way of computing this model can beat: bytes and operations by arithmetic on the config,
-and how fast the machine reads and multiplies, measured."""
+"""What no way of computing this model can beat.
 
-import statistics
-import time
+Bytes and operations follow from the config; how fast the machine reads and multiplies is measured.
+"""
+
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from timing import median_seconds
 
 from deepseek_moe import DeepseekConfig
 from deepseek_moe.kernels.int_weights import GROUP, HEAD_BITS
@@ -17,7 +18,7 @@ class LayerNumbers(NamedTuple):
 
     kv: int  # key and value projections
     dense: int  # query and output projections, dense or shared experts
-    small: int  # router and norms, which are never packed
+    small: int  # router and norms, which are never quantised
     expert: int  # one routed expert
 
 
@@ -32,8 +33,10 @@ def layer_numbers(config: DeepseekConfig, i: int) -> LayerNumbers:
 
 
 def distinct_experts(config: DeepseekConfig, tokens: int) -> float:
-    """Experts of a layer that at least one of `tokens` tokens chooses, where each chooses evenly
-    and by itself: E (1 - (1 - K / E)^tokens)."""
+    """The expected number of a layer's experts that at least one of `tokens` tokens chooses.
+
+    Each token chooses evenly and independently: E (1 - (1 - K / E)^tokens).
+    """
     E, K = config.n_routed_experts, config.num_experts_per_tok
     return E * (1 - (1 - K / E) ** tokens)
 
@@ -41,26 +44,29 @@ def distinct_experts(config: DeepseekConfig, tokens: int) -> float:
 def step_bytes(
     config: DeepseekConfig, batch: int, length: float, itemsize: int = 2, bits: int | None = None
 ) -> float:
-    """What one step of `batch` sequences must read: every weight once that some token needs, and
-    the keys and values of `length` positions of each sequence.
+    """Bytes that one step of `batch` sequences must read.
 
-    `itemsize` is the bytes of a number of the model's dtype, `bits` those of a packed weight.
+    These are every weight once that some token needs, and the keys and values of `length` positions
+    of each sequence. `itemsize` is the bytes of a number of the model's dtype, `bits` the size of a
+    quantised weight.
     """
-    packed = itemsize if bits is None else bits / 8 + itemsize / GROUP
+    each = itemsize if bits is None else bits / 8 + itemsize / GROUP
     head = itemsize if bits is None else HEAD_BITS / 8 + itemsize / GROUP
     read = config.vocab_size * config.hidden_size * head + config.hidden_size * itemsize
     for i in range(config.num_hidden_layers):
         layer = layer_numbers(config, i)
         experts = layer.expert * distinct_experts(config, batch) if layer.expert else 0
-        read += (layer.kv + layer.dense + experts) * packed + layer.small * itemsize
+        read += (layer.kv + layer.dense + experts) * each + layer.small * itemsize
     kv_heads, layers = config.num_key_value_heads, config.num_hidden_layers
     return read + batch * length * 2 * kv_heads * config.head_dim * itemsize * layers
 
 
 def prompt_flops(config: DeepseekConfig, lengths: list[int]) -> float:
-    """Operations (2 a product and its sum) that fill the cache with prompts of these lengths and
-    score what follows: of the last layer only the last tokens need more than keys and values, and
-    only they need the head. Position p attends to p + 1 positions."""
+    """Operations that fill the cache with prompts of these lengths and score the next tokens.
+
+    A product and its sum are 2. Only the last tokens need the head, and more than keys and values
+    of the last layer. Position p attends to p + 1 positions.
+    """
     layers = [layer_numbers(config, i) for i in range(config.num_hidden_layers)]
     K, D = config.num_experts_per_tok or 0, config.hidden_size
     rest = [n.dense + n.small - 2 * D + K * n.expert for n in layers]
@@ -71,8 +77,11 @@ def prompt_flops(config: DeepseekConfig, lengths: list[int]) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a product of a large matrix and a vector reads, the best of torch's and
-    ours. The matrices are far larger than the caches and take turns."""
+    """Bytes a second that a product of a large matrix and a vector reads.
+
+    It is the best of torch's ways and of this repository's kernel. The matrices are far larger than
+    the caches and take turns.
+    """
     on_gpu = device.type == "cuda"
     rows, dtype = (2**19, torch.bfloat16) if on_gpu else (2**13, torch.float32)
     matrices = [torch.randn(rows, 2048, device=device, dtype=dtype) for _ in range(2)]
@@ -82,10 +91,10 @@ def read_bandwidth(device: torch.device) -> float:
         lambda matrix: torch.mv(matrix.view(-1, 8192), long_x),
     ]
     if on_gpu:
-        from deepseek_moe.kernels.decode import triton_ops as fused
+        from deepseek_moe.kernels.decode import triton_ops
         from deepseek_moe.kernels.int_weights import Weight
 
-        ways.append(lambda matrix: fused.linear(x[None], Weight(matrix)))
+        ways.append(lambda matrix: triton_ops.linear(x[None], Weight(matrix)))
     turns = 8 * matrices  # so that one wait for the GPU is nothing beside them
     read = sum(matrix.nbytes for matrix in turns)
     with torch.inference_mode():
@@ -100,22 +109,3 @@ def product_rate(device: torch.device) -> float:
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 10 * 2 * n**3 / median_seconds(lambda: [a @ b for _ in range(10)], device)
-
-
-def median_seconds(work: Callable[[], object], device: torch.device, times: int = 5) -> float:
-    """The median time from the call of `work` to the end of all it does on the GPU, after one call
-    that does not count."""
-    seconds = []
-    for _ in range(times + 1):
-        wait(device)
-        start = time.perf_counter()
-        work()
-        wait(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-def wait(device: torch.device) -> None:
-    """Until the GPU has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,21 +1,21 @@
-"""What multi_gpu.py has each GPU run; started by a launcher, which says who is who.
+"""What multi_gpu.py runs on each GPU; a launcher starts it and says who is who.
 
     deepspeed --no_local_rank one_rank.py profile FILE ...    finetune.py, its last step profiled
-    deepspeed --no_local_rank one_rank.py die RANK ...        finetune.py, one rank killed in a save
-    torchrun one_rank.py generate tensor --model ...          greedy tokens and their rate
+    deepspeed --no_local_rank one_rank.py die STEP ...        finetune.py, killed in a save
+    torchrun one_rank.py generate '{"way": "tensor", ...}'    greedy tokens and their rate
     torchrun one_rank.py link FILE cuda                       how fast the GPUs talk
 
 Results are JSON files that the first process writes.
 """
 
-import argparse
+import importlib.util
 import json
 import os
-import runpy
 import signal
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,53 +23,42 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
+from transformers.trainer_callback import ExportableState
 
+from deepseek_moe.errors import end_without_teardown, exit_on_user_error, rank_zero_reports
 from deepseek_moe.files import write_text
-from deepseek_moe.training import trainer as training
 
-SCRIPT = Path(__file__).resolve().parents[1] / "finetune" / "finetune.py"
 WAYS = ("one", "tensor", "expert")
 RANK = int(os.environ.get("RANK", 0))
-Intervals = list[tuple[float, float]]
 
 
 def main() -> None:
-    mode, *rest = sys.argv[1:]
-    if mode == "generate":
-        generate(rest)
-        return
-    if mode == "link":
-        link(Path(rest[0]), rest[1])
-        return
-    if mode == "profile" and RANK == 0:
-        add_callback(ProfileLastStep(Path(rest[0])))
-    if mode == "die" and int(rest[0]) == RANK:
-        die_in_save(2)
-    if any("autoep" in word for word in rest):
-        leave_out_routing()
-    sys.argv = [str(SCRIPT), *rest[1:]]
-    sys.path.insert(0, str(SCRIPT.parent))  # as python itself does for a script
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    what, argument, *rest = sys.argv[1:]
+    if what == "generate":
+        generate(**json.loads(argument))
+    elif what == "link":
+        measure_link(Path(argument), *rest)
+    elif what == "profile":
+        finetune(rest, [ProfileLastStep(Path(argument))] if RANK == 0 else [])
+    elif what == "die":
+        finetune(rest, [DieInSave(int(argument))] if RANK == 0 else [])
 
 
-# ---- training ----
-
-
-def add_callback(callback: TrainerCallback) -> None:
-    """To every trainer made from now on."""
-    original = training.FineTuner.__init__
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.add_callback(callback)
-
-    training.FineTuner.__init__ = init
+def finetune(argv: Sequence[str], callbacks: Sequence[TrainerCallback]) -> None:
+    """Runs finetune.py in this process."""
+    script = Path(__file__).resolve().parents[1] / "finetune" / "finetune.py"
+    sys.path.insert(0, str(script.parent))  # as Python itself does for a script
+    spec = importlib.util.spec_from_file_location("finetune", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with end_without_teardown(), exit_on_user_error(), rank_zero_reports():
+        module.main(argv, callbacks)
 
 
 class ProfileLastStep(TrainerCallback):
-    """Writes `shares` of the last step to `file`; the steps before go at full speed."""
+    """Writes `communication_shares` of the last step to `file`; the others go at full speed."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.start, self.profiler = file, 0.0, None
@@ -89,13 +78,52 @@ class ProfileLastStep(TrainerCallback):
         synchronize()
         seconds = time.perf_counter() - self.start
         self.profiler.stop()
-        on_gpu = args.device.type == "cuda"
         events = self.profiler.events()
-        if on_gpu:  # kernels and copies; annotations are names for what other events are
+        if args.device.type == "cuda":  # Kernels and copies; annotations are names for these.
             on_device = torch.autograd.DeviceType.CUDA
             events = [e for e in events if e.device_type == on_device and not e.is_user_annotation]
         spans = [(e.name, e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events]
-        write_text(self.file, json.dumps(shares(spans, seconds)), overwrite=True)  # of a rank
+        shares = communication_shares(spans, seconds)
+        write_text(self.file, json.dumps(shares), overwrite=True)
+
+
+class DieInSave(TrainerCallback, ExportableState):
+    """Kills this process in the save of a step: Trainer asks for the state of callbacks when it has
+    written the model and the optimizer, and before it writes its own state."""
+
+    def __init__(self, step: int) -> None:
+        self.victim, self.step = step, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+
+    def state(self) -> dict[str, Any]:
+        if self.step and self.step == self.victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"args": {"step": self.victim}, "attributes": {}}
+
+
+def communication_shares(
+    spans: Sequence[tuple[str, float, float]], seconds: float
+) -> dict[str, float]:
+    """Parts of a step of `seconds` in which NCCL (gloo, on CPUs) was at work, and alone at work.
+
+    `spans` are name, start and end of each kernel, in seconds. A collective counts from when this
+    rank enters it, so that waiting for the slowest rank is in it.
+    """
+    talks = [span for span in spans if span[0].startswith(("nccl", "gloo:"))]
+    computing = covered_seconds([span for span in spans if span not in talks])
+    exposed = covered_seconds(spans) - computing
+    return {"communication": covered_seconds(talks) / seconds, "exposed": exposed / seconds}
+
+
+def covered_seconds(spans: Sequence[tuple[str, float, float]]) -> float:
+    """Seconds that are in at least one span."""
+    total, until = 0.0, float("-inf")
+    for _, start, end in sorted(spans, key=lambda span: span[1]):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def synchronize() -> None:
@@ -103,59 +131,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def shares(spans: list[tuple[str, float, float]], seconds: float) -> dict[str, float]:
-    """Parts of a step of `seconds` in which NCCL (gloo, on CPUs) was at work, and in which it was
-    and nothing else: from (name, start, end) of each kernel, in seconds. A collective counts from
-    when this rank enters it, so that waiting for the slowest rank is in it."""
-    talks = [is_communication(name) for name, _, _ in spans]
-    times = [span[1:] for span in spans]
-    talking = covered([span for span, talk in zip(times, talks, strict=True) if talk])
-    computing = covered([span for span, talk in zip(times, talks, strict=True) if not talk])
-    return {"communication": talking / seconds, "exposed": (covered(times) - computing) / seconds}
+def measure_link(file: Path, device: str) -> None:
+    """Bytes/s that each rank sends and receives in a large sum over all ranks.
 
-
-def is_communication(name: str) -> bool:
-    return name.startswith(("nccl", "gloo:"))
-
-
-def covered(intervals: Intervals) -> float:
-    """Seconds that are in at least one."""
-    total, until = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
-
-
-def die_in_save(count: int) -> None:
-    """Kills this process in its `count`-th checkpoint, when the model's part of it is written and
-    the optimizer's is not."""
-    original, calls = training.FineTuner._save_optimizer_and_scheduler, 0
-
-    def save(self: Any, output_dir: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(self, output_dir)
-
-    training.FineTuner._save_optimizer_and_scheduler = save
-
-
-def leave_out_routing() -> None:
-    """DeepSpeed's own mixture takes none; so it has no balance loss."""
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    original = AutoEPMoELayer.forward
-    AutoEPMoELayer.forward = lambda self, hidden, routing=None: original(self, hidden)
-
-
-# ---- the link ----
-
-
-def link(file: Path, device: str) -> None:
-    """Bytes/s that each rank sends and receives in a large sum over all ranks (in a ring, each
-    passes on 2 (n - 1) / n of what is summed)."""
+    In a ring each of n ranks passes on 2 (n - 1) / n of what is summed.
+    """
     if device == "cuda":
         torch.cuda.set_device(RANK)
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -173,50 +153,34 @@ def link(file: Path, device: str) -> None:
     finish(file, {"bytes_s": sent / statistics.median(seconds[2:])})
 
 
-# ---- inference ----
-
-
-def generate(argv: list[str]) -> None:
+def generate(
+    way: str,
+    model: str,
+    dtype: str,
+    device: str,
+    batch_sizes: Sequence[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    file: str,
+) -> None:
     """Tokens of `generate` for each batch size, tokens/s, and GB of this GPU."""
-    from rates import random_prompts, stock_decode_seconds
+    from timing import random_prompts, stock_decode
 
-    parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=WAYS)
-    for name in ("--model", "--dtype", "--device", "--file"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", required=True)
-    parser.add_argument("--prompt_tokens", type=int, required=True)
-    parser.add_argument("--new_tokens", type=int, required=True)
-    args = parser.parse_args(argv)
-    model = load(args).eval()
+    if way == "one":
+        options = {"device_map": {"": device}}
+    else:
+        ranks = int(os.environ["WORLD_SIZE"])
+        options = {"distributed_config": DistributedConfig(**parallel_options(way, ranks))}
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **options)
+    network.eval()
     found: dict[str, Any] = {"tokens": {}, "tokens_s": {}}
-    for size in args.batch_sizes:
-        prompts = random_prompts(model, size, args.prompt_tokens)
-        found["tokens"][size] = greedy_tokens(model, prompts, args.new_tokens)
-        found["tokens_s"][size] = size / stock_decode_seconds(model, prompts)
+    for size in batch_sizes:
+        prompts = random_prompts(network, size, prompt_tokens)
+        seconds, found["tokens"][size] = stock_decode(network, prompts, new_tokens)
+        found["tokens_s"][size] = size / seconds
     if torch.cuda.is_available():
         found["gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
-    finish(Path(args.file), found)
-
-
-def finish(file: Path, found: dict[str, Any]) -> None:
-    if RANK == 0:
-        write_text(file, json.dumps(found), overwrite=True)
-    if distributed.is_initialized():
-        distributed.barrier()  # one that leaves early may abort the others
-        distributed.destroy_process_group()
-
-
-def load(args: argparse.Namespace) -> PreTrainedModel:
-    dtype = getattr(torch, args.dtype)
-    if args.way == "one":
-        return AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=dtype, device_map={"": args.device}
-        )
-    parallel = DistributedConfig(**parallel_options(args.way, int(os.environ["WORLD_SIZE"])))
-    return AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=dtype, distributed_config=parallel
-    )
+    finish(Path(file), found)
 
 
 def parallel_options(way: str, ranks: int) -> dict[str, Any]:
@@ -230,17 +194,12 @@ def parallel_options(way: str, ranks: int) -> dict[str, Any]:
     return options
 
 
-def greedy_tokens(model: PreTrainedModel, prompts: list[list[int]], new: int) -> list[list[int]]:
-    """The `new` tokens after each prompt; all prompts are of one length."""
-    ids_BL = torch.tensor(prompts, device=model.device)
-    tokens_BL = model.generate(
-        ids_BL,
-        attention_mask=torch.ones_like(ids_BL),
-        do_sample=False,
-        max_new_tokens=new,
-        min_new_tokens=new,
-    )
-    return tokens_BL[:, ids_BL.shape[1] :].tolist()
+def finish(file: Path, found: dict[str, Any]) -> None:
+    if RANK == 0:
+        write_text(file, json.dumps(found), overwrite=True)
+    if distributed.is_initialized():
+        distributed.barrier()  # One that leaves early may abort the others.
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Writes a DeepSeekMoE checkpoint of any size with random weights: for measuring, not for reading.
+"""Writes a DeepSeekMoE checkpoint of any size with random weights, for measuring.
 
     python benchmarks/random_model.py --output /tmp/random-16b
     python benchmarks/random_model.py --output /tmp/random-4-layers --num_hidden_layers 4
     python benchmarks/random_model.py --output /tmp/random-skewed --skew /tmp/random-16b
 
-The default is the configuration of the official 16B model. Weights are normal with standard
-deviation 0.006, embeddings 0.02, norms 1: so the routing is nearly uniform, as in the official
-model, where tinier weights would send all tokens the same way. The tokenizer is the bundled one.
---skew takes a checkpoint that this wrote, and makes some rows of its routers larger: of 64 experts
-the first 8 then get about half of all picks. The folder appears under its name when it is complete.
+The default is the configuration of the official 16B model. Weights are normal with a standard
+deviation of 0.006, embeddings of 0.02, norms are 1. This makes the routing nearly uniform, as in
+the official model; with smaller weights all tokens would go to the same experts. The tokenizer is
+the bundled one. --skew takes a checkpoint that this script wrote, and makes some rows of its
+routers larger, so that the first 8 of 64 experts get about half of all picks. The folder appears
+under its name when it is complete.
 """
 
 import argparse
@@ -34,7 +35,7 @@ ROUTERS = "model-routers.safetensors"
 
 @contextmanager
 def new_model(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder`; with `overwrite` in the place of a model there.
+    """Yields a folder to fill, which then becomes `folder`, or replaces the model there.
 
     Raises:
         UserError: `folder` holds anything (with `overwrite`: anything but a model).
@@ -52,7 +53,11 @@ def new_model(folder: Path, overwrite: bool) -> Iterator[Path]:
 def write_random_model(
     folder: Path, config: DeepseekConfig, seed: int = 0, overwrite: bool = False
 ) -> None:
-    """bf16, a file a layer, and one of all routers; errors as of `new_model`."""
+    """Writes bf16 weights, a file for each layer and one for all routers.
+
+    Raises:
+        UserError, RunError: as `new_model`.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
@@ -85,10 +90,10 @@ def write_random_model(
 
 
 def write_skewed_model(folder: Path, source: Path, overwrite: bool = False) -> None:
-    """`source` with half of all picks on a few experts; all but the routers are links to it.
+    """Writes `source` with half of all picks on a few experts; all but the routers are links.
 
     Raises:
-        UserError: `source` is no model of this script, or `folder` itself; or as of `new_model`.
+        UserError: `source` is no model of this script, or `folder` itself; or as `new_model`.
     """
     if not (source / ROUTERS).is_file():
         raise UserError(f"{source} has no {ROUTERS}; give --skew a model that this script wrote")
@@ -104,14 +109,29 @@ def write_skewed_model(folder: Path, source: Path, overwrite: bool = False) -> N
         save_file(routers, aside / ROUTERS, metadata={"format": "pt"})
 
 
+def model_of_layers(folder: Path, layers: int, skewed: bool = False) -> Path:
+    """The random model of so many layers in `folder`, which is written if it is not there."""
+    model = folder / f"{layers}-layers"
+    if not all((model / name).exists() for name in ("config.json", ROUTERS)):
+        write_random_model(model, DeepseekConfig(num_hidden_layers=layers))
+    if not skewed:
+        return model
+    other = folder / f"{model.name}-skewed"
+    if not (other / ROUTERS).exists():
+        write_skewed_model(other, model)
+    return other
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the model in --output, and all else there"
+        "--overwrite",
+        action="store_true",
+        help="replace the model in --output, and everything beside it",
     )
     parser.add_argument("--num_hidden_layers", type=int, default=28)
-    parser.add_argument("--skew", type=Path, help="of what --output is to be the skewed form")
+    parser.add_argument("--skew", type=Path, help="write the skewed form of this model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.skew:

@@ -1,9 +1,9 @@
-"""From the start of a process to its first token: the parts of that time, and the host memory.
+"""How long does it take until the first token, and how much host memory?
 
     python benchmarks/start.py --model /tmp/random-16b
 
-Twice: with an empty Triton cache, so that every kernel is compiled, and with what that left there.
-The weight files are read once before, so that they are in the page cache.
+It starts twice: with an empty Triton cache, so that every kernel is compiled, and with what the
+first start left there. The weight files are read before, so that they are in the page cache.
 """
 
 import argparse
@@ -13,8 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,17 +27,6 @@ from deepseek_moe.model.layout import weight_files
 PROMPT, NEW = 128, 9  # the ninth token comes after kernels are compiled and a graph is captured
 
 
-@dataclass
-class Start:
-    """One start: `seconds` from the start of the process to the end of each part, and the most host
-    memory that it had, all and without the pages of files."""
-
-    triton_cache: str
-    seconds: dict[str, float]
-    anonymous_bytes: int
-    resident_bytes: int
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(BUNDLED_MODEL), help="a folder or a hub id")
@@ -49,13 +36,20 @@ def main() -> None:
     if args.since is not None:
         print(json.dumps(first_tokens(args.model, args.device, args.since)))
         return
-    largest = largest_file(args.model)
-    for start in starts(args.model, args.device):
-        print(f"{start.triton_cache} Triton cache: {describe(start, largest)}", flush=True)
+    files = weight_files(find_checkpoint(args.model))
+    for file in tqdm(files, "reading", unit="file", leave=False):
+        with file.open("rb", buffering=0) as handle:
+            while handle.read(2**26):
+                pass
+    largest = max(file.stat().st_size for file in files)
+    with tempfile.TemporaryDirectory() as cache:
+        for name in tqdm(("empty", "filled"), unit="start", leave=False):
+            print(f"{name} Triton cache: {measured_start(args.model, args.device, cache)}", end="")
+            print(f" (largest file {largest / 1e9:.2f} GB)", flush=True)
 
 
 def first_tokens(model: str, device: str, since: float) -> dict[str, float]:
-    """Loads and begins to generate in this process. Seconds after `since` (of time.time())."""
+    """Loads and begins to generate; seconds after `since`, a time of time.time()."""
     seconds = {"imports": time.time() - since}
     network, _ = load(model, device=device)
     seconds["load"] = time.time() - since
@@ -69,29 +63,18 @@ def first_tokens(model: str, device: str, since: float) -> dict[str, float]:
     return seconds
 
 
-def starts(model: str, device: str) -> Iterator[Start]:
-    """Two starts, in processes of their own.
+def measured_start(model: str, device: str, cache: str) -> str:
+    """A line of the parts and the memory of a start with the folder `cache` as Triton's cache.
 
     Raises:
-        UserError: a process failed.
+        UserError: the process failed.
     """
-    for file in tqdm(weight_files(find_checkpoint(model)), "reading", unit="file", leave=False):
-        with file.open("rb", buffering=0) as handle:
-            while handle.read(2**26):
-                pass
-    with tempfile.TemporaryDirectory() as cache:
-        for name in tqdm(("empty", "filled"), unit="start", leave=False):
-            yield one_start(model, device, name, Path(cache))
-
-
-def one_start(model: str, device: str, name: str, cache: Path) -> Start:
-    """A start with this folder as Triton's cache."""
     command = [sys.executable, __file__, "--model", model, "--device", device, "--since"]
     anonymous = resident = 0
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [*command, str(time.time())],
-            env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
+            env=os.environ | {"TRITON_CACHE_DIR": cache},
             stdout=out,
             stderr=log,
         )
@@ -105,34 +88,22 @@ def one_start(model: str, device: str, name: str, cache: Path) -> Start:
         printed, said = out.read().split("\n"), log.read().strip().split("\n")
     if process.returncode:
         raise UserError(f"a start failed: {said[-1]}; try {' '.join(command[1:4])} by itself")
-    return Start(name, json.loads(printed[-2]), anonymous, resident)
+    before, parts = 0.0, []
+    for name, seconds in json.loads(printed[-2]).items():
+        parts.append(f"{name} {seconds:.1f} s (+{seconds - before:.1f})")
+        before = seconds
+    most, with_files = (f"{size / 1e9:.2f} GB" for size in (anonymous, resident))
+    return f"{', '.join(parts)}; host memory at most {most}, {with_files} with files"
 
 
 def host_memory(pid: int) -> dict[str, int]:
-    """The sizes in a process's status file on Linux, in bytes: RssAnon now, VmHWM at its most."""
+    """Sizes of a process's status file on Linux, in bytes: RssAnon is now, VmHWM the most."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:  # it has just ended, or this is no Linux
         return {}
     lines = [line.split() for line in text.split("\n") if line.endswith(" kB")]
     return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
-
-
-def largest_file(model: str) -> int:
-    """Bytes of the largest weight file."""
-    return max(file.stat().st_size for file in weight_files(find_checkpoint(model)))
-
-
-def describe(start: Start, largest: int) -> str:
-    """A line of the parts and the memory."""
-    before, parts = 0.0, []
-    for name, seconds in start.seconds.items():
-        parts.append(f"{name} {seconds:.1f} s (+{seconds - before:.1f})")
-        before = seconds
-    return (
-        f"{', '.join(parts)}; host memory at most {start.anonymous_bytes / 1e9:.2f} GB, "
-        f"{start.resident_bytes / 1e9:.2f} GB with files (largest file {largest / 1e9:.2f} GB)"
-    )
 
 
 if __name__ == "__main__":

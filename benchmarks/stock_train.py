@@ -3,9 +3,9 @@
     python benchmarks/stock_train.py full --model /tmp/random-moe/28-layers
     python benchmarks/stock_train.py lora --model /tmp/random-moe/28-layers
 
-bf16 weights, transformers' own "grouped_mm" for the experts, PEFT's adapters of rank 64 on all
-linear layers and experts, layers computed again in the backward pass. `full` takes no steps: Adam's
-states of 16B weights would not fit one GPU, and the gradients alone are let go. Prints JSON.
+It has bf16 weights, transformers' own "grouped_mm" for the experts, PEFT's adapters of rank 64 on
+all linear layers and experts, and recomputes layers in the backward pass. `full` takes no steps,
+because Adam's states of 16B weights would not fit one GPU. It prints JSON.
 """
 
 import argparse
@@ -14,14 +14,13 @@ import statistics
 import time
 
 import torch
+from finetune_runs import STEPS, UNCOUNTED
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.training.arguments import ALL_LINEARS, split_commas
 from deepseek_moe.training.trainable import EXPERT_PARAMETERS
-
-STEPS, LEAD = 6, 3  # and those of them that do not count
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
@@ -43,13 +42,16 @@ def main() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.method == "lora":
         model.enable_input_require_grads()
-        options = {"target_modules": LINEARS, "target_parameters": list(EXPERT_PARAMETERS)}
+        options = {
+            "target_modules": split_commas(ALL_LINEARS),
+            "target_parameters": list(EXPERT_PARAMETERS),
+        }
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=64, **options))
     print(json.dumps(measure(model.train(), args)))
 
 
 def measure(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, float]:
-    """The median step."""
+    """Tokens/s of the median step, and the most GB allocated."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if args.method == "lora" else None
     on_gpu = args.device.startswith("cuda")
@@ -70,7 +72,7 @@ def measure(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, float
         seconds.append(time.perf_counter() - start)
     size = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
     tokens = args.rows * args.length
-    return {"tokens_s": tokens / statistics.median(seconds[LEAD:]), "gigabytes": size}
+    return {"tokens_s": tokens / statistics.median(seconds[UNCOUNTED:]), "gigabytes": size}
 
 
 if __name__ == "__main__":

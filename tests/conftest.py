@@ -50,6 +50,10 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)  # small models are no faster on more threads, and slower on busy machines
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--model", help="with -m gpu: compare the engine on this model too")
+
+
 @pytest.fixture(autouse=True)
 def no_deepspeed_of_another_test() -> Iterator[None]:
     """Makes transformers forget a DeepSpeed config, by which it would divide every later model."""

@@ -1,14 +1,19 @@
-"""Inputs for every kernel, on any device: the kernel and its plain twin are called alike.
+"""One table of cases for all kernels, which the tests on a CPU and on a GPU share.
 
-`CASES[name](case)` gives the arguments; `agree` calls both and compares all they return and write.
+A kernel and its twin in torch are called alike. `CASES[name](case)` gives their arguments, and
+`assert_twins_agree` calls both and compares what they return and write.
+
+Letters: T tokens, K experts a token, E experts, D hidden.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from gpu_fixtures import Poison, distance
 
+from deepseek_moe.decode.decoder import FEW
 from deepseek_moe.decode.int_quantizer import quantize
 from deepseek_moe.kernels.decode import torch_ops, triton_ops
 from deepseek_moe.kernels.int_weights import Weight
@@ -16,6 +21,10 @@ from deepseek_moe.kernels.training import adamw, adamw_torch
 from deepseek_moe.kernels.training import torch_ops as training_torch_ops
 from deepseek_moe.kernels.training import triton_ops as training_triton_ops
 
+OFFICIAL = {"hidden": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128}
+OFFICIAL |= {"experts": 64, "top_k": 6, "width": 1408}
+KERNELS_OF_FEW_TOKENS = {"experts_down", "experts_gate_up", "gate_up", "linear", "qkv", "route"}
+"""Kernels of steps of up to FEW tokens, which are compiled for each number of tokens."""
 TWINS = {
     name: (getattr(triton, name), getattr(torch_, name))
     for triton, torch_ in (
@@ -25,12 +34,12 @@ TWINS = {
     )
     for name in triton.__all__
 }
-"""Each kernel and its plain twin."""
+"""Each kernel and its twin in torch."""
 
 
 @dataclass
 class Case:
-    """Sizes, and where and of what numbers the tensors are."""
+    """Sizes, device and dtype of the tensors that `CASES` makes."""
 
     tokens: int
     bits: int = 16
@@ -45,7 +54,6 @@ class Case:
     top_k: int = 3
     width: int = 64
     capacity: int = 1024
-    empty_row: bool = True
 
     def __post_init__(self) -> None:
         self.random = torch.Generator(self.device).manual_seed(self.seed)
@@ -54,7 +62,7 @@ class Case:
         options = {"generator": self.random, "device": self.device}
         self.slot = torch.randperm(self.slots, **options)[: self.tokens].int()
         self.position = torch.randint(self.capacity, (self.tokens,), **options).int()
-        if self.empty_row and self.tokens > 2:
+        if self.tokens > 2:
             self.position[1] = -1
         self.counters = torch.zeros(4096, dtype=torch.int32, device=self.device)
 
@@ -98,17 +106,15 @@ def _linear(c: Case) -> list[Any]:
     return [c.hidden_TD, c.weight(80, c.hidden), c.norm_D, c.eps, residual]
 
 
-def _linear_bare(c: Case) -> list[Any]:
-    return [c.hidden_TD, c.weight(72, c.hidden), None, 0.0, None, torch.float32]
-
-
 def _qkv(c: Case) -> list[Any]:
     weight = c.weight((c.heads + 2 * c.kv_heads) * c.head_dim, c.hidden)
     return [*c.normed, weight, c.cos_sin(), c.position, c.slot, c.cache(), c.heads]
 
 
 def _attend(c: Case) -> list[Any]:
-    q = c.normal(c.tokens, 3, c.heads * c.head_dim)[:, 1]  # `rotate` gives a part of wider rows
+    q = c.normal(c.tokens, 3, c.heads * c.head_dim)[
+        :, 1
+    ]  # As `rotate` gives it: a part of wider rows.
     return [q, c.cache(), c.position, c.slot, c.head_dim**-0.5, c.counters]
 
 
@@ -127,22 +133,10 @@ def _route(c: Case) -> list[Any]:
     return [*c.normed, gate, shared, c.position, c.top_k, c.seed % 2 == 0, c.counters]
 
 
-def _gate_up(c: Case) -> list[Any]:
-    return [*c.normed, c.weight(2 * 72, c.hidden)]
-
-
-def _experts_gate_up(c: Case) -> list[Any]:
-    return [c.hidden_TD, c.weight(c.experts, 2 * c.width, c.hidden), c.routing()[0]]
-
-
 def _experts_down(c: Case) -> list[Any]:
     act, shared_act = c.normal(c.tokens, c.top_k, c.width), c.normal(c.tokens, 2 * c.width)
     weight, shared = c.weight(c.experts, c.hidden, c.width), c.weight(c.hidden, 2 * c.width)
     return [act, shared_act, weight, shared, *c.routing(), c.hidden_TD, c.counters]
-
-
-def _add_norm(c: Case) -> list[Any]:
-    return [c.hidden_TD, c.hidden_TD, c.norm_D, c.eps]
 
 
 def _advance(c: Case) -> list[Any]:
@@ -151,25 +145,9 @@ def _advance(c: Case) -> list[Any]:
     return [new, new + 1, c.position, seen, c.capacity // 2]
 
 
-def _norm_alone(c: Case) -> list[Any]:
-    return [c.hidden_TD, None, c.norm_D, c.eps]
-
-
 def _rotate(c: Case) -> list[Any]:
     qkv = c.normal(c.tokens, (c.heads + 2 * c.kv_heads) * c.head_dim)
     return [qkv, c.cos_sin(), c.position, c.slot, c.cache(), c.heads]
-
-
-def _pick_experts(c: Case) -> list[Any]:
-    return [c.normal(c.tokens, c.experts).float(), c.position, c.top_k, True]
-
-
-def _sort_picks(c: Case) -> list[Any]:
-    return [c.routing()[0], c.experts]
-
-
-def _swiglu(c: Case) -> list[Any]:
-    return [c.normal(c.tokens, 2 * 72)]
 
 
 def _combine(c: Case) -> list[Any]:
@@ -190,21 +168,9 @@ def _grouped_down(c: Case) -> list[Any]:
     return [x, c.weight(c.experts, c.hidden, c.width), ends]
 
 
-def _dense(c: Case) -> list[Any]:
-    return [c.hidden_TD, c.weight(80, c.hidden)]
-
-
-def _matrix(c: Case) -> list[Any]:
-    return [c.weight(c.experts, 24, c.hidden), c.dtype]
-
-
 def _weighted_swiglu(c: Case) -> list[Any]:
     gate_up = c.normal(c.tokens, 2 * 72)
     return [gate_up, c.normal(c.tokens, 2 * 72), c.normal(c.tokens).float(), 0.0, 0]
-
-
-def _weighted_swiglu_alone(c: Case) -> list[Any]:
-    return [c.normal(c.tokens, 2 * c.width), None, c.normal(c.tokens).float(), 0.0, 0]
 
 
 def _weighted_swiglu_backward(c: Case) -> list[Any]:
@@ -219,7 +185,7 @@ def _weighted_swiglu_backward_alone(c: Case) -> list[Any]:
 
 
 def _adamw(c: Case) -> list[Any]:
-    shape = (c.tokens, 300 if c.seed % 2 else 512)  # the last block is shorter, or not
+    shape = (c.tokens, 300 if c.seed % 2 else 512)  # Odd: the last block is shorter.
     blocks = -(-shape[0] * shape[1] // adamw_torch.ADAMW_BLOCK)
     weight, grad = c.normal(*shape).bfloat16(), c.normal(*shape).bfloat16()
     codes = torch.randint(256, (2, *shape), generator=c.random, device=c.device).to(torch.uint8)
@@ -229,13 +195,14 @@ def _adamw(c: Case) -> list[Any]:
 
 def _sum_picks(c: Case) -> list[Any]:
     place = torch_ops.sort_picks(c.routing()[0], c.experts)[1]
-    place = place.masked_fill(place == c.tokens, -1)  # one of no place, if there are some
+    place = place.masked_fill(place == c.tokens, -1)  # A pick without a place.
     x = c.normal(c.tokens * c.top_k, c.hidden)
     return [x, x * 2 if c.seed % 2 else None, place]
 
 
 def _unpack_4bit(c: Case) -> list[Any]:
-    # Whole programs, or not even whole bytes; more than one scale of scales.
+    # One token: sizes that fill whole programs. More tokens: the last byte is half used, and there
+    # is more than one scale of scales.
     shape = torch.Size((3, 128, 64) if c.tokens == 1 else (c.tokens, 127, 85))
     blocks, options = -(-shape.numel() // 64), {"generator": c.random, "device": c.device}
     packed = torch.randint(256, (-(-shape.numel() // 2), 1), **options).to(torch.uint8)
@@ -251,70 +218,166 @@ def _unpack_4bit_alone(c: Case) -> list[Any]:
 
 CASES: dict[str, Callable[[Case], list[Any]]] = {
     "adamw": _adamw,
-    "add_norm": _add_norm,
-    "add_norm:without residual": _norm_alone,
+    "add_norm": lambda c: [c.hidden_TD, c.hidden_TD, c.norm_D, c.eps],
+    "add_norm:without residual": lambda c: [c.hidden_TD, None, c.norm_D, c.eps],
     "advance": _advance,
     "attend": _attend,
     "attend_prompt": _attend_prompt,
-    "pick_experts": _pick_experts,
+    "pick_experts": lambda c: [c.normal(c.tokens, c.experts).float(), c.position, c.top_k, True],
     "weighted_swiglu_backward": _weighted_swiglu_backward,
     "weighted_swiglu_backward:without adapter": _weighted_swiglu_backward_alone,
     "combine": _combine,
-    "dense": _dense,
+    "dense": lambda c: [c.hidden_TD, c.weight(80, c.hidden)],
     "experts_down": _experts_down,
-    "experts_gate_up": _experts_gate_up,
-    "gate_up": _gate_up,
+    "experts_gate_up": lambda c: [
+        c.hidden_TD,
+        c.weight(c.experts, 2 * c.width, c.hidden),
+        c.routing()[0],
+    ],
+    "gate_up": lambda c: [*c.normed, c.weight(2 * 72, c.hidden)],
     "grouped_down": _grouped_down,
     "grouped_gate_up": _grouped_gate_up,
     "linear": _linear,
-    "linear:without norm": _linear_bare,
-    "matrix": _matrix,
+    "linear:without norm": lambda c: [
+        c.hidden_TD,
+        c.weight(72, c.hidden),
+        None,
+        0.0,
+        None,
+        torch.float32,
+    ],
+    "matrix": lambda c: [c.weight(c.experts, 24, c.hidden), c.dtype],
     "weighted_swiglu": _weighted_swiglu,
-    "weighted_swiglu:without adapter": _weighted_swiglu_alone,
+    "weighted_swiglu:without adapter": lambda c: [
+        c.normal(c.tokens, 2 * c.width),
+        None,
+        c.normal(c.tokens).float(),
+        0.0,
+        0,
+    ],
     "qkv": _qkv,
     "rotate": _rotate,
     "route": _route,
-    "sort_picks": _sort_picks,
+    "sort_picks": lambda c: [c.routing()[0], c.experts],
     "sum_picks": _sum_picks,
-    "swiglu": _swiglu,
+    "swiglu": lambda c: [c.normal(c.tokens, 2 * 72)],
     "unpack_4bit": _unpack_4bit,
     "unpack_4bit:scales in fp32": _unpack_4bit_alone,
 }
 
 
-def agree(name: str, case: Case, tolerance: float) -> float:
-    """The largest relative distance between what the kernel and its twin return and write."""
-    args = CASES[name](case)
-    name = name.split(":")[0]
-    copies = [_copy(arg) for arg in args]
-    kernel, plain = TWINS[name]
-    ours, theirs = kernel(*args), plain(*copies)
-    if name == "experts_gate_up":  # rows of picks of no expert mean nothing
-        real = args[-1] < case.experts
-        ours, theirs = ours[real], theirs[real]
-    if name.startswith("grouped"):  # places of no expert
-        ours, theirs = (out[: args[-1][-1]] for out in (ours, theirs))
-    if name == "qkv":
-        ours, theirs = ours[case.position >= 0], theirs[case.position >= 0]
-    if name == "rotate":  # rows without a token are left as they are
-        ours, theirs = (out[case.position >= 0] for out in (ours, theirs))
-    if name == "route":  # the picks may stand in another order
-        ours, theirs = ((x, act, *_sorted(i, w)) for x, act, i, w in (ours, theirs))
-    tolerance = 0.0 if name == "unpack_4bit" else tolerance
-    worst = 0.0
+class Run(NamedTuple):
+    """One call of a kernel and its twin: `bits` 8 and 4 are int8 and int4 weights."""
+
+    name: str
+    tokens: int
+    dtype: torch.dtype
+    bits: int = 16
+
+    def __str__(self) -> str:
+        numbers = f"int{self.bits}" if self.bits < 16 else str(self.dtype).removeprefix("torch.")
+        return f"{self.name}-{numbers}-{self.tokens}"
+
+
+def small_runs() -> list[Run]:
+    """What Triton's interpreter computes in seconds."""
+    return [
+        Run(name, tokens, torch.float32, bits)
+        for name in sorted(CASES)
+        for bits in ((16, 8, 4) if _has_weight(name) else (16,))
+        for tokens in (1, 3)
+    ]
+
+
+def official_runs() -> list[Run]:
+    """What a GPU computes, in the sizes of `official_case`."""
+    runs = []
+    for name in sorted(CASES):
+        kinds = [(16, torch.bfloat16), (16, torch.float16)]
+        if name == "pick_experts":  # Its scores are fp32; rounded to 16 bits, many would be equal.
+            kinds = [(16, torch.float32)]
+        if _has_weight(name):
+            kinds += [(8, torch.bfloat16), (4, torch.bfloat16)]
+        tokens = (1, 2, FEW) if name.split(":")[0] in KERNELS_OF_FEW_TOKENS else (1, 2, 8, 40)
+        if name.startswith("grouped"):
+            tokens += (700,)  # So many go through the library.
+        runs += [Run(name, T, dtype, bits) for bits, dtype in kinds for T in tokens]
+    return runs
+
+
+def official_case(run: Run, device: torch.device) -> Case:
+    """Sizes of the official model.
+
+    They are smaller where the twin would copy too many whole matrices, or where what a kernel
+    writes would be a small part of a large cache.
+    """
+    sizes = OFFICIAL
+    if run.name in ("qkv", "rotate"):
+        sizes = OFFICIAL | {"capacity": 64}
+    elif run.name.startswith(("experts_", "grouped_")) and run.tokens > 2:
+        sizes = OFFICIAL | {"hidden": 512, "width": 352}
+    seed = run.tokens + run.bits // 8  # even and odd: with and without renormalised weights
+    return Case(run.tokens, run.bits, run.dtype, str(device), seed, **sizes)
+
+
+def _has_weight(name: str) -> bool:
+    return any(isinstance(arg, Weight) for arg in CASES[name](Case(tokens=1)))
+
+
+def assert_twins_agree(name: str, case: Case, tolerance: float) -> None:
+    """Compares all that a kernel and its twin return and write, by relative distance.
+
+    Memory that neither writes holds NaN or -1, so that a place which a kernel forgets shows.
+    """
+    with Poison():
+        args = CASES[name](case)
+        copies = [_copy(arg) for arg in args]
+        kernel, plain = TWINS[name.split(":")[0]]
+        ours, theirs = _defined(name, case, args, kernel(*args), plain(*copies))
+    tolerance = 0.0 if name.startswith("unpack_4bit") else tolerance
     for x, y in zip(_tensors([ours, args]), _tensors([theirs, copies]), strict=True):
         if name == "rotate" and x.shape == y.shape == args[0].shape:
-            continue  # rotated in place by the kernel, not by its twin
-        distance = (x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-12)
+            continue  # The kernel rotates in place, its twin does not.
         assert x.shape == y.shape and x.dtype == y.dtype, (name, x.shape, y.shape, x.dtype)
-        assert distance <= tolerance, f"{name}: relative distance {distance:.2g}"
-        worst = max(worst, distance.item())
-    return worst
+        apart = distance(x, y)
+        assert apart <= tolerance, f"{name}: relative distance {apart:.2g}"
 
 
-def _sorted(index_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    index_TK, order_TK = index_TK.sort(dim=-1)
-    return index_TK, weights_TK.gather(-1, order_TK)
+def _defined(name: str, case: Case, args: list[Any], ours: Any, theirs: Any) -> tuple[Any, Any]:
+    """The parts of both results that have a meaning."""
+    if name == "route":
+        return _clear_picks(case, args, ours, theirs)
+    if name == "experts_gate_up":  # Rows of empty picks are undefined.
+        rows: Any = args[-1] < case.experts
+    elif name.startswith("grouped"):  # Places of no expert are undefined.
+        rows = slice(int(args[-1][-1]))
+    elif name in ("qkv", "rotate"):  # Rows without a token are undefined.
+        rows = case.position >= 0
+    else:
+        return ours, theirs
+    if isinstance(ours, torch.Tensor):
+        return ours[rows], theirs[rows]
+    return tuple(x[rows] for x in ours), tuple(y[rows] for y in theirs)
+
+
+def _clear_picks(case: Case, args: list[Any], ours: Any, theirs: Any) -> tuple[Any, Any]:
+    """Results of `route`, the picks of each token sorted.
+
+    In 16 bits the picks of a token are left out whose last expert is ahead of the next one by no
+    more than rounding: there the twins may differ.
+    """
+    hidden_TD, norm_D, eps, gate_ED, _, position_T = args[:6]
+    logits_TE = torch_ops.linear(hidden_TD, Weight(gate_ED), norm_D, eps, dtype=torch.float32)
+    top_TK = logits_TE.topk(case.top_k + 1, dim=-1).values
+    margin = 0.0 if case.dtype == torch.float32 else 0.01 * logits_TE.std(correction=0)
+    clear_T = (top_TK[:, -2] - top_TK[:, -1] > margin) | (position_T < 0)
+    enough = case.tokens < 8 or clear_T.float().mean() >= 0.5
+    assert enough, f"only {int(clear_T.sum())} of {case.tokens} tokens have favourites"
+    found = []
+    for *others, index_TK, weights_TK in (ours, theirs):
+        index_TK, order_TK = index_TK[clear_T].sort(dim=-1)
+        found.append((*others, index_TK, weights_TK[clear_T].gather(-1, order_TK)))
+    return found[0], found[1]
 
 
 def _copy(arg: Any) -> Any:

@@ -206,7 +206,7 @@ def model_for_kernels(
     return DeepseekForCausalLM.from_pretrained(folder, quantization_config=IntConfig(request.param))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/check_gpu.py does it on a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu does it on a GPU")
 @pytest.mark.parametrize("way", [few, many, prompts_in_chunks])
 @torch.inference_mode()
 def test_whole_steps_with_kernels(

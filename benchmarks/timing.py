@@ -1,4 +1,4 @@
-"""How fast the engine and stock transformers prefill and decode the same prompts."""
+"""How fast the engine and transformers prefill and decode the same prompts."""
 
 import gc
 import statistics
@@ -8,7 +8,6 @@ from itertools import islice, pairwise
 from typing import Any
 
 import torch
-from limits import median_seconds, wait
 from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
@@ -19,30 +18,32 @@ from deepseek_moe.kernels.decode import torch_ops
 from deepseek_moe.model.modeling_deepseek import DeepseekGate
 
 NO_MEMORY = "no memory"
-LEAD = 3  # tokens before the first that counts: the prompt's own, compilation, capture
+FIRST_COUNTED = 3
+"""The first token whose time counts. Before it the prompt is read, kernels are compiled and a graph
+is captured."""
 REPEATS = 3  # timed runs, of which the median counts
 Prompts = list[list[int]]
 
 
 def decode_seconds(generator: Generator, prompts: Prompts, new: int) -> float:
-    """Seconds a step of `new` greedy steps, from when token LEAD has arrived to when the last has.
+    """Seconds a step of `new` greedy steps, from the arrival of token FIRST_COUNTED to the last.
 
-    (Nothing waits for the GPU at the first of the two: it is at work on the step after, and to wait
-    would leave that step out of the time.)
+    Nothing waits for the GPU at the first of the two: it is at work on the step after, and to wait
+    would leave that step out of the time.
     """
-    # As many steps as later, so that the cache has its size and its graphs stay; a few are run.
-    for _ in islice(generator.stream(prompts, new), LEAD + 1):
+    # As many steps as later are asked for and a few are run, so that the cache has its size and its
+    # graphs stay.
+    for _ in islice(generator.stream(prompts, new), FIRST_COUNTED + 1):
         pass
     runs = []
     for _ in tqdm(range(REPEATS), f"decode, batch {len(prompts)}", leave=False):
         arrived = [time.perf_counter() for _ in generator.stream(prompts, new)]
-        runs.append((arrived[-1] - arrived[LEAD]) / (len(arrived) - 1 - LEAD))
+        runs.append((arrived[-1] - arrived[FIRST_COUNTED]) / (len(arrived) - 1 - FIRST_COUNTED))
     return statistics.median(runs)
 
 
 class _Arrivals(StoppingCriteria):
-    """Notes when each token of `generate` is there, and stops nothing. (`generate` itself waits for
-    the GPU after every token.)"""
+    """Notes when each token of `generate`, which waits for the GPU after each, is there."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -53,11 +54,10 @@ class _Arrivals(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def stock_decode_seconds(model: PreTrainedModel, prompts: Prompts) -> float:
-    """The median step of transformers' `generate`, greedy, with its own cache; few steps."""
-    ids_BL = torch.tensor(prompts, device=model.device)
-    arrivals, new = _Arrivals(), 16 if len(prompts) == 1 else 8
-    model.generate(
+def stock_decode(model: PreTrainedModel, prompts: Prompts, new: int) -> tuple[float, Prompts]:
+    """The median step of transformers' greedy `generate`, in seconds, and the new tokens."""
+    ids_BL, arrivals = torch.tensor(prompts, device=model.device), _Arrivals()
+    tokens_BL = model.generate(
         ids_BL,
         attention_mask=torch.ones_like(ids_BL),
         do_sample=False,
@@ -65,12 +65,17 @@ def stock_decode_seconds(model: PreTrainedModel, prompts: Prompts) -> float:
         min_new_tokens=new,
         stopping_criteria=StoppingCriteriaList([arrivals]),
     )
-    times = arrivals.times[1:]  # the prompt's own is not between two, the first step sets up
-    return statistics.median(end - start for start, end in pairwise(times))
+    # The prompt's own token does not come between two, and the first step sets up.
+    seconds = statistics.median(end - start for start, end in pairwise(arrivals.times[1:]))
+    return seconds, tokens_BL[:, ids_BL.shape[1] :].tolist()
+
+
+def stock_decode_seconds(model: PreTrainedModel, prompts: Prompts, new: int) -> float:
+    return stock_decode(model, prompts, new)[0]
 
 
 def prefill_seconds(generator: Generator, prompts: Prompts) -> float:
-    """Of the engine: ids to the logits after each prompt, with the cache filled."""
+    """From ids to the logits after each prompt in the engine, with the cache filled."""
     on_gpu = generator.model.device.type == "cuda"
     engine = generator.engine or Engine(generator.model, ops=None if on_gpu else torch_ops)
     engine.start(prompts, greedy, 1)  # makes the cache
@@ -86,8 +91,10 @@ def stock_prefill_seconds(model: PreTrainedModel, prompts: Prompts) -> float:
 
 @torch.inference_mode()
 def chosen_experts(model: PreTrainedModel, texts: Prompts) -> float:
-    """How many different experts the last tokens of `texts`, all of one length, choose together:
-    the mean over the layers. Texts that have grown alike choose fewer than other texts would."""
+    """How many different experts the last tokens of `texts`, all of one length, choose together.
+
+    This is the mean over the layers. Texts that have grown alike choose fewer than others would.
+    """
     length = len(texts[0])
     chosen: dict[DeepseekGate, set[int]] = {}
 
@@ -125,3 +132,22 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, times: int = 5) -> float:
+    """The median time from the call of `work` to the end of all it does on the GPU, after one call
+    that does not count."""
+    seconds = []
+    for _ in range(times + 1):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def wait(device: torch.device) -> None:
+    """Until the GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

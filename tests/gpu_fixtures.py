@@ -1,0 +1,161 @@
+"""What the tests of kernels and of the engine share: a model with two ways through it, and how
+results of the two are compared.
+
+Greedy ids may differ where two logits are so close that rounding swaps them, and then everything
+after them differs. So the tests also compare logits while both ways are given the same ids.
+
+Letters: N steps, B sequences, V vocabulary, K ids that can be drawn.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from deepseek_moe.decode.engine import CHUNK, Engine
+from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.load import load
+from deepseek_moe.decode.sampling import Sampler, Sampling
+
+LOGITS = 0.03
+"""The relative distance that logits may have after all layers in 16 bits."""
+TIE = 4
+"""So many steps of the dtype, at the largest logit, may rounding move two logits apart."""
+TEXT = (
+    "Once upon a time there lived a poor woodcutter with his wife and two children in a small "
+    "hut at the edge of a great forest. He had little to bite and to break, and when a great "
+    "famine fell upon the land he could no longer get them their daily bread. One night, as he "
+    "lay in bed and could not sleep for his troubles, he sighed and said to his wife"
+)
+Ids = Sequence[Sequence[int]]
+
+
+@dataclass
+class TwoWays:
+    """A model, and two generators of it: `fast` has the engine, `plain` has not."""
+
+    folder: str
+    device: torch.device
+    dtype: str
+    quantization: str | None = None
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, Any]:
+        return load(self.folder, self.dtype, str(self.device), quantization=self.quantization)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._loaded[0]
+
+    @cached_property
+    def fast(self) -> Generator:
+        return with_engine(self.model)
+
+    @cached_property
+    def plain(self) -> Generator:
+        return Generator(self.model, fast=False)
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """`count` prompts of different lengths, the longest last."""
+        ids = self._loaded[1](TEXT).input_ids
+        return [ids[: 3 + (len(ids) - 3) * (b + 1) // count] for b in range(count)]
+
+    def random_ids(self, rows: int, steps: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(rows)
+        vocabulary = self.model.config.vocab_size
+        return torch.randint(vocabulary, (rows, steps), generator=generator).tolist()
+
+
+two_ways = functools.cache(TwoWays)
+"""The same object for the same arguments: tests share a model and what was compiled for it."""
+
+
+def with_engine(model: PreTrainedModel, chunk: int = CHUNK) -> Generator:
+    """A generator with an engine, which on a CPU runs the twins in torch step by step."""
+    return Generator(model, engine=Engine(model, chunk))
+
+
+class Forced:
+    """A sampler that returns `ids` [B, N] whatever the logits are, and keeps the logits."""
+
+    def __init__(self, ids: Ids) -> None:
+        self.ids_NB, self.logits = torch.tensor(ids).T, []
+
+    def __call__(self, logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
+        ids_B = torch.zeros(len(logits_BV), dtype=torch.int64)  # with rows that hold no sequence
+        ids_B[: self.ids_NB.shape[1]] = self.ids_NB[len(self.logits)]
+        self.logits.append(logits_BV[: self.ids_NB.shape[1]].clone())
+        return ids_B.to(logits_BV.device)
+
+
+class Possible(Forced):
+    """A `Forced` that counts in `refused` the ids that `sample` cannot have drawn."""
+
+    def __init__(self, sample: Sampler, ids: Ids) -> None:
+        super().__init__(ids)
+        self.sample, self.refused = sample, 0
+
+    def __call__(self, logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
+        ids_B1 = super().__call__(logits_BV, seen_BV)[:, None]
+        if isinstance(self.sample, Sampling) and self.sample.temperature:
+            weights_BK, ids_BK = self.sample.distribution(logits_BV, seen_BV)
+            if ids_BK is None:
+                can_B = weights_BK.gather(-1, ids_B1)[:, 0] > 0
+            else:
+                can_B = ((ids_BK == ids_B1) & (weights_BK > 0)).any(dim=-1)
+        else:
+            can_B = self.sample(logits_BV, seen_BV) == ids_B1[:, 0]
+        self.refused += int((~can_B[: self.ids_NB.shape[1]]).sum())
+        return ids_B1[:, 0]
+
+
+def logits_before(generator: Generator, prompts: Ids, ids: Ids) -> torch.Tensor:
+    """The logits [N, B, V] in fp32 from which each of `ids` [B, N] would have been chosen."""
+    forced = Forced(ids)
+    generator.generate(prompts, len(ids[0]), forced)
+    return torch.stack(forced.logits)
+
+
+def assert_same_up_to_ties(
+    ours: Ids, theirs: Ids, logits_NBV: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """Rows of ids are equal, each up to its first near-tie in the logits before our ids."""
+    allowed_NB = near_tie(logits_NBV, dtype)
+    for b, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
+        n = next((n for n, (i, j) in enumerate(zip(mine, yours, strict=False)) if i != j), None)
+        if n is None:
+            assert len(mine) == len(yours), f"row {b} has {len(mine)} ids, or {len(yours)}"
+            continue
+        gap = (logits_NBV[n, b, mine[n]] - logits_NBV[n, b, yours[n]]).abs().item()
+        assert gap <= allowed_NB[n, b], f"row {b} differs from id {n} on, by {gap:.3g} in logits"
+
+
+def near_tie(logits_NBV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """By how much [N, B] two logits may differ for rounding to swap them: TIE steps between
+    numbers of the model's dtype that are as large as the largest logit."""
+    eps = torch.finfo(dtype).eps
+    return TIE * eps * 2 ** logits_NBV.abs().amax(-1).log2().floor()
+
+
+def distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """|x - y| / |y|."""
+    x, y = x.double(), y.double()
+    return ((x - y).norm() / y.norm().clamp(min=1e-12)).item()
+
+
+class Poison(TorchDispatchMode):
+    """New tensors hold NaN or -1 until they are written, whatever the memory held before."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::empty", "aten::new_empty", "aten::empty_like"):
+            out.fill_(math.nan if out.is_floating_point() else -1)
+        return out
