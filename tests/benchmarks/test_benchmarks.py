@@ -32,7 +32,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 def run(command: str, *words: object, code: int = 0) -> str:
     """What a script printed; `code` is the exit code that it must have."""
     argv = [sys.executable, *command.split(), *map(str, words)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=560)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
