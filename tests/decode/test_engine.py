@@ -11,7 +11,7 @@ from text_fixtures import BUNDLED, bundled_model
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode import decoder, engine
-from deepseek_moe.decode.decoder import FEW, Decoder, StaticCache
+from deepseek_moe.decode.decoder import FEW, Decoder, StaticCache, joined_view
 from deepseek_moe.decode.engine import Engine, size_for
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.int_quantizer import IntConfig
@@ -140,6 +140,17 @@ def test_looks_one_step_ahead_and_no_further(prompts: list[list[int]]) -> None:
     stream = with_engine(bundled_model()).stream(prompts, 4, counting)
     made = [len(calls) for _ in stream]
     assert made == [1, 3, 4, 4]  # the first id at once; then a step is always under way
+
+
+def test_tensors_in_one_memory_are_one_only_if_they_follow_each_other() -> None:
+    whole = torch.arange(24.0).view(6, 4)
+    a, b, c = whole.split([1, 2, 3])
+    assert torch.equal(joined_view([a, b, c]), whole)
+    assert joined_view([a, b, c]).data_ptr() == whole.data_ptr()
+    assert torch.equal(joined_view([b, c]), whole[1:])
+    for parts in ([b, a], [a, c], [a, b.clone()], [whole[:, :2], whole[:, 2:]], [a, b.view(1, 8)],
+                  [whole[::2], whole[1::2]], [a, b.view(torch.int32)]):  # fmt: skip
+        assert joined_view(parts) is None
 
 
 def test_sizes() -> None:

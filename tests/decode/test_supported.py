@@ -1,7 +1,6 @@
 """A model that changes after its Generator was made: the next call computes what it is now.
 
-The engine runs on the CPU here, by the plain twins. The reference is always a new Generator without
-an engine.
+The engine runs on the twins of its kernels. The reference is a new Generator without an engine.
 """
 
 import copy
@@ -15,7 +14,6 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from deepseek_moe import DeepseekForCausalLM
-from deepseek_moe.decode.decoder import joined_view
 from deepseek_moe.decode.engine import Engine, UnsupportedModel
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.int_quantizer import IntConfig
@@ -29,7 +27,6 @@ peft = pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft
 
 PROMPTS = [[5, 17, 44, 70, 2], [33, 8, 61]]
 NEW = 8
-LINEARS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
 Model = DeepseekForCausalLM
 Change = Callable[[Model], object]
 
@@ -86,8 +83,9 @@ def wrap_forward(module: nn.Module) -> None:
     module.forward = MethodType(lambda self, *args, **kwargs: -own(self, *args, **kwargs), module)
 
 
-def lora(**options: object) -> "peft.LoraConfig":
-    return peft.LoraConfig(r=4, target_modules=LINEARS, init_lora_weights=False, **options)
+def lora() -> "peft.LoraConfig":
+    linears = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    return peft.LoraConfig(r=4, target_modules=linears, init_lora_weights=False)
 
 
 def replace_head(model: Model, bias: bool = False) -> None:
@@ -122,8 +120,6 @@ REBUILT: dict[str, Change] = {
     "state assigned": lambda m: m.load_state_dict(other_state(m), assign=True),
     "parameters": replace_parameters,
     "more embeddings": lambda m: m.resize_token_embeddings(160),
-    "fewer embeddings": lambda m: m.resize_token_embeddings(80),
-    "cast there and back": lambda m: m.bfloat16().float(),
     "top_k": lambda m: set_all(m, "top_k", 1),
     "top_k of a layer": lambda m: setattr(layer(m).mlp.gate, "top_k", 2),
     "norm_topk_prob": lambda m: set_all(m, "norm_topk_prob", True),
@@ -146,7 +142,6 @@ def wiggle(module: nn.Module) -> None:
 
 UNKNOWN: dict[str, Change] = {
     "get_peft_model": lambda m: peft.get_peft_model(m, lora()),
-    "add_adapter": lambda m: m.add_adapter(lora()),
     "adapter on experts": lambda m: peft.get_peft_model(
         m,
         peft.LoraConfig(r=4, target_parameters=["mlp.experts.down_proj"], init_lora_weights=False),
@@ -217,9 +212,7 @@ def test_what_is_changed_outside_of_the_model(
 
 
 OTHER_FIELDS = {"hidden_act": "gelu", "rms_norm_eps": 0.5, "norm_topk_prob": True}
-OTHER_FIELDS |= dict.fromkeys(
-    ["num_experts_per_tok", "num_attention_heads", "num_key_value_heads"], 1
-)
+OTHER_FIELDS |= {"num_experts_per_tok": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
 
 
 @pytest.mark.parametrize("field", OTHER_FIELDS)
@@ -305,9 +298,8 @@ def test_a_second_generator_moves_nothing(any_model: Model) -> None:
         parameter.data.copy_(other(parameter.data))
     check_equals_plain(first), check_equals_plain(second)
     assert first.engine.decoder is built
-    layer(any_model).self_attn.k_proj.weight.data = other(
-        layer(any_model).self_attn.k_proj.weight.data
-    )
+    k_proj = layer(any_model).self_attn.k_proj.weight
+    k_proj.data = other(k_proj.data)
     check_equals_plain(second)  # lays them side by side anew
     check_equals_plain(first)
 
@@ -329,17 +321,6 @@ def test_weights_are_not_torn_out_of_the_memory_of_an_optimizer(
     assert (generator.engine.decoder is not None) == in_order
     flat.mul_(torch.linspace(0.5, 1.5, len(flat)))
     assert not torch.allclose(before, check_equals_plain(generator), atol=1e-2)
-
-
-def test_tensors_in_one_memory_are_one_only_if_they_follow_each_other() -> None:
-    whole = torch.arange(24.0).view(6, 4)
-    a, b, c = whole.split([1, 2, 3])
-    assert torch.equal(joined_view([a, b, c]), whole)
-    assert joined_view([a, b, c]).data_ptr() == whole.data_ptr()
-    assert torch.equal(joined_view([b, c]), whole[1:])
-    for parts in ([b, a], [a, c], [a, b.clone()], [whole[:, :2], whole[:, 2:]], [a, b.view(1, 8)],
-                  [whole[::2], whole[1::2]], [a, b.view(torch.int32)]):  # fmt: skip
-        assert joined_view(parts) is None
 
 
 def test_the_engine_comes_back_with_the_model_that_it_knows(model: Model) -> None:
@@ -383,7 +364,6 @@ def test_a_model_that_was_rebuilt_in_inference_mode_can_be_trained(model: Model)
     assert not any(parameter.is_inference() for parameter in model.parameters())
     model(torch.tensor(PROMPTS[:1])).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    check_equals_plain(generator)
 
 
 def test_replaced_memory_and_modules_are_noticed_again_and_again(model: Model) -> None:
