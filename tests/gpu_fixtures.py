@@ -22,6 +22,7 @@ from deepseek_moe.decode.engine import CHUNK, Engine
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.load import load
 from deepseek_moe.decode.sampling import Sampler, Sampling
+from deepseek_moe.kernels.decode import torch_ops
 
 LOGITS = 0.03
 """The relative distance that logits may have after all layers in 16 bits."""
@@ -78,7 +79,8 @@ two_ways = functools.cache(TwoWays)
 
 def with_engine(model: PreTrainedModel, chunk: int = CHUNK) -> Generator:
     """A generator with an engine, which on a CPU runs the twins in torch step by step."""
-    return Generator(model, engine=Engine(model, chunk))
+    ops = torch_ops if model.device.type == "cpu" else None
+    return Generator(model, engine=Engine(model, chunk, ops))
 
 
 class Forced:

@@ -152,10 +152,8 @@ class Generator:
                 "answer included; shorten the prompt"
             )
         vocabulary = self.model.config.vocab_size
-        wrong = [
-            i for prompt in prompts for i in (min(prompt), max(prompt)) if not 0 <= i < vocabulary
-        ]
-        if wrong:
+        extremes = [find(prompt) for prompt in prompts for find in (min, max)]
+        if wrong := [i for i in extremes if not 0 <= i < vocabulary]:
             raise UserError(
                 f"the prompt has the id {wrong[0]}, but the model's ids are 0 to {vocabulary - 1}; "
                 "encode the prompt with the model's own tokenizer"

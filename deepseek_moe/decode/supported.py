@@ -65,8 +65,7 @@ def is_supported(model: PreTrainedModel) -> bool:
     """Whether the engine takes `model`: one of this architecture, whole and as it was loaded, in
     bf16 or fp16 or int8 or int4, of sizes that the kernels take, on one NVIDIA GPU."""
     return (
-        isinstance(model, DeepseekForCausalLM)
-        and model.device.type == "cuda"
+        model.device.type == "cuda"
         and torch.version.hip is None
         and has_triton()
         and torch.cuda.get_device_capability(model.device) >= (8, 0)
@@ -186,10 +185,9 @@ def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
         case LlamaAttention():
             q, k, v, width = module.q_proj, module.k_proj, module.v_proj, config.head_dim
             heads = [len(linear.weight) / width for linear in (q, k, v)]
-            few = config.num_key_value_heads
             return (
                 (module.head_dim, module.scaling, module.is_causal) == (width, width**-0.5, True)
-                and heads == [config.num_attention_heads, few, few]
+                and heads == [config.num_attention_heads] + 2 * [config.num_key_value_heads]
                 and _can_be_joined(q, k, v)
             )
     return True
@@ -206,8 +204,7 @@ def _can_be_joined(*linears: nn.Module) -> bool:
     for name in ("weight", "weight_scale"):
         tensors = [getattr(one, name).data for one in linears if hasattr(one, name)]
         joined = sum(tensor.nbytes for tensor in tensors)  # by an earlier engine
-        sizes = [(tensor.untyped_storage().nbytes(), tensor.nbytes) for tensor in tensors]
-        torn = any(memory not in (own, joined) for memory, own in sizes)
+        torn = any(x.untyped_storage().nbytes() not in (x.nbytes, joined) for x in tensors)
         if torn and joined_view(tensors) is None:
             return False
     return True

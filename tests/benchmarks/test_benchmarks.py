@@ -12,11 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 from finetune_fixtures import ROOT, write_base
+from option_fixtures import parse_arguments
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import UserError
 from deepseek_moe.files import BUNDLED_MODEL
-from deepseek_moe.training.arguments import parse_arguments
 
 FOLDER = ROOT / "benchmarks"
 NUMBER = r"([\d,.]+)"

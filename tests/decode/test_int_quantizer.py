@@ -375,6 +375,7 @@ def test_memory_that_suffices_when_quantised(
 def test_the_option_of_the_examples(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
     made: list[DeepseekForCausalLM] = []
     begin = Generator.__init__
     monkeypatch.setattr(Generator, "__init__", lambda g, m, *a: made.append(m) or begin(g, m, *a))

@@ -10,6 +10,7 @@ SCRIPT = """
 import sys
 sys.modules["triton"] = None  # importing it raises ImportError
 sys.argv = ["completion.py", "--device", "cpu", "--max_new_tokens", "3"]
+sys.path.insert(0, "examples")
 import runpy
 runpy.run_path("examples/completion.py", run_name="__main__")
 """
