@@ -36,11 +36,12 @@ from tqdm import tqdm
 from deepseek_moe.errors import exit_on_user_error
 
 CAPPED = """\
-import runpy, sys, torch
+import os, runpy, sys, torch
 if torch.cuda.is_available():
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, float(sys.argv[1]) / total))
 del sys.argv[:2]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -198,16 +198,16 @@ def test_other_activations_than_silu_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_200_steps_follow_the_losses_of_transformers_own_experts() -> None:
-    """All weights of the bundled model train on text that it can learn by heart."""
+def test_100_steps_follow_the_losses_of_transformers_own_experts() -> None:
+    """All weights of the bundled model train in fp32 on text that it can learn by heart."""
     text = (BUNDLED_MODEL.parents[1] / "LICENSE-MODEL").read_text(encoding="utf-8")
     ids = torch.tensor(own_tokenizer(BUNDLED_MODEL)(text[:6000]).input_ids[:512]).view(8, 64)
 
     def losses(implementation: str) -> torch.Tensor:
-        options = {"experts_implementation": implementation}
+        options = {"experts_implementation": implementation, "dtype": torch.float32}
         model = DeepseekForCausalLM.from_pretrained(BUNDLED_MODEL, **options).train()
         optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-4), []
-        for step in range(200):
+        for step in range(100):
             batch = ids[step % 4 * 2 :][:2]
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
@@ -217,8 +217,6 @@ def test_200_steps_follow_the_losses_of_transformers_own_experts() -> None:
         return torch.tensor(found)
 
     want, found = losses("grouped_mm"), losses(GROUPED)
-    assert want[-10:].mean() < 0.5 * want[:4].mean()
-    # Rounding grows in 200 steps: "eager" and "grouped_mm" come to differ by 0.013, and by 0.002 on
-    # average.
-    torch.testing.assert_close(found, want, rtol=0.0, atol=0.03)
-    assert (found - want).abs().mean() < 0.004
+    assert want[-10:].mean() < 0.1 * want[:4].mean()
+    # In bf16 rounding grows with the steps, and any two ways come to differ by a tenth.
+    torch.testing.assert_close(found, want, rtol=0.0, atol=1e-5)
