@@ -1,0 +1,73 @@
+"""The balance loss of DeepSeekMoE, which keeps the router from always picking the same experts.
+
+Letters that suffix locals: G sequences, T tokens, K experts a token, E experts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Sequences(NamedTuple):
+    """Which tokens of a batch the balance loss counts together, the same for all layers."""
+
+    number_T: torch.Tensor | None = None  # from 0, -1 for padding; None: each row is a sequence
+    count: int = 0
+    aux_loss_scale: float = 1.0  # multiplies the gradient of the balance loss
+
+
+def balance_loss(
+    scores_TE: torch.Tensor, index_TK: torch.Tensor, sequence_T: torch.Tensor, num_sequences: int
+) -> torch.Tensor:
+    """How unevenly the experts are used: 1 if all are used alike, up to E if all tokens pick one.
+
+    sum_e f_e * P_e, where f_e is the number of picks of expert e over its even share, and P_e its
+    mean score (equations 12 to 14 of the paper), in each sequence, averaged over the sequences.
+    Only P carries gradient. `sequence_T` numbers the sequence of each token from 0 to
+    `num_sequences` - 1, none of which may be empty; tokens of a negative number do not count.
+    """
+    with torch.autocast(scores_TE.device.type, enabled=False):
+        return _BalanceLoss.apply(scores_TE, index_TK, sequence_T, num_sequences)
+
+
+class _BalanceLoss(torch.autograd.Function):
+    """Keeps one number for each sequence and expert. Autograd would keep which token is in which
+    sequence: with many short ones in a batch, that is more than all else that is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores_TE: torch.Tensor,
+        index_TK: torch.Tensor,
+        sequence_T: torch.Tensor,
+        num_sequences: int,
+    ) -> torch.Tensor:
+        E, K = scores_TE.shape[-1], index_TK.shape[-1]
+        numbers_G1 = torch.arange(num_sequences, device=scores_TE.device)[:, None]
+        member_GT = (sequence_T == numbers_G1).to(scores_TE.dtype)
+        length_G1 = member_GT.sum(dim=1, keepdim=True)
+        picked_TE = torch.zeros_like(scores_TE).scatter_(1, index_TK, 1.0)
+        f_GE = member_GT @ picked_TE * (E / K) / length_G1
+        P_GE = member_GT @ scores_TE / length_G1
+        ctx.save_for_backward(f_GE / (length_G1 * num_sequences), sequence_T)
+        return (f_GE * P_GE).sum(dim=1).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        share_GE, sequence_T = ctx.saved_tensors
+        share_TE = share_GE[sequence_T.clamp(min=0)]
+        return grad * share_TE * (sequence_T >= 0)[:, None], None, None, None
+
+
+class AddLossGradient(torch.autograd.Function):
+    """Returns `hidden`, and gives `loss` the gradient that it would have as a part of the model's
+    loss. So the published model trains its router from inside the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.loss_dtype = loss.dtype
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad, torch.ones((), dtype=ctx.loss_dtype, device=grad.device)
