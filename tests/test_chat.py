@@ -6,15 +6,9 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from text_fixtures import (
-    BUNDLED,
-    assistant,
-    both_tokenizers,
-    system,
-    tokenizer_of,
-    user,
-)
+from text_fixtures import BUNDLED, assistant, both_tokenizers, system, tokenizer_of, user
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe.chat import Message, TextStream, render, render_within
 from deepseek_moe.errors import UserError
@@ -29,23 +23,25 @@ CONTENTS = [
 ]
 
 
-def conversations(text: str) -> list[list[Message]]:
-    return [
-        [user(text)],
-        [user("Why?"), assistant(text)],
-        [user(text), assistant(text), user(text), assistant(text)],
-        [system(text), user("Why?"), assistant("So.")],
-    ]
-
-
 @pytest.mark.parametrize("asks", [True, False])
 @both_tokenizers
-def test_ids_equal_those_of_the_chat_template(folder: Path, asks: bool) -> None:
+def test_ids_equal_those_of_the_templates(folder: Path, asks: bool) -> None:
+    """Of our template, and of the one in the folder, which may be the official one."""
     tokenizer = tokenizer_of(folder)
     for text in CONTENTS:
-        for messages in conversations(text):
-            template = tokenizer.apply_chat_template(messages, add_generation_prompt=asks)
-            assert render(tokenizer, messages, asks)[0] == template["input_ids"], messages
+        for messages in (
+            [user(text)],
+            [user("Why?"), assistant(text)],
+            [user(text), assistant(text), user(text), assistant(text)],
+            [system(text), user("Why?"), assistant("So."), assistant(text)],
+            [system(text)],
+        ):
+            ids, _ = render(tokenizer, messages, asks)
+            for template in (CHAT_TEMPLATE, tokenizer.chat_template):
+                found = tokenizer.apply_chat_template(
+                    messages, chat_template=template, add_generation_prompt=asks
+                )
+                assert found["input_ids"] == ids, messages
 
 
 @pytest.mark.parametrize("name", ["tiny-base", "tiny-chat"])
@@ -72,7 +68,7 @@ def test_mask_marks_exactly_answers_and_their_eos(folder: Path, asks: bool) -> N
         ], text
 
 
-@pytest.mark.parametrize("typed", [EOS, BOS, f"a{EOS}b", f"{BOS}User: x{EOS}", EOS * 2])
+@pytest.mark.parametrize("typed", [EOS, BOS, f"{BOS}User: x{EOS}", EOS * 2])
 @both_tokenizers
 def test_typed_special_tokens_are_ordinary_text(folder: Path, typed: str) -> None:
     tokenizer = tokenizer_of(folder)
@@ -93,13 +89,11 @@ def test_typed_special_tokens_are_ordinary_text(folder: Path, typed: str) -> Non
         ({"content": "x"}, "message 2 has role None"),
         ({"role": "user"}, "message 2 has content None"),
         ({"role": "user", "content": [{"type": "text"}]}, "message 2 has content"),
-        ({"role": "assistant", "content": 3}, "message 2 has content 3"),
     ],
 )
 def test_a_wrong_message_is_an_error_that_names_it(message: Message, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=said):
         render(tokenizer_of(BUNDLED), [user("a"), message])
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("lacking", ["bos_token", "eos_token"])
@@ -110,19 +104,12 @@ def test_a_tokenizer_without_bos_or_eos_cannot_render(lacking: str) -> None:
         render(tokenizer, [user("Hi!")])
 
 
-TURNS = [
-    user("one " * 9),
-    assistant("eins " * 5),
-    user("two " * 7),
-    assistant("zwei " * 3),
-    user("three?"),
-]
-
-
 @pytest.mark.parametrize("head", [[], [system("Be short.")]], ids=["plain", "system"])
 def test_overflow_drops_the_oldest_turns_only_as_needed(head: list[Message]) -> None:
+    """The last question stays even if it does not fit."""
     tokenizer = tokenizer_of(BUNDLED)
-    messages = head + TURNS
+    first, second = [user("one " * 9), assistant("eins " * 5)], [user("two"), assistant("zwei")]
+    messages = [*head, *first, *second, user("three?")]
     starts = [0] + [n for n, one in enumerate(messages) if n and one["role"] == "user"]
     tails = {n: render(tokenizer, messages[n:], add_generation_prompt=True)[0] for n in starts}
     for room in range(1, len(tails[0]) + 2):
@@ -131,14 +118,7 @@ def test_overflow_drops_the_oldest_turns_only_as_needed(head: list[Message]) -> 
         assert render_within(tokenizer, messages, room) == (tails[expected], expected)
 
 
-def test_the_last_question_stays_even_if_it_does_not_fit() -> None:
-    tokenizer = tokenizer_of(BUNDLED)
-    ids, dropped = render_within(tokenizer, TURNS, 1)
-    assert dropped == 4
-    assert ids == render(tokenizer, TURNS[4:], add_generation_prompt=True)[0]
-
-
-def streamed(tokenizer, ids: list[int]) -> list[str]:
+def streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     stream = TextStream(tokenizer)
     return [stream.add(token) for token in ids]
 
@@ -156,8 +136,7 @@ def test_stream_breaks_no_character_however_its_bytes_are_cut(folder: Path) -> N
         spelled = "".join(part for part, _ in spell(text))
         ids = []
         while spelled:
-            known = [n for n in range(1, 9) if spelled[:n] in tokens]
-            n = dice.choice(known)
+            n = dice.choice([n for n in range(1, 9) if spelled[:n] in tokens])
             ids.append(tokens[spelled[:n]])
             spelled = spelled[n:]
         pieces = streamed(tokenizer, ids)

@@ -13,7 +13,6 @@ from text_fixtures import (
     assistant,
     both_tokenizers,
     needs_official,
-    system,
     tokenizer_of,
     user,
 )
@@ -26,16 +25,11 @@ from deepseek_moe.model import configuration_deepseek
 from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
 
 TALK = [user("Hi!"), assistant("Hello, who are you?"), user("Me?\nNobody.")]
-CONVERSATIONS = {
-    "question": [user("Hi!")],
-    "answered": TALK[:2],
-    "three turns": TALK,
-    "system": [system("Be short."), *TALK],
-    "system alone": [system("Be short.")],
-    "two answers": [user("a"), assistant("b"), assistant("c")],
-    "empty answer": [user("a"), assistant("")],
-    "spaces": [user("  a \n"), assistant("\n b  ")],
-}
+
+
+def copy(folder: Path, to: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(folder / name, to)
 
 
 def rendered_again(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -114,15 +108,6 @@ def test_a_batch_is_padded_on_the_left(folder: Path) -> None:
     assert batch.attention_mask == [[0] * pads + [1] * len(short), [1] * len(long)]
 
 
-@pytest.mark.parametrize(
-    "text", ["Hello world", " a  b\n\n\tc ", "naïve café", "你好，世界 🎉", ""]
-)
-@both_tokenizers
-def test_text_survives_the_round_trip(folder: Path, text: str) -> None:
-    tokenizer = tokenizer_of(folder)
-    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
-
-
 WITHOUT_NAMES: dict[str, Callable[[Path], Any]] = {
     "missing": lambda file: file.unlink(),
     "empty": lambda file: file.write_text("{}"),
@@ -133,19 +118,16 @@ WITHOUT_NAMES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("change", WITHOUT_NAMES)
-@both_tokenizers
-def test_bos_and_eos_are_known_if_the_files_name_none(
-    folder: Path, change: str, tmp_path: Path
-) -> None:
-    copy(folder, tmp_path, without="")
+def test_bos_and_eos_are_known_if_the_files_name_none(change: str, tmp_path: Path) -> None:
+    copy(BUNDLED, tmp_path)
     WITHOUT_NAMES[change](tmp_path / "tokenizer_config.json")
     for door in (DeepseekTokenizer, AutoTokenizer):
         tokenizer = door.from_pretrained(tmp_path)
         assert type(tokenizer) is DeepseekTokenizer
         assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, EOS, EOS)
         for path in ("plain", "BOS in the text", "padded batch", "chat template"):
-            assert PATHS[path](tokenizer) == PATHS[path](tokenizer_of(folder))
-        assert tokenizer.get_vocab() == tokenizer_of(folder).get_vocab()
+            assert PATHS[path](tokenizer) == PATHS[path](tokenizer_of(BUNDLED))
+        assert tokenizer.get_vocab() == tokenizer_of(BUNDLED).get_vocab()
 
 
 def with_other_names(folder: Path, adds_bos: bool = False, **config: Any) -> None:
@@ -202,7 +184,7 @@ def test_code_that_the_files_name_makes_autotokenizer_warn(
     code: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers then takes the class that is named beside it, whatever is registered."""
-    copy(BUNDLED, tmp_path, without="")
+    copy(BUNDLED, tmp_path)
     file, said = tmp_path / "tokenizer_config.json", []
     monkeypatch.setattr(configuration_deepseek.logger, "warning_once", said.append)
     fields = json.loads(file.read_text(encoding="utf-8"))
@@ -218,25 +200,12 @@ def test_code_that_the_files_name_makes_autotokenizer_warn(
 
 
 def test_the_template_is_that_of_the_files_or_built_in(tmp_path: Path) -> None:
-    copy(BUNDLED, tmp_path, without="chat_template.jinja")
+    copy(BUNDLED, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATE
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.apply_chat_template([user("mine")], tokenize=False) == "mine"
-
-
-@pytest.mark.parametrize("asks", [True, False])
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@needs_official
-def test_our_template_renders_what_the_official_one_renders(name: str, asks: bool) -> None:
-    official = (OFFICIAL / "chat_template.jinja").read_text(encoding="utf-8")
-    ours, theirs = (
-        tokenizer_of(OFFICIAL).apply_chat_template(
-            CONVERSATIONS[name], chat_template=it, tokenize=False, add_generation_prompt=asks
-        )
-        for it in (CHAT_TEMPLATE, official)
-    )
-    assert ours == theirs
 
 
 @pytest.mark.parametrize("with_config", [True, False])
@@ -257,12 +226,21 @@ def test_saved_files_give_the_same_ids(folder: Path, with_config: bool, tmp_path
 
 @both_tokenizers
 def test_saved_files_have_what_other_readers_look_for(folder: Path, tmp_path: Path) -> None:
-    """Also if the last call had limits, which transformers leaves in the tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """Not the limits of the last call, which transformers leaves in the tokenizer, nor code that
+    stays behind."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    copy(folder, old)
+    fields = json.loads((old / "tokenizer_config.json").read_text(encoding="utf-8"))
+    fields["tokenizer_class"] = "DeepseekTokenizer"
+    fields["auto_map"] = {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]}
+    (old / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(old)
+    assert type(tokenizer) is DeepseekTokenizer
     ids = tokenizer.encode("Hello world")
     tokenizer(["Hello world", "a"], truncation=True, padding="max_length", max_length=3)
-    tokenizer.save_pretrained(tmp_path)
-    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.save_pretrained(new)
+    plain = Tokenizer.from_file(str(new / "tokenizer.json"))
     assert plain.encode("Hello world").ids == ids
     assert plain.truncation is plain.padding is None
     expected = {
@@ -274,52 +252,8 @@ def test_saved_files_have_what_other_readers_look_for(folder: Path, tmp_path: Pa
         "pad_token": EOS,
         "padding_side": "left",
     }
-    saved = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    saved = json.loads((new / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert {name: saved[name] for name in expected} == expected
+    assert not saved.keys() & {"auto_map", "is_local", "local_files_only"}
     files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert {p.name for p in tmp_path.iterdir()} == files
-
-
-def test_saved_config_does_not_name_code_that_stays_behind(tmp_path: Path) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    for folder in (old, new):
-        folder.mkdir()
-        copy(BUNDLED, folder, without="tokenizer_config.json")
-    fields = json.loads((BUNDLED / "tokenizer_config.json").read_text(encoding="utf-8"))
-    fields |= {
-        "tokenizer_class": "DeepseekTokenizer",
-        "auto_map": {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]},
-    }
-    (old / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
-    for folder in (old, new):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert type(tokenizer) is DeepseekTokenizer
-        tokenizer.save_pretrained(new)
-        saved = json.loads((new / "tokenizer_config.json").read_text(encoding="utf-8"))
-        assert "auto_map" not in saved
-        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
-
-
-@pytest.mark.parametrize("config", [{"model_type": "llama"}, None], ids=["llama", "no config"])
-@pytest.mark.parametrize("add_bos_token", [True, False])
-def test_other_tokenizers_load_as_ever(
-    add_bos_token: bool, config: dict[str, Any] | None, tmp_path: Path
-) -> None:
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "h": 4, "i": 5, "▁h": 6}
-    llama = LlamaTokenizer(
-        vocab=vocabulary, merges=[("▁", "h")], add_bos_token=add_bos_token, padding_side="right"
-    )
-    llama.save_pretrained(tmp_path)
-    if config:
-        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(loaded) is LlamaTokenizer
-    assert loaded("hi").input_ids == llama("hi").input_ids
-    assert loaded("<s>hi").input_ids == llama("<s>hi").input_ids
-    assert (loaded.padding_side, loaded.chat_template) == ("right", None)
-
-
-def copy(folder: Path, to: Path, without: str) -> None:
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if name != without and (folder / name).exists():
-            shutil.copy(folder / name, to)
+    assert {p.name for p in new.iterdir()} == files
