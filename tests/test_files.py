@@ -1,7 +1,6 @@
 """Files and folders are complete or absent, and those of the user and of other processes stay."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +23,6 @@ with exit_on_user_error(), complete_or_absent(Path(sys.argv[1])) as aside:
 """
 
 
-def start_slow_writer(folder: Path) -> subprocess.Popen:
-    """Returns when it waits."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, folder], text=True, **pipes)
-    assert child.stdout.readline() == "now\n"
-    return child
-
-
 def write(folder: Path, text: str) -> None:
     with complete_or_absent(folder) as aside:
         (aside / "file").write_text(text)
@@ -41,23 +32,20 @@ def contents(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.iterdir()}
 
 
-def test_a_killed_writer_leaves_no_folder_and_the_next_one_cleans_up(tmp_path: Path) -> None:
-    folder = tmp_path / "new"
-    with start_slow_writer(folder) as child:
-        child.send_signal(signal.SIGKILL)
-    [aside] = tmp_path.iterdir()
-    assert aside != folder and (aside / "file").exists()
-    write(folder, "next")
-    assert list(tmp_path.iterdir()) == [folder]
-    assert contents(folder) == {"file": "next"}
-
-
-def test_what_another_process_has_written_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "new"
-    with start_slow_writer(folder) as child:
-        write(folder, "quick")
-        _, said = child.communicate("go on\n")
-    assert child.returncode == 1
+def test_a_killed_writer_is_cleaned_up_after_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
+    folder, pipe = tmp_path / "new", subprocess.PIPE
+    command = [sys.executable, "-c", SLOW_WRITER, folder]
+    killed, slow = (
+        subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(2)
+    )
+    assert killed.stdout.readline() == slow.stdout.readline() == "now\n"
+    killed.kill()
+    killed.communicate()
+    assert len(list(tmp_path.glob("new.*/file"))) == 2 and not folder.exists()
+    write(folder, "quick")
+    assert len(list(tmp_path.glob("new.*/file"))) == 1
+    _, said = slow.communicate("go on\n")
+    assert slow.returncode == 1
     assert said.startswith("error: ") and len(said.splitlines()) == 1
     assert f"{folder} was written by another process meanwhile" in said
     assert list(tmp_path.iterdir()) == [folder]
@@ -78,8 +66,7 @@ def test_two_writers_in_one_process_do_not_mix(tmp_path: Path) -> None:
 
 def test_files_of_the_user_beside_what_is_written_stay(tmp_path: Path) -> None:
     """Under names that were once used to write aside, and under names that look like them."""
-    mine = [tmp_path / "new.partial" / "x", tmp_path / "new.mine.partial" / "x"]
-    mine += [tmp_path / "note.tmp"]
+    mine = [tmp_path / name for name in ("new.partial/x", "new.mine.partial/x", "note.tmp")]
     for file in mine:
         file.parent.mkdir(exist_ok=True)
         file.write_text("mine")
@@ -112,17 +99,16 @@ def test_an_empty_folder_is_filled_and_stays_what_it_was(tmp_path: Path) -> None
 def test_a_folder_that_must_not_be_replaced_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("mine")
-    for occupied in (tmp_path, tmp_path / "file"):
+    empty, file = tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.write_text("mine")
+    for occupied in (tmp_path, file):
         with pytest.raises(UserError, match="is there already; give a new folder"):
             refuse_occupied(occupied)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with monkeypatch.context() as patch:
-        patch.chdir(empty)
-        for name in (Path("."), empty):
-            with pytest.raises(UserError, match="is the current folder; give a new folder inside"):
-                refuse_occupied(name)
+    monkeypatch.chdir(empty)
+    for name in (Path("."), empty):
+        with pytest.raises(UserError, match="is the current folder; give a new folder inside"):
+            refuse_occupied(name)
     monkeypatch.setattr(os.path, "ismount", lambda path: path == empty)
     with pytest.raises(UserError, match="a file system is mounted"):
         refuse_occupied(empty)
