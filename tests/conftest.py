@@ -24,12 +24,9 @@ from transformers.utils import logging
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-# DeepSpeed's compiled extensions for CPUs, one copy in each environment, which only
-# `compile_extensions` writes.
+# DeepSpeed's compiled extensions, once in each environment; only `compile_extension` writes there.
 EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
 EXTENSIONS /= "deepseek_moe_tests"
-COMPILE = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
-COMPILE_OFFLOAD = "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder as B; B().load()"
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -62,24 +59,23 @@ def no_deepspeed_of_another_test() -> Iterator[None]:
         module.unset_hf_deepspeed_config()
 
 
-def compile_extensions(folder: Path, code: str = COMPILE, timeout: float | None = None) -> None:
-    """Runs Python `code` that compiles extensions of torch in `folder`, one process at a time.
+def compile_extension(builder: str) -> None:
+    """Compiles an extension of DeepSpeed in EXTENSIONS, one process at a time.
 
     torch marks a compilation by a file named lock. If the process is killed, that file stays, and
     every later process waits for ever. Here a lock of the system, which ends with its process,
     shows that nobody compiles, so that such files can be removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "compiling").open("w") as lock:
+    EXTENSIONS.mkdir(parents=True, exist_ok=True)
+    with (EXTENSIONS / "compiling").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_locks(folder)
-        environment = {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+        remove_locks(EXTENSIONS)
+        code = f"from deepspeed.ops.op_builder import cpu; cpu.{builder}().load()"
         subprocess.run(
             [sys.executable, "-c", code],
-            env=os.environ | environment,
+            env=os.environ | {"TORCH_EXTENSIONS_DIR": str(EXTENSIONS), "DS_ACCELERATOR": "cpu"},
             pass_fds=[lock.fileno()],  # it goes on compiling if this process is killed
             check=True,
-            timeout=timeout,
         )
 
 
@@ -94,7 +90,7 @@ def session_extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSpeed's extension for several processes on CPUs, compiled before any test is timed."""
     if torch.cuda.is_available():  # DeepSpeed compiles its other extensions when they are used
         return EXTENSIONS
-    compile_extensions(EXTENSIONS)
+    compile_extension("ShareMemCommBuilder")
     copy = tmp_path_factory.mktemp("torch") / "extensions"
     return shutil.copytree(EXTENSIONS, copy, ignore=shutil.ignore_patterns("lock"))
 
@@ -103,7 +99,7 @@ def session_extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def offload_extension(session_extensions: Path) -> None:
     """The extension of an offloaded optimizer, which only a slow test needs."""
     if not torch.cuda.is_available():
-        compile_extensions(EXTENSIONS, COMPILE_OFFLOAD)
+        compile_extension("CPUAdamBuilder")
         ignore = shutil.ignore_patterns("lock")
         shutil.copytree(EXTENSIONS, session_extensions, ignore=ignore, dirs_exist_ok=True)
 

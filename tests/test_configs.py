@@ -11,22 +11,13 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.model.modeling_deepseek import DeepseekMoE
 
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
-EVERY = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-AUTO = (
-    "gradient_clipping",
-    "gradient_accumulation_steps",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-)
+BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-@pytest.fixture(autouse=True)
-def launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-
-
-def parse(file: Path):
-    return parse_arguments(["--data_path", "x", "--output_dir", "o", "--deepspeed", str(file)])
+def refused(file: Path, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        parse_arguments(["--data_path", "x", "--output_dir", "o", "--deepspeed", str(file)])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_published_names_are_there() -> None:
@@ -36,20 +27,16 @@ def test_the_published_names_are_there() -> None:
     assert (ROOT / "finetune" / "configs").resolve() == ROOT / "configs"
 
 
-@EVERY
-def test_the_command_line_decides_all_that_it_has_an_option_for(file: Path) -> None:
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_options_decide_all_but_what_the_name_says(file: Path) -> None:
     config = json.loads(file.read_text())
     assert not config.keys() & {"optimizer", "scheduler", "fp16"}
     assert config["bf16"] == {"enabled": "auto"}
-    assert [config[key] for key in AUTO] == ["auto"] * len(AUTO)
-
-
-@EVERY
-def test_the_stage_is_the_named_one_and_stage_3_takes_a_moe_block_whole(file: Path) -> None:
-    zero = json.loads(file.read_text())["zero_optimization"]
+    assert {config[key] for key in (*BATCHES, "gradient_clipping")} == {"auto"}
+    zero = config["zero_optimization"]
     assert f"zero{zero['stage']}" in file.name
     assert ("offload_param" in zero) == ("_offload" in file.name and "no_offload" not in file.name)
-    if zero["stage"] == 3:
+    if zero["stage"] == 3:  # it takes a MoE block whole
         assert zero["leaf_module"] == {"classes": [DeepseekMoE.__name__]}
         assert zero["stage3_gather_16bit_weights_on_model_save"] is True
 
@@ -58,26 +45,26 @@ def test_the_stage_is_the_named_one_and_stage_3_takes_a_moe_block_whole(file: Pa
     ("block", "option"), [("scheduler", "--lr_scheduler_type"), ("optimizer", "--optim")]
 )
 def test_a_block_that_would_overrule_an_option_is_refused(
-    block: str, option: str, tmp_path: Path
+    block: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RANK", "0")
     config = json.loads(CONFIGS[0].read_text()) | {block: {"type": "WarmupLR", "params": {}}}
     (tmp_path / "own.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"own.json has a block '{block}'.*{option}"):
-        parse(tmp_path / "own.json")
+    refused(tmp_path / "own.json", f"own.json has a block '{block}'.*{option}")
 
 
 @pytest.mark.parametrize(
     "content",
     ["{", "[]", "{}", '{"zero_optimization": 3}', '{"zero_optimization": {"stage": "3"}}'],
 )
-def test_a_broken_file_is_one_line(content: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_one_line(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
     (tmp_path / "own.json").write_text(content)
-    with pytest.raises(UserError, match=r"own\.json") as caught:
-        parse(tmp_path / "own.json")
-    assert "\n" not in str(caught.value)
+    refused(tmp_path / "own.json", r"own\.json")
 
 
 def test_the_launcher_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK")
-    with pytest.raises(UserError, match="deepspeed --num_gpus 1"):
-        parse(CONFIGS[0])
+    monkeypatch.delenv("RANK", raising=False)
+    refused(CONFIGS[0], "deepspeed --num_gpus 1")

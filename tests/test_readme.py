@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 from finetune_options import OLD_NAMES
 
+from deepseek_moe import export
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS_README = ROOT / "models" / "README.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
 EVERYTHING = "\n".join(PAGE.values())
-SCRIPTS = {
-    "examples/completion.py": "examples/completion.py",
-    "examples/chat.py": "examples/chat.py",
-    "finetune/finetune.py": "finetune/finetune.py",
-    "finetune.py": "finetune/finetune.py",  # in its folder
-    "-m deepseek_moe.export": "-m deepseek_moe.export",
-}
+def run(*command: object) -> subprocess.CompletedProcess:
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -54,29 +52,31 @@ def test_python_snippets_run_with_the_bundled_model(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("program", SCRIPTS)
-def test_commands_use_options_that_exist(program: str) -> None:
-    last = program.split()[-1]
-    used = [words for words in commands(EVERYTHING) if last in words[1:4]]
+def arguments_of(program: str) -> list[list[str]]:
+    """What follows the program in each command that runs it."""
+    used = []
+    for words in commands(EVERYTHING):
+        used += [words[at + 1 :] for at, word in enumerate(words[:4]) if word.endswith(program)]
     assert used
-    command = [sys.executable, *SCRIPTS[program].split(), "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
-    for words in used:
-        options = words[words.index(last) + 1 :]
-        for option in (word for word in options if word.startswith("--")):
-            assert f"{option} " in shown or f"{option}," in shown or option in OLD_NAMES, option
+    return used
 
 
-@pytest.mark.parametrize(
-    ("program", "page"),
-    [("examples/completion.py", "inference"), ("examples/chat.py", "inference")],
-)
-def test_every_option_of_the_examples_is_described(program: str, page: str) -> None:
-    command = [sys.executable, program, "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
-    options = set(re.findall(r"--\w+", shown)) - {"--help"}
-    assert len(options) > 8
-    assert not {option for option in options if f"`{option}`" not in PAGE[page]}
+@pytest.mark.parametrize("program", ["examples/completion.py", "examples/chat.py", "finetune.py"])
+def test_commands_use_options_that_exist(program: str) -> None:
+    file = program if "/" in program else f"finetune/{program}"
+    shown = run(file, "--help").stdout
+    for option in {word for words in arguments_of(program) for word in words if word[:2] == "--"}:
+        assert f"{option} " in shown or f"{option}," in shown or option in OLD_NAMES, option
+    if program.startswith("examples/"):
+        options = set(re.findall(r"--\w+", shown)) - {"--help"}
+        assert len(options) > 8
+        assert not {option for option in options if f"`{option}`" not in PAGE["inference"]}
+
+
+def test_commands_of_exports_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in arguments_of("deepseek_moe.export"):
+        monkeypatch.setattr(sys, "argv", ["export", *words])
+        export.parse_arguments()
 
 
 def test_programs_and_files_that_are_named_exist() -> None:
@@ -97,9 +97,7 @@ def test_the_laptop_block_does_what_it_says(tmp_path: Path) -> None:
     for line in lines[4:-1]:
         words = shlex.split(line.replace("output/sample", str(tmp_path)))
         assert words[0] == "python"
-        done = subprocess.run(
-            [sys.executable, *words[1:]], capture_output=True, text=True, cwd=ROOT
-        )
+        done = run(*words[1:])
         assert done.returncode == 0, done.stderr
         said += done.stdout
         losses = [float(loss) for loss in re.findall(r"  loss ([\d.]+)", done.stderr)]
@@ -111,9 +109,7 @@ def test_the_laptop_block_does_what_it_says(tmp_path: Path) -> None:
 def test_the_first_output_is_the_real_one() -> None:
     shown = re.search(r"^> (.*?)…", PAGE["README"], flags=re.DOTALL | re.MULTILINE)[1]
     command = next(words for words in commands(PAGE["README"]) if words[0] == "python")
-    done = subprocess.run(
-        [sys.executable, *command[1:], "--device", "cpu"], capture_output=True, text=True, cwd=ROOT
-    )
+    done = run(*command[1:], "--device", "cpu")
     assert " ".join(done.stdout.split()).startswith(" ".join(shown.replace("\n> ", " ").split()))
 
 
@@ -121,17 +117,10 @@ def test_the_requirements_files_exist_and_are_pinned() -> None:
     files = set(re.findall(r"-r (requirements[\w.-]+)", EVERYTHING))
     assert files == {"requirements.txt", "requirements-dev.txt"}
     for file in files:
-        lines = [x.split("#")[0].strip() for x in (ROOT / file).read_text().splitlines()]
-        assert all(
-            "==" in line or line == "-e ." or line.startswith("triton") for line in lines if line
-        )
+        for line in (ROOT / file).read_text().splitlines():
+            assert re.match(r"(#|$|-e \.|triton|[^#]*==)", line.strip()), line
     assert "torch==2.13.0" in (ROOT / "requirements.txt").read_text()
     assert "pip install torch==2.13.0" in PAGE["README"]
-
-
-def tracked_files() -> list[str]:
-    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
-    return listed.stdout.splitlines()
 
 
 def test_the_tree_lists_every_file() -> None:
@@ -141,15 +130,13 @@ def test_the_tree_lists_every_file() -> None:
     for line in tree.splitlines():
         name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
         folders[depth:] = [name.rstrip("/")]
-        listed.add("/".join(folders) + ("/" if name.endswith("/") else ""))
-    for path in listed:
-        assert (ROOT / path).exists(), path
-    rooms = ("deepseek_moe/", "examples/", "finetune/", "benchmarks/", "images/", "configs/")
-    for file in tracked_files():
-        if file.startswith(rooms) and file.endswith((".py", ".json")):
-            folder = file.rpartition("/")[0] + "/"
-            known = file in listed or (folder in listed and folder == "configs/")
-            assert known or file.endswith("__init__.py"), f"{file} is not in docs/code.md"
+        listed.add("/".join(folders))
+    assert all((ROOT / path).exists() for path in listed)
+    rooms = ["deepseek_moe", "examples", "finetune", "benchmarks", "images"]
+    tracked = subprocess.run(["git", "ls-files", *rooms], capture_output=True, text=True, cwd=ROOT)
+    for file in tracked.stdout.splitlines():
+        if file.endswith((".py", ".json")) and not file.endswith("__init__.py"):
+            assert file in listed, f"{file} is not in docs/code.md"
 
 
 def test_the_tree_of_the_readme_is_there() -> None:
@@ -202,9 +189,8 @@ def test_the_training_script_runs_on_other_text(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps(row) for row in rows))
     options = "--tokens 512 --batch_size 2 --length 64 --evaluations 1 --no-compile --output"
-    command = [sys.executable, ROOT / "models/train_tiny.py", "--text", text, *options.split()]
     for code in (0, 2):  # the second one would write over the first one's model
-        done = subprocess.run([*command, tmp_path], capture_output=True, text=True, cwd=ROOT)
+        done = run("models/train_tiny.py", "--text", text, *options.split(), tmp_path)
         assert done.returncode == code, done.stderr
     assert "has a config.json already" in done.stderr
     report = json.loads((tmp_path / "training.json").read_text())
