@@ -17,6 +17,8 @@ MODELS_README = ROOT / "models" / "README.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
 EVERYTHING = "\n".join(PAGE.values())
+
+
 def run(*command: object) -> subprocess.CompletedProcess:
     words = [sys.executable, *map(str, command)]
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
