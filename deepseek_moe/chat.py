@@ -6,10 +6,9 @@
 
     Assistant:
 
-The chat models were trained without a system prompt. Training and chatting both use `render`, so
-that the model is asked in the words in which it was taught. The Jinja template for other engines
-(CHAT_TEMPLATE in model/tokenization_deepseek.py, and chat_template.jinja in checkpoints) writes the
-same format: tests/test_chat.py holds the ids of both equal.
+Training and chatting both use `render`, so that the model is asked in the words in which it was
+taught. The Jinja template for other engines (CHAT_TEMPLATE in model/tokenization_deepseek.py, and
+chat_template.jinja in checkpoints) gives the same ids, which tests/test_chat.py compares.
 """
 
 from collections.abc import Sequence
@@ -98,11 +97,7 @@ def render_within(
 
 
 class TextStream:
-    """Turns ids into text as they come.
-
-    A token of a byte-level vocabulary may end inside a character. Its text is held back until the
-    next whole character is there, so that no character is ever shown broken.
-    """
+    """Turns ids into text as they come, in whole characters, since a token may end inside one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer.backend_tokenizer

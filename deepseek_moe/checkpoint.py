@@ -71,16 +71,15 @@ def own_tokenizer(folder: Path) -> DeepseekTokenizer:
         UserError: its files are broken, or it has ids that the model's vocabulary lacks.
     """
     fields = _read_object(folder / "config.json")
-    with as_user_error(
-        f"{folder / 'tokenizer.json'} cannot be used", "get the tokenizer's files anew"
-    ):
+    file = folder / "tokenizer.json"
+    with as_user_error(f"{file} cannot be used", "get the tokenizer's files anew"):
         tokenizer = DeepseekTokenizer.from_pretrained(folder)
         highest = max(tokenizer.get_vocab().values())
     size = fields.get("vocab_size", DeepseekConfig.vocab_size)
     if isinstance(size, int) and highest >= size:
         raise UserError(
-            f"{folder / 'tokenizer.json'} has ids up to {highest}, but the model's vocabulary ends "
-            f"at {size - 1} (vocab_size in config.json); get both files of one checkpoint"
+            f"{file} has ids up to {highest}, but the model's vocabulary ends at {size - 1} "
+            "(vocab_size in config.json); get both files of one checkpoint"
         )
     return tokenizer
 
@@ -127,9 +126,6 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         try:
-            fields, _ = DeepseekConfig.get_config_dict(folder)
-            if fields.get("model_type") != DeepseekConfig.model_type:
-                raise ValueError(f"it holds a {fields.get('model_type')} model, not a deepseek one")
             self.config = DeepseekConfig.from_pretrained(folder)
             with torch.device("meta"):
                 self.model = DeepseekForCausalLM(self.config)
@@ -174,26 +170,21 @@ class Checkpoint:
 
 # --- The fingerprint: which base model a run or an adapter belongs to
 
-FORMAT = "tensors:"
-"""How a fingerprint begins. Those of older versions are 16 hexadecimal digits without a mark."""
-
+FORMAT = "tensors:"  # how a fingerprint begins; those of older versions have no such mark
 SAMPLE = 4096  # bytes that are read at one place of a tensor
 STRIDE = 8 * 2**20  # bytes of a tensor for each such place
 
 # Fields of the config on which no number in a forward or backward pass depends.
-NOT_COMPUTED = {
-    *("use_cache", "initializer_range", "pretraining_tp"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-}
+NOT_COMPUTED = {"use_cache", "initializer_range", "pretraining_tp"}
+NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def fingerprint(folder: Path) -> str:
     """A hash of the config and of every tensor's name, dtype, shape and a sample of its bytes.
 
-    A sample is 4 KB from the middle of each 8 MB, which is 22 MB of the 16B model, so a change of
-    a few numbers in a tensor can stay unnoticed. The division into files, the order in them, and
-    fields of the config that change no number do not count: a copy with other shards is the same
-    model.
+    A sample is 4 KB from the middle of each 8 MB (22 MB of the 16B model), so a change of a few
+    numbers can stay unnoticed. The division into files, the order in them, and fields of the config
+    that change no number do not count.
 
     Raises:
         UserError: the config or a weight file is broken.

@@ -91,9 +91,9 @@ def _refuse_full_disk(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype |
 def add_code(folder: Path) -> None:
     """Adds the model's code to a checkpoint folder, for machines without this package.
 
-    There, `from_pretrained(folder, trust_remote_code=True)` loads it with transformers alone. Where
-    this package is imported, its own classes load the folder and the code in it is not run. The
-    tokenizer needs no code, since tokenizer.json says itself where BOS goes.
+    There, `from_pretrained(folder, trust_remote_code=True)` runs it. Where this package is
+    imported, its own classes load the folder. The tokenizer needs no code: tokenizer.json says
+    where BOS goes.
     """
     module = Path(modeling_deepseek.__file__)
     for file in {module, *map(Path, get_relative_import_files(module))}:
@@ -106,11 +106,7 @@ def add_code(folder: Path) -> None:
 def _checked(
     tensors: Iterator[tuple[str, torch.Tensor]], checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, cast to their dtype, with a progress bar.
-
-    Raises:
-        UserError: a tensor is missing, surplus, of another shape or not finite.
-    """
+    """The tensors, cast to their dtype, with a progress bar. Wrong ones raise a UserError."""
     missing = dict(checkpoint.official)
     for name, tensor in tqdm(tensors, "export", len(missing), unit="tensor", file=sys.stderr):
         if missing.pop(name, None) != tuple(tensor.shape):

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -39,22 +38,19 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+        return
     except UserError as error:
-        exit_with(str(error), error.exit_code)
+        message, exit_code = str(error), error.exit_code
     except (MemoryError, RuntimeError) as error:
         if not is_memory_error(error):
             raise
-        found = str(error).split(". ")[0] or "out of memory"
-        exit_with(f"{found}; use a smaller batch, fewer tokens, --dtype bfloat16 or another GPU")
+        found, exit_code = str(error).split(". ")[0] or "out of memory", 2
+        message = f"{found}; use a smaller batch, fewer tokens, --dtype bfloat16 or another GPU"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def exit_with(message: str, exit_code: int = 2) -> NoReturn:
-    """Prints one line on stderr and ends the process."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(exit_code)
 
@@ -62,9 +58,7 @@ def exit_with(message: str, exit_code: int = 2) -> NoReturn:
 def is_memory_error(error: Exception) -> bool:
     """Whether Python, or PyTorch on a GPU, ran out of memory."""
     torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or bool(
-        torch and isinstance(error, torch.OutOfMemoryError)
-    )
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError)
 
 
 @contextmanager
@@ -88,11 +82,9 @@ def rank_zero_reports() -> Iterator[None]:
 def end_without_teardown() -> Iterator[None]:
     """Ends one of several processes after its work without shutting the interpreter down.
 
-    The threads of a process group live until nothing refers to the group, and DeepSpeed always
-    does. Such a thread takes Python's lock to let go of a tensor. While the interpreter shuts down,
-    Python ends a thread that waits for the lock, and C++ then aborts the process. So this does what
-    an exit of Python does before the shutdown (Py_FinalizeEx in CPython's pylifecycle.c), and
-    leaves.
+    DeepSpeed keeps the threads of a process group alive. Python ends such a thread if it waits for
+    Python's lock during the shutdown, and C++ then aborts the process. So this does what an exit of
+    Python does before the shutdown (Py_FinalizeEx in CPython's pylifecycle.c), and leaves.
     """
     several, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
     try:
@@ -112,8 +104,7 @@ def end_without_teardown() -> Iterator[None]:
 
 @contextmanager
 def as_user_error(what: str, remedy: str) -> Iterator[None]:
-    """Turns an error of any class, as libraries raise for broken files or networks, into a
-    UserError. One for memory that ran out stays as it is."""
+    """Turns any error of a library, but for memory that ran out, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -126,10 +117,8 @@ def as_user_error(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def unwrap_cache_error() -> Iterator[None]:
-    """Brings out the UserError that `datasets` has wrapped while it filled its cache.
-
-    An OSError, as of a full disk, becomes a UserError too.
-    """
+    """Brings out the UserError, or makes one of the OSError, that `datasets` has wrapped while it
+    filled its cache."""
     from datasets.exceptions import DatasetGenerationError
 
     try:

@@ -5,9 +5,8 @@
     python -m deepseek_moe.export --model BASE --deepspeed_checkpoint DIR --output DIR
 
 The weights are those of the base, or those with a LoRA adapter merged in, or those of a full
-fine-tuning under DeepSpeed. No model is built: tensors go one at a time from file to file. Memory
-holds one stack of experts and the file that is being written, or all of a DeepSpeed checkpoint. The
-folder appears when it is complete.
+fine-tuning under DeepSpeed. Tensors go one at a time from file to file: memory holds one stack of
+experts and the file that is being written, or all of a DeepSpeed checkpoint.
 """
 
 import argparse
@@ -20,14 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import (
-    ADAPTER_FILE,
-    DTYPES,
-    Checkpoint,
-    find_checkpoint,
-    fingerprint,
-    is_outdated,
-)
+from .checkpoint import ADAPTER_FILE, DTYPES, Checkpoint, find_checkpoint, fingerprint, is_outdated
 from .checkpoint_writer import write_checkpoint
 from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
@@ -40,7 +32,7 @@ def main() -> None:
     refuse_occupied(args.output)
     # It warns of a package that it can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout, and logs there
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout
         base = find_checkpoint(args.model)
         for folder in filter(None, (args.adapter, args.deepspeed_checkpoint)):
             _refuse_other_base(folder, base)

@@ -49,9 +49,8 @@ def write_text(name: str | Path, text: str, overwrite: bool = False) -> Path:
     try:
         write_aside(file, text, overwrite)
     except OSError as error:
-        raise UserError(
-            f"{name} cannot be written: {error.strerror}; choose another name"
-        ) from error
+        said = f"{name} cannot be written: {error.strerror}; choose another name"
+        raise UserError(said) from error
     return file
 
 

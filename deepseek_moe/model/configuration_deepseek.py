@@ -148,10 +148,8 @@ class DeepseekConfig(PreTrainedConfig):
     def _refuse_what_is_not_implemented(self) -> None:
         def need(field: str, implemented: bool, wanted: str, value: object = None) -> None:
             if not implemented:
-                value = getattr(self, field, value)
-                raise ValueError(
-                    f"config field {field} is {value!r}, but this model implements {wanted}"
-                )
+                found = f"config field {field} is {getattr(self, field, value)!r}"
+                raise ValueError(f"{found}, but this model implements {wanted}")
 
         heads, experts = self.num_attention_heads, self.n_routed_experts
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
@@ -174,11 +172,11 @@ class DeepseekConfig(PreTrainedConfig):
 
 
 def _warn_of_other_tokenizer(checkpoint: str) -> None:
-    """If tokenizer_config.json has an `auto_map`, AutoTokenizer does not take the class that is
-    registered for the model, but the one that the file names, which adds no BOS.
+    """Warns if tokenizer_config.json has an `auto_map`: AutoTokenizer then takes the class that it
+    names, which adds no BOS, not the registered one.
 
-    The warning stands here because transformers calls no code of this package in that case but the
-    config's. Of a hub id only files that were downloaded before are read.
+    In that case transformers calls no code of this package but the config's. Of a hub id only files
+    that were downloaded before are read.
     """
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 

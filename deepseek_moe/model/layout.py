@@ -13,8 +13,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.utils import cached_file
 
 EXPERT_STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""The parameters that stack the experts of a layer in memory, [experts, out, in], and the matrices
-of an expert on disk stand above each other in each."""
+"""In memory a parameter [experts, out, in] stacks all experts of a layer. By its name, the matrices
+of an expert on disk, which stand above each other in it."""
 
 # transformers applies this while it loads, and backwards while it saves.
 register_checkpoint_conversion_mapping(
@@ -30,16 +30,14 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
+# How a weight may be stored, in the words of safetensors headers. transformers would cast anything
+# else without a warning: integers and booleans become zeros and ones.
 FLOATS = ("F64", "F32", "BF16", "F16")
-"""How a weight may be stored, in the words of safetensors headers. transformers would cast anything
-else without a warning: integers and booleans become zeros and ones."""
 
 
 def official_parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yields the official names of a parameter in memory, and the index of each in that parameter.
-
-    The index is () for a parameter that is stored as it is, else (expert, rows).
-    """
+    """Yields the official names of a parameter in memory, each with its index in that parameter: ()
+    for one that is stored as it is, else (expert, rows)."""
     prefix, _, stack = name.rpartition(".")
     if not prefix.endswith(".experts"):
         yield name, ()
@@ -73,8 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
 def refuse_wrong_checkpoint(
     path: str | Path, kwargs: dict[str, Any], model_class: type[PreTrainedModel]
 ) -> None:
-    """`refuse_wrong_tensors` for what `model_class.from_pretrained(path, **kwargs)` would read, if
-    it is on this disk."""
+    """`refuse_wrong_tensors` for what `from_pretrained` would read, if it is on this disk."""
     if kwargs.keys() & {"state_dict", "gguf_file", "key_mapping"}:
         return
     where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if key in kwargs}
@@ -128,8 +125,7 @@ def refuse_wrong_tensors(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """By name, the type and shape of each tensor, from the files' headers; nothing if a file is
-    missing."""
+    """Dtype and shape of each tensor, from the files' headers; nothing if a file is missing."""
     files, stored = weight_files(folder), {}
     if not all(file.is_file() for file in files):
         return {}
@@ -151,8 +147,7 @@ def _refuse_8_bit_floats(folder: Path, stored: dict[str, tuple[str, tuple[int, .
 
 
 def dtype_fault(dtype: str) -> str:
-    """What is wrong with a weight that is stored as `dtype` (a word of safetensors headers); empty
-    if nothing is."""
+    """What is wrong with a weight that is stored as `dtype`; empty if nothing is."""
     return "" if dtype in FLOATS else f"is stored as {dtype}, not as one of {', '.join(FLOATS)}"
 
 

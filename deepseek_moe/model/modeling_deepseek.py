@@ -47,9 +47,8 @@ from .layout import first_few, refuse_wrong_checkpoint
 class Routing:
     """What one MoE layer did with one batch while training. The layer fills it.
 
-    The model hands each layer a new one. Gradient checkpointing calls the layer twice with the same
-    one, and the second call takes the picks of the first from here. If it chose again, a tie or a
-    kernel that rounds differently would send tokens to other experts.
+    Gradient checkpointing calls a layer twice with the same one, and the second call takes the
+    picks of the first. A tie, or a kernel that rounds differently, would change them.
     """
 
     index_TK: torch.Tensor | None = None
@@ -71,8 +70,8 @@ class DeepseekGate(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns logits [T, E], the picks' weights [T, K] (both fp32) and the picks [T, K].
 
-        It takes the picks that `routing` holds, or, while training, puts its own there. It does so
-        itself because expert parallelism may change what it returns.
+        It takes the picks that `routing` holds, or, while training, puts its own there, before
+        expert parallelism changes what it returns.
         """
         index_TK = routing.index_TK if routing is not None else None
         # Logits in bf16 would swap experts whose scores are close. Autocast would undo the cast.
@@ -159,10 +158,8 @@ class DeepseekMoE(nn.Module):
         self.seq_aux = config.seq_aux
         self.gate = DeepseekGate(config)
         self.experts = DeepseekExperts(config)
-        self.shared_experts = None
-        if config.n_shared_experts:
-            width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = DeepseekMLP(config, width)
+        width = (config.n_shared_experts or 0) * config.moe_intermediate_size
+        self.shared_experts = DeepseekMLP(config, width) if width else None
 
     def forward(
         self,
@@ -187,8 +184,7 @@ class DeepseekMoE(nn.Module):
         # The routed experts come last: a checkpointed layer is computed again only as far as the
         # last tensor that the backward pass needs, so their output is spared.
         out_BLD = self.experts(hidden_TD, index_TK, weights_TK).view_as(hidden_BLD)
-        if shared_BLD is not None:
-            out_BLD = out_BLD + shared_BLD
+        out_BLD = out_BLD if shared_BLD is None else out_BLD + shared_BLD
         if loss is not None:
             out_BLD = AddLossGradient.apply(out_BLD, self.aux_loss_alpha * scale * loss)
         return out_BLD
@@ -255,8 +251,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         """As transformers' own, but every tensor must be there with its shape, and no other.
 
         Raises:
-            ValueError: names the missing, surplus or misshapen tensors. transformers would warn,
-                fill the missing ones with random numbers and go on.
+            ValueError: names the wrong tensors. transformers would warn and use random ones.
         """
         path = pretrained_model_name_or_path
         local = path is not None and Path(path).is_dir()
@@ -397,8 +392,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
         While training, the balance loss reaches the gradients from inside the layers, as in the
         published model. It is not part of `loss`; `aux_loss` shows its value. `logits_to_keep` > 0
-        computes the logits of that many last positions only. There are none while training with an
-        `lm_head` that has `computes_loss`: such a one takes the labels too.
+        computes the logits of that many last positions only. An `lm_head` that has `computes_loss`
+        takes the labels while training, and there are no logits.
         """
         # generate and Trainer read the signature above to see what the model takes.
         outputs = self.model(

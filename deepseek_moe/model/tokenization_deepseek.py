@@ -34,9 +34,8 @@ CHAT_TEMPLATE = """\
 class DeepseekTokenizer(TokenizersBackend):
     """transformers' tokenizer with BOS in front exactly once, left padding, and the chat template.
 
-    tokenizer_config.json says which tokens are BOS and EOS. If it does not, or is missing, they are
-    this family's own tokens, if tokenizer.json has them, else those with the ids in config.json.
-    PAD is EOS unless the files name another.
+    BOS and EOS are those of tokenizer_config.json, else this family's own, if tokenizer.json has
+    them, else those with the ids in config.json. PAD is EOS unless the files name another.
 
     BOS is added to plain text, stays single if the text already begins with it (as a rendered chat
     does), and is left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json,
@@ -67,8 +66,8 @@ class DeepseekTokenizer(TokenizersBackend):
     def _encode_plus(
         self, text: Any, *args: Any, add_special_tokens: bool = True, **kwargs: Any
     ) -> BatchEncoding:
-        # The public ways to encode (`__call__`, `encode`, `tokenize`) have only this private one in
-        # common, of transformers' tokenization_utils_tokenizers.py.
+        # `__call__`, `encode` and `tokenize` have only this private method in common, of
+        # transformers' tokenization_utils_tokenizers.py.
         if add_special_tokens and self.add_bos_token:
             text = _without_bos(text, self.bos_token)
         return super()._encode_plus(text, *args, add_special_tokens=add_special_tokens, **kwargs)
@@ -99,10 +98,10 @@ class DeepseekTokenizer(TokenizersBackend):
 def _find_special_tokens(
     file: Path, vocabulary: Tokenizer, named: dict[str, Any]
 ) -> dict[str, Any]:
-    """BOS, EOS and PAD; `named` has those that tokenizer_config.json names.
+    """BOS, EOS and PAD, all of them in the `vocabulary` of tokenizer.json (`file`).
 
-    All are in the `vocabulary` of tokenizer.json (`file`). transformers would give others new ids,
-    which the model has never seen.
+    `named` has those that tokenizer_config.json names. transformers would give one that is not in
+    the vocabulary a new id, which the model has never seen.
     """
     found: dict[str, Any] = {}
     for name, own in (("bos_token", BOS), ("eos_token", EOS)):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -89,35 +88,18 @@ def test_accepted_fields_are_kept(harmless: dict[str, Any], tiny_config: MakeCon
     assert harmless.items() <= tiny_config(**harmless).to_dict().items()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_key_value_heads": 2, "norm_topk_prob": True, "seq_aux": False, "aux_loss_alpha": 0.0},
-        {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None},
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 5000.0},
-        {"tie_word_embeddings": True, "pad_token_id": 2, "moe_layer_freq": 2, "dtype": "bfloat16"},
-    ],
-    ids=["other_moe", "dense", "rope", "rest"],
-)
-def test_a_config_survives_the_disk(
-    changes: dict[str, Any], tiny_config: MakeConfig, tmp_path: Path
-) -> None:
-    config = tiny_config(**deepcopy(changes))  # transformers writes into the rope dict
-    config.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert "rope_parameters" not in written  # other engines read these two instead
-    assert written["rope_theta"] == changes.get("rope_theta", 10000)
-    assert written["rope_scaling"] == changes.get("rope_scaling")
-    again = DeepseekConfig.from_pretrained(tmp_path)
-    place = {"_name_or_path": "", "transformers_version": ""}
-    assert again.to_dict() | place == config.to_dict() | place
-    assert again.rope_parameters == config.rope_parameters
-
-
-def test_both_rope_spellings_give_the_same_config(tiny_config: MakeConfig) -> None:
-    old = tiny_config(rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=5000.0)
+def test_rope_is_written_as_other_engines_read_it(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    scaling = {"type": "linear", "factor": 4.0}
+    old = tiny_config(rope_scaling=dict(scaling), rope_theta=5000.0)
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
     assert tiny_config(rope_parameters=rope).to_dict() == old.to_dict()
+    for config, theta, wanted in ((old, 5000.0, scaling), (tiny_config(), 10000, None)):
+        config.save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        assert "rope_parameters" not in written
+        assert (written["rope_theta"], written["rope_scaling"]) == (theta, wanted)
+        again = DeepseekConfig.from_pretrained(tmp_path)
+        assert again.rope_parameters == config.rope_parameters
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""The MoE layer and its balance loss against per-token loops: every value and every gradient."""
+"""The MoE layer and its balance loss against a dense one: every value and every gradient."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from deepseek_moe import DeepseekConfig
 from deepseek_moe.model.balance_loss import balance_loss
@@ -15,51 +16,29 @@ MakeConfig = Callable[..., DeepseekConfig]
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", GROUPED]
 
 
-def plain_moe(
-    config: DeepseekConfig, weights: dict[str, torch.Tensor], tokens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
-    """The layer, one token and one pick after the other: output, scores, picks."""
+def dense_moe(
+    config: DeepseekConfig, w: dict[str, torch.Tensor], hidden_BLD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every expert computes every token: output, balance loss, and which picks [B, L, E] count."""
 
     def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor):
-        opened = gate @ x
-        return down @ (opened / (1 + torch.exp(-opened)) * (up @ x))
+        return (F.silu(x @ gate.mT) * (x @ up.mT)) @ down.mT
 
-    exps = torch.stack([torch.exp(weights["gate.weight"] @ x) for x in tokens])
-    scores = exps / exps.sum(-1, keepdim=True)
-    picks = scores.topk(config.num_experts_per_tok).indices.tolist()
-    width = config.moe_intermediate_size
-    rows = []
-    for x, row, experts in zip(tokens, scores, picks, strict=True):
-        out = torch.zeros_like(x)
-        total = 1.0
-        if config.norm_topk_prob and len(experts) > 1:
-            total = sum(row[e] for e in experts)
-        for e in experts:
-            gate_up, down = weights["experts.gate_up_proj"][e], weights["experts.down_proj"][e]
-            out = out + row[e] / total * swiglu(x, gate_up[:width], gate_up[width:], down)
-        if config.n_shared_experts:
-            names = (f"shared_experts.{matrix}_proj.weight" for matrix in ("gate", "up", "down"))
-            out = out + swiglu(x, *(weights[name] for name in names))
-        rows.append(out)
-    return torch.stack(rows), scores, picks
-
-
-def plain_balance_loss(
-    scores: torch.Tensor, picks: list[list[int]], batch_size: int, per_sequence: bool
-) -> torch.Tensor:
-    """Straight from the formula, with the loops written out."""
-    tokens, experts = scores.shape
-    length = tokens // batch_size if per_sequence else tokens
-    losses = []
-    for start in range(0, tokens, length):
-        members = range(start, start + length)
-        loss = scores.new_zeros(())
-        for e in range(experts):
-            count = sum(picks[t].count(e) for t in members)
-            f = count / (length * len(picks[0]) / experts)
-            loss = loss + f * sum(scores[t, e] for t in members) / length
-        losses.append(loss)
-    return sum(losses) / len(losses)
+    E, K = config.n_routed_experts, config.num_experts_per_tok
+    scores_BLE = (hidden_BLD @ w["gate.weight"].T).softmax(-1)
+    picked_BLE = torch.zeros_like(scores_BLE).scatter(-1, scores_BLE.topk(K).indices, 1.0)
+    weights_BLE = scores_BLE * picked_BLE
+    if config.norm_topk_prob and K > 1:
+        weights_BLE = weights_BLE / weights_BLE.sum(-1, keepdim=True)
+    gate, up = w["experts.gate_up_proj"].chunk(2, dim=1)
+    outs_BELD = swiglu(hidden_BLD[:, None], gate, up, w["experts.down_proj"])
+    out_BLD = torch.einsum("ble,beld->bld", weights_BLE, outs_BELD)
+    if config.n_shared_experts:
+        shared = [w[f"shared_experts.{matrix}_proj.weight"] for matrix in ("gate", "up", "down")]
+        out_BLD = out_BLD + swiglu(hidden_BLD, *shared)
+    counted = 1 if config.seq_aux else (0, 1)
+    share, mean = picked_BLE.mean(counted) * E / K, scores_BLE.mean(counted)
+    return out_BLD, (share * mean).sum(-1).mean(), picked_BLE
 
 
 def random_moe(config: DeepseekConfig) -> DeepseekMoE:
@@ -89,7 +68,7 @@ CASES: dict[str, dict[str, Any]] = {  # `push` is added to the logits of experts
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_moe_layer_equals_the_loops(
+def test_moe_layer_equals_the_dense_one(
     case: str, implementation: str, tiny_config: MakeConfig
 ) -> None:
     changes = dict(CASES[case])
@@ -104,18 +83,16 @@ def test_moe_layer_equals_the_loops(
 
     exact = {name: w.detach().double().requires_grad_() for name, w in moe.named_parameters()}
     exact["hidden"] = hidden.double().requires_grad_()
-    want, scores, picks = plain_moe(config, exact, exact["hidden"].flatten(0, 1))
-    balance = plain_balance_loss(scores, picks, shape[0], config.seq_aux)
-    loss = (want.view_as(probe) * probe).sum() + config.aux_loss_alpha * balance
-    loss.backward()
+    want, balance, picked_BLE = dense_moe(config, exact, exact["hidden"])
+    ((want * probe).sum() + config.aux_loss_alpha * balance).backward()
 
     hidden.requires_grad_()
     routing = Routing()
     out = moe.train()(hidden, routing)
     (out * probe).sum().backward()
 
-    torch.testing.assert_close(out.flatten(0, 1), want.float(), atol=1e-5, rtol=1e-5)
-    assert [sorted(row) for row in routing.index_TK.tolist()] == [sorted(row) for row in picks]
+    torch.testing.assert_close(out, want.float(), atol=1e-5, rtol=1e-5)
+    assert picked_BLE.flatten(0, 1).gather(1, routing.index_TK).all()
     if config.aux_loss_alpha:
         expected = (config.aux_loss_alpha * balance).float()
         torch.testing.assert_close(routing.aux_loss, expected, atol=1e-6, rtol=1e-5)
@@ -125,9 +102,9 @@ def test_moe_layer_equals_the_loops(
         scale = max(1.0, exact[name].grad.abs().max().item())
         # 2e-5: a softmax with one logit near 9 above the rest loses a digit, more on some CPUs
         assert (weight.grad - exact[name].grad).abs().max() <= 2e-5 * scale, name
-    unused = set(range(config.n_routed_experts)) - {e for row in picks for e in row}
-    assert not moe.experts.gate_up_proj.grad[sorted(unused)].any()
-    assert unused or not push
+    unused_E = ~picked_BLE.bool().any(0).any(0)
+    assert not moe.experts.gate_up_proj.grad[unused_E].any()
+    assert unused_E.any() or not push
 
 
 def test_balance_loss_is_1_when_even_and_grows_to_the_number_of_experts() -> None:
