@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -105,36 +106,29 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     refused(BUNDLED, "GB free", "smaller model", device="cpu", dtype=dtype)
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "nothing", "~/no/such", "a/b/c"])
+@pytest.mark.parametrize("path", ["/no/such/folder", "nothing", "~/no/such", "a/b/c"])
 def test_a_path_that_does_not_exist(path: str) -> None:
-    refused(path, path, "does not exist", "give a checkpoint folder or a hub id")
+    refused(path, f"{path} does not exist; give a checkpoint folder or a hub id")
 
 
-@pytest.mark.parametrize("path", ["", "~no_such_user/x", "a b" * 2000], ids=["no", "~", "long"])
+@pytest.mark.parametrize("path", ["~no_such_user/x", "a b" * 2000], ids=["~", "long"])
 def test_what_can_be_no_path(path: str) -> None:
-    refused(path, "folder")
+    refused(path, "is no path", "give a checkpoint folder or a hub id")
 
 
 def test_a_hub_id_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The HTTP library of huggingface_hub, which its versions change, has its own errors."""
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise HfHubHTTPError.__mro__[1]("The read operation timed out.\nCheck your connection.")
-
-    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    error = HfHubHTTPError.__mro__[1]("The read operation timed out.\nCheck your connection.")
+    monkeypatch.setattr(checkpoint, "snapshot_download", Mock(side_effect=error))
     refused("some-org/no-model", "some-org/no-model", "check the name and the network")
 
 
 def test_download_takes_neither_pickles_nor_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = []
-
-    def download(model: str, allow_patterns: list[str], cache_dir: str | None) -> str:
-        wanted.extend(allow_patterns)
-        return str(BUNDLED)
-
+    download = Mock(return_value=str(BUNDLED))
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
     assert find_checkpoint("some-org/model") == BUNDLED
-    assert set(wanted) == {"*.json", "*.safetensors", "*.jinja"}
+    patterns = download.call_args.kwargs["allow_patterns"]
+    assert sorted(patterns) == ["*.jinja", "*.json", "*.safetensors"]
 
 
 # --- Checkpoints that are refused
@@ -158,7 +152,7 @@ def fields(**changes: Any) -> Change:
 
 def index(content: Any) -> Change:
     def write_index(folder: Path) -> None:
-        (folder / WEIGHTS).rename(folder / SHARDS[0])
+        rename_weights(SHARDS[0])(folder)
         (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
     return write_index
@@ -235,11 +229,10 @@ def test_a_tokenizer_with_ids_that_the_model_has_not(
 def marker(folder: Path, tmp_path: Path) -> Path:
     """The file that code in `folder` writes if it is executed. Both configs name that code."""
     marker = tmp_path / "executed"
-    code = f"open({str(marker)!r}, 'w').close()\n"
-    for kind in ("configuration", "modeling", "tokenization"):
-        (folder / f"{kind}_deepseek.py").write_text(code, encoding="utf-8")
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(code + "def generate(): pass\n")
+    kinds = ("configuration_deepseek", "modeling_deepseek", "tokenization_deepseek")
+    for name in (*kinds, "custom_generate/generate"):
+        (folder / f"{name}.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     auto_map = AUTO_MAP | {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]}
     set_fields(folder, auto_map=auto_map)
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
@@ -253,8 +246,7 @@ def test_auto_classes_execute_no_code(auto: type, folder: Path, marker: Path) ->
 
 
 def test_load_executes_no_code(folder: Path, marker: Path) -> None:
-    model, tokenizer = load(str(folder))
-    assert type(model) is DeepseekForCausalLM and type(tokenizer) is DeepseekTokenizer
+    load(str(folder))
     set_fields(folder, model_type="other")
     refused(folder, "holds a other model")
     assert not marker.exists()
