@@ -41,10 +41,11 @@ def new_model(folder: Path, overwrite: bool) -> Iterator[Path]:
         UserError: `folder` holds anything (with `overwrite`: anything but a model).
         RunError: it cannot be written.
     """
-    if not (overwrite and (folder / "config.json").is_file()):
-        refuse_occupied(folder)
+    if overwrite and (folder / "config.json").is_file():
+        shutil.rmtree(folder)
+    refuse_occupied(folder)
     try:
-        with complete_or_absent(folder, overwrite) as aside:
+        with complete_or_absent(folder) as aside:
             yield aside
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error

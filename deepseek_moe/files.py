@@ -150,8 +150,8 @@ def refuse_occupied(folder: Path) -> None:
     """Refuses a `folder` that `complete_or_absent` must not or cannot replace by a rename.
 
     Raises:
-        UserError: it is a file or not empty, a mounted file system, or the current folder. (If that
-            were replaced, the user's shell would go on in a folder that is deleted.)
+        UserError: it is a file or not empty, a mounted file system, or the current folder (the
+            user's shell would go on in a folder that is deleted).
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; give a new folder, or remove it first")
@@ -162,12 +162,8 @@ def refuse_occupied(folder: Path) -> None:
 
 
 @contextmanager
-def complete_or_absent(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A private folder to fill, which is renamed to `folder` when the block ends.
-
-    Args:
-        folder: it does not exist, or is empty.
-        overwrite: `folder` may hold anything. All of that is removed in the end.
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A private folder to fill, which is renamed to `folder` (absent or empty) in the end.
 
     Raises:
         RunError: another process filled `folder` meanwhile. Its files stay.
@@ -187,7 +183,15 @@ def complete_or_absent(folder: Path, overwrite: bool = False) -> Iterator[Path]:
             os.rename(owner.name, aside / LOCK)  # a file with this name has always been locked
             yield aside
             (aside / LOCK).unlink()
-        _publish(aside, folder, overwrite)
+        try:
+            os.replace(aside, folder)  # succeeds over an empty folder only
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise RunError(
+                f"{folder} was written by another process meanwhile, and stays as that one left "
+                "it; give another folder"
+            ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         _being_written.discard(aside)
@@ -204,21 +208,3 @@ def _remove_leftovers(folder: Path) -> None:
         with suppress(OSError), (aside / LOCK).open("r+") as owner:
             if lock(owner):
                 shutil.rmtree(aside)
-
-
-def _publish(aside: Path, folder: Path, overwrite: bool) -> None:
-    before = _private_name(folder, ".before")
-    if overwrite and folder.exists():
-        os.replace(folder, before)
-    try:
-        os.replace(aside, folder)  # succeeds over an empty folder only
-    except OSError as error:
-        if before.exists() and not folder.exists():
-            os.replace(before, folder)
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        raise RunError(
-            f"{folder} was written by another process meanwhile, and stays as that one left it; "
-            "give another folder"
-        ) from error
-    shutil.rmtree(before, ignore_errors=True)

@@ -91,9 +91,6 @@ def test_an_empty_folder_is_filled_and_stays_what_it_was(tmp_path: Path) -> None
     assert link.is_symlink()
     assert contents(private) == {"file": "new"}
     assert private.stat().st_mode & 0o777 == 0o700
-    with complete_or_absent(private, overwrite=True) as aside:
-        (aside / "other").write_text("newer")
-    assert contents(link) == {"other": "newer"}
 
 
 def test_a_folder_that_must_not_be_replaced_is_refused(
