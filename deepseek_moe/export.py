@@ -55,9 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
     parser.add_argument("--model", metavar="BASE", required=True, help="a folder or a hub id")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--adapter", metavar="DIR", type=folder, help="a LoRA adapter in PEFT's format, to merge"
-    )
+    source.add_argument("--adapter", metavar="DIR", type=folder, help="a LoRA adapter, to merge")
     source.add_argument(
         "--deepspeed_checkpoint",
         metavar="DIR",

@@ -233,12 +233,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, DeepseekExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, DeepseekGate):
-            init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, (DeepseekExperts, DeepseekGate)):
+            for weight in module.parameters():
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
 
     @classmethod
     def from_pretrained(

@@ -1,6 +1,6 @@
 """Writes the fixture of test_published.py: what the published DeepSeek-MoE code computes.
 
-    python tests/make_published_reference.py --code FOLDER
+    python tests/model/make_published_reference.py FOLDER
 
 FOLDER holds modeling_deepseek.py and configuration_deepseek.py of deepseek-moe-16b-base. They are
 under another licence and not included here. They want transformers 4.36 to 4.40; the fixture next
@@ -9,8 +9,8 @@ random model (fp32, eager attention) its weights, what it computes from a few se
 gradients.
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -76,14 +76,12 @@ def run(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--code", type=Path, required=True, help="folder with the published code")
-    parser.add_argument("--out", type=Path, default=Path("tests/published_reference.safetensors"))
-    args = parser.parse_args()
-    Published = get_class_from_dynamic_module("modeling_deepseek.DeepseekForCausalLM", args.code)
+    [code] = sys.argv[1:]
+    Published = get_class_from_dynamic_module("modeling_deepseek.DeepseekForCausalLM", code)
     tensors = {}
     for seed, (case, changes) in enumerate(CASES.items()):
         torch.manual_seed(seed)
         config = Published.config_class(**(BASE | changes), attn_implementation="eager")
         tensors |= {f"{case}/{name}": value for name, value in run(Published(config)).items()}
-    save_file(tensors, args.out, {case: json.dumps(BASE | new) for case, new in CASES.items()})
+    configs = {case: json.dumps(BASE | new) for case, new in CASES.items()}
+    save_file(tensors, Path(__file__).with_name("published_reference.safetensors"), configs)

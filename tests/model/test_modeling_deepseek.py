@@ -160,17 +160,13 @@ def test_router_logits_hidden_states_and_attentions(tiny_model: MakeModel) -> No
     assert bare.router_logits is bare.hidden_states is bare.attentions is bare.aux_loss is None
 
 
-@pytest.mark.parametrize("seq_aux", [True, False])
-def test_aux_loss_is_the_sum_over_layers_and_not_in_loss(
-    seq_aux: bool, tiny_model: MakeModel
-) -> None:
-    model = tiny_model(seq_aux=seq_aux)
+def test_aux_loss_is_the_sum_over_layers_and_not_in_loss(tiny_model: MakeModel) -> None:
+    model = tiny_model()
     silent = model(IDS, labels=IDS)
     out = model.train()(IDS, labels=IDS, output_router_logits=True)
     rows = torch.arange(2).repeat_interleave(IDS.shape[1])
-    sequences = (rows, 2) if seq_aux else (rows * 0, 1)
     scores = [logits.softmax(-1) for logits in out.router_logits]
-    want = sum(0.1 * balance_loss(x, x.topk(3).indices, *sequences) for x in scores)
+    want = sum(0.1 * balance_loss(x, x.topk(3).indices, rows, 2) for x in scores)
     torch.testing.assert_close(out.aux_loss, want)
     torch.testing.assert_close(out.loss, silent.loss)
     assert not out.aux_loss.requires_grad  # its gradient is already on its way

@@ -39,21 +39,15 @@ def load(
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
 
 
-def official_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The gradients under official names: those of a layer's experts unstacked again."""
-    return {
-        f"grad/{official}": parameter.grad[where]
-        for name, parameter in model.named_parameters()
-        for official, where in official_parts(name, tuple(parameter.shape))
-    }
-
-
 def compute(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the fixture holds besides weights and inputs, as `model` computes it."""
     ids, padded_ids, mask = inputs["input_ids"], inputs["padded_ids"], inputs["mask"]
     loss = model.train()(ids, labels=ids).loss
     loss.backward()
-    out = {"loss": loss.detach(), **official_gradients(model)}
+    out = {"loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        for official, where in official_parts(name, tuple(parameter.shape)):
+            out[f"grad/{official}"] = parameter.grad[where]
     model.eval()
     limits = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     with torch.no_grad():
