@@ -144,12 +144,3 @@ def bundled_model() -> Path:
     if not (folder / "config.json").is_file():
         pytest.skip("models/tiny-base is not here: models/train_tiny.py makes it")
     return folder
-
-
-@pytest.fixture(scope="session")
-def official_files() -> Path:
-    """The published config, tokenizer and index of weights, which this repository does not hold."""
-    folder = ROOT.parent / "shared" / "official"
-    if not (folder / "config.json").is_file():
-        pytest.skip("the published model's small files are not in ../shared/official")
-    return folder

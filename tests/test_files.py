@@ -75,13 +75,6 @@ def test_files_of_the_user_beside_what_is_written_stay(tmp_path: Path) -> None:
     assert [file.read_text() for file in mine] == ["mine"] * len(mine)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError), complete_or_absent(tmp_path / "a" / "new") as aside:
-        (aside / "file").write_text("half")
-        raise OSError(28, "No space left on device")
-    assert list((tmp_path / "a").iterdir()) == []
-
-
 def test_an_empty_folder_is_filled_and_stays_what_it_was(tmp_path: Path) -> None:
     private, link = tmp_path / "private", tmp_path / "link"
     private.mkdir(mode=0o700)

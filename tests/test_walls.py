@@ -1,6 +1,8 @@
-"""The walls between the rooms of deepseek_moe: which folder may import which."""
+"""The walls between the rooms of deepseek_moe: which folder may import which, and what is lazy."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +84,22 @@ def test_a_reader_of_either_path_meets_few_lines(starts: tuple[str, ...]) -> Non
     modules = set().union(*map(reached, starts))
     lines = {m: len(MODULES[m].read_text(encoding="utf-8").splitlines()) for m in modules}
     assert sum(lines.values()) <= 4300, lines
+
+
+IMPORT = """
+import sys
+import deepseek_moe
+
+rooms = {name.split(".")[1] for name in sys.modules if name.startswith("deepseek_moe.")}
+assert rooms == {"model"}, rooms
+slow = {"bitsandbytes", "datasets", "deepspeed", "peft"} & sys.modules.keys()
+assert not slow, slow
+from deepseek_moe import Generator, load
+assert "deepseek_moe.decode.engine" in sys.modules
+assert not any(name.startswith("deepseek_moe.training") for name in sys.modules)
+"""
+
+
+def test_the_package_is_cheap_to_import_and_decoding_comes_on_demand() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from text_fixtures import OFFICIAL, needs_official
 from transformers import AutoModel, AutoModelForCausalLM
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
@@ -55,9 +56,10 @@ def saved(tiny_model: MakeModel, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_official_config_wants_the_official_names(official_files: Path) -> None:
-    config = DeepseekConfig.from_pretrained(official_files)
-    index = json.loads((official_files / INDEX).read_text())
+@needs_official
+def test_the_official_config_wants_the_official_names() -> None:
+    config = DeepseekConfig.from_pretrained(OFFICIAL)
+    index = json.loads((OFFICIAL / INDEX).read_text())
     with torch.device("meta"):
         wanted = official_tensors(DeepseekForCausalLM(config))
     assert wanted.keys() == index["weight_map"].keys()

@@ -108,6 +108,16 @@ def test_router_computes_in_fp32(
     assert torch.equal(picks.sort().values, want.topk(3).indices.sort().values)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_lower_precision_trains(autocast: bool, tiny_model: MakeModel) -> None:
+    model = tiny_model().to(torch.float32 if autocast else torch.bfloat16).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(IDS, labels=IDS)
+    assert out.aux_loss.dtype == torch.float32
+    out.loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
 @torch.no_grad()
 def test_cached_decoding_equals_full_forward(tiny_model: MakeModel) -> None:
     model = tiny_model(num_key_value_heads=2)
