@@ -15,6 +15,7 @@ import torch
 from adapter_fixtures import ADAPTED, add_tokenizer, load, make_adapter, peft, tensors_in
 from finetune_fixtures import free_port
 from safetensors.torch import load_file, save_file
+from text_fixtures import BUNDLED
 from transformers import AutoTokenizer
 
 from deepseek_moe import DeepseekForCausalLM, checkpoint_writer, export
@@ -264,10 +265,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
 # --- The code in an exported folder
 
 
-def test_the_code_is_all_that_the_model_imports_and_no_more(
-    bundled_model: Path, tmp_path: Path
-) -> None:
-    shutil.copyfile(bundled_model / "config.json", tmp_path / "config.json")
+def test_the_code_is_all_that_the_model_imports_and_no_more(tmp_path: Path) -> None:
+    shutil.copyfile(BUNDLED / "config.json", tmp_path / "config.json")
     old = json.loads((tmp_path / "config.json").read_text())
     stale = {"auto_map": {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]}}
     (tmp_path / "config.json").write_text(json.dumps(old | stale))
@@ -313,11 +312,11 @@ with torch.no_grad():
 """
 
 
-def test_exported_folder_works_with_transformers_alone(bundled_model: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(load(bundled_model), tmp_path / "adapter", scale=0.02, **ADAPTED)
+def test_exported_folder_works_with_transformers_alone(tmp_path: Path) -> None:
+    adapter = make_adapter(load(BUNDLED), tmp_path / "adapter", scale=0.02, **ADAPTED)
     merged, result = tmp_path / "merged", tmp_path / "result.pt"
-    tensors = merged_tensors(bundled_model, adapter)
-    write_checkpoint(tensors, bundled_model, merged, torch.float32)
+    tensors = merged_tensors(BUNDLED, adapter)
+    write_checkpoint(tensors, BUNDLED, merged, torch.float32)
     modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, merged, result],
@@ -328,7 +327,7 @@ def test_exported_folder_works_with_transformers_alone(bundled_model: Path, tmp_
     )
     assert done.returncode == 0, done.stderr
     ids, found, made = torch.load(result)
-    model = load(bundled_model, dtype=torch.float32)
+    model = load(BUNDLED, dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
         torch.testing.assert_close(found, adapted(ids).logits, atol=1e-4, rtol=1e-4)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from text_fixtures import BUNDLED
 from transformers import AutoModelForCausalLM
 
 from deepseek_moe import DeepseekForCausalLM
@@ -24,9 +25,9 @@ def folder(tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path) -> Pa
     return tmp_path / "model"
 
 
-def test_every_tensor_counts(bundled_model: Path, tmp_path: Path) -> None:
+def test_every_tensor_counts(tmp_path: Path) -> None:
     """One after another, each expert, norm and router is zeroed."""
-    file = Path(shutil.copytree(bundled_model, tmp_path / "model")) / "model.safetensors"
+    file = Path(shutil.copytree(BUNDLED, tmp_path / "model")) / "model.safetensors"
     content = file.read_bytes()
     length = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:length])
