@@ -54,7 +54,7 @@ def test_a_room_that_imports_no_other(room: str) -> None:
 
 @pytest.mark.parametrize(("room", "other"), [("decode", "training"), ("training", "decode")])
 def test_decoding_and_training_stand_apart(room: str, other: str) -> None:
-    """Neither reaches the other, the kernels of the two neither, by way of whatever module."""
+    """Neither reaches the other by any chain of imports, nor do their kernels."""
     inside = [module for module in MODULES if room in module.split(".")]
     met = set().union(*map(reached, inside))
     assert met > set(inside) and "model.modeling_deepseek" in met
