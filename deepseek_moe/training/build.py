@@ -28,7 +28,7 @@ def build_model(
     model = _load_base(folder, options, training)
     model.config.use_cache = False
     model = adapt(model, options)
-    if _keeps_fp32(training):
+    if training.keeps_fp32:
         _cast_trained_to_fp32(model)
     if zero_stage(training) == 3:
         # DeepSpeed 0.19 lets weights go too soon where nothing before a mixture has a gradient.
@@ -46,16 +46,11 @@ def quantization_of(options: ModelArguments, training: FineTuningArguments) -> Q
     return Quantization(options.bits, options.quant_type, options.double_quant, dtype)
 
 
-def _keeps_fp32(training: FineTuningArguments) -> bool:
-    """Whether the weights that train are kept in fp32 by the model itself."""
-    return not (training.deepspeed or training.single_gpu_full)
-
-
 def _loaded_dtype(options: ModelArguments, training: FineTuningArguments) -> torch.dtype:
     if not training.bf16:
         return torch.float32
     all_train = not (options.use_lora or options.trainable)
-    return torch.float32 if all_train and _keeps_fp32(training) else torch.bfloat16
+    return torch.float32 if all_train and training.keeps_fp32 else torch.bfloat16
 
 
 def _load_base(
