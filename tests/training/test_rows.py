@@ -122,12 +122,10 @@ def talk(*messages: Any) -> dict[str, Any]:
 
 BAD_ROWS: list[tuple[Any, str]] = [
     ({"question": "a", "answer": "b"}, "no instruction: found question, answer, wanted"),
-    ({"instruction": "a", "response": "b"}, "no output: found instruction, response, wanted"),
     ({}, "no instruction: found no field, wanted"),
     ({"instruction": "a", "output": None}, "output is null, wanted text"),
     ({"instruction": "a", "output": " \n\t"}, "output is empty, wanted an answer"),
     ({"instruction": True, "output": "b"}, "instruction is truth value True, wanted text"),
-    ({"instruction": ["a"], "output": "b"}, "instruction is list ['a'], wanted text"),
     ({"instruction": "a", "input": 1.5, "output": "b"}, "input is number 1.5, wanted text"),
     ({"instruction": "a", "output": "b\ud800"}, "output has half a character ('\\ud800'), wanted"),
     ("a", "found text 'a', wanted an object"),
@@ -136,9 +134,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (talk("hello"), "message 1 is text 'hello', wanted role and content"),
     (talk(user("a")), "the last message has role 'user', wanted assistant"),
     (talk(user("a"), {"role": "gpt", "content": "b"}), "message 2 has role 'gpt', wanted user"),
-    (talk({"role": ["user"], "content": "b"}), "message 1 has role ['user'], wanted"),
     (talk(user("a"), {"role": "assistant"}), "content of message 2 is null, wanted text"),
-    (talk(user("a"), assistant(7)), "content of message 2 is number 7, wanted text"),
     (talk(user("a"), assistant(" "), user("c"), assistant("d")), "content of message 2 is empty"),
 ]
 BAD_LINES = [
@@ -206,13 +202,10 @@ def test_the_first_bad_rows_are_named_and_all_counted(read: Any, tmp_path: Path)
         ("x.csv", b"", "has no rows"),
         ("x.csv", b"instruction,output\n", "has no rows"),
         ("x.json", b'\n[{"instruction": "a",\n "output": }]', "Expecting value: line 3 column 12"),
-        ("x.json", b"[1]\n[2]", "Extra data: line 2 column 1"),
         ("x.json", b'["\xff"]', "is not UTF-8 (invalid start byte); convert it"),
         ("x.json", b"[" * 100_000, "cannot be read: maximum recursion depth"),
-        ("x.csv", "instruction,output\nü,b".encode("latin-1"), "is not UTF-8"),
         ("x.csv", b'instruction,output\n"a,b', "cannot be read: unexpected end of data"),
         ("x.parquet", b"no table at all", "cannot be read: Parquet magic bytes not found"),
-        ("x.jsonl.xz", b"not compressed", "cannot be read: Input format not supported"),
         ("x.jsonl.gz", b"not compressed", "cannot be read: Not a gzipped file"),
         ("x.jsonl.gz", gzip.compress(b"{}\n" * 9, mtime=0)[:-9], "cannot be read: Compressed file"),
         ("x.txt", b"hello", "is of no known kind; give .json, .jsonl, .csv, .parquet, or"),
