@@ -8,14 +8,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
@@ -119,8 +113,8 @@ class _Adapter:
             b = b.unflatten(1, (-1, shape[0])).permute(2, 0, 1)
         return a, b, scaling
 
-    def _refuse_other_tensors(self, wrapped: PeftModel) -> None:
-        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    def _refuse_other_tensors(self, wrapped: peft.PeftModel) -> None:
+        state = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         # PEFT also saves the frozen weight of a module that is both adapted and saved whole.
         frozen = ".base_layer.weight"
         wanted = {name: list(x.shape) for name, x in state.items() if not name.endswith(frozen)}
@@ -156,7 +150,7 @@ class _Adapter:
             )
 
 
-def _lora_config(folder: Path) -> LoraConfig:
+def _lora_config(folder: Path) -> peft.LoraConfig:
     file = folder / "adapter_config.json"
     for needed in (file, folder / ADAPTER_FILE):
         if not needed.is_file():
@@ -164,12 +158,12 @@ def _lora_config(folder: Path) -> LoraConfig:
             there = inside if (inside / ADAPTER_FILE).is_file() else "the folder of a PEFT adapter"
             raise UserError(f"{needed} does not exist; give {there}")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} cannot be used: {error!r}; get the adapter anew") from error
-    if type(config) is not LoraConfig:
+    if type(config) is not peft.LoraConfig:
         raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
-    plain = LoraConfig().to_dict()
+    plain = peft.LoraConfig().to_dict()
     other = {k: v for k, v in config.to_dict().items() if k not in MERGEABLE and v != plain[k]}
     if config.init_lora_weights not in INITS:
         other["init_lora_weights"] = config.init_lora_weights
@@ -181,17 +175,17 @@ def _lora_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _wrap(folder: Path, model_config: DeepseekConfig) -> PeftModel:
+def _wrap(folder: Path, model_config: DeepseekConfig) -> peft.PeftModel:
     """A model without weights, with the adapter's tensors in their places."""
     config = _lora_config(folder)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a model that will not run
         with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
-            return get_peft_model(DeepseekForCausalLM(model_config), config)
+            return peft.get_peft_model(DeepseekForCausalLM(model_config), config)
 
 
 def _find_changes(
-    wrapped: PeftModel, folder: Path
+    wrapped: peft.PeftModel, folder: Path
 ) -> tuple[dict[str, tuple[str, float]], dict[str, str]]:
     """By parameter: the name of its adapter's wrapper and the scale of B A; or, where it is
     replaced as a whole, the name of the new tensor.

@@ -19,7 +19,6 @@ from deepseek_moe.training.arguments import (
     DataArguments,
     FineTuningArguments,
     ModelArguments,
-    split_commas,
     zero_stage,
 )
 
@@ -125,12 +124,6 @@ def test_parsing_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert zero_stage(training) == 3 and zero_stage(parse()[2]) == 0
     assert not torch.distributed.is_initialized()
     assert os.environ.get("DS_ACCELERATOR") == before.get("DS_ACCELERATOR")
-
-
-def test_attention_and_lists_of_names() -> None:
-    assert ModelArguments().attention(torch.float32) == "sdpa"
-    assert ModelArguments(attn_implementation="eager").attention(torch.bfloat16) == "eager"
-    assert split_commas(" q_proj, v_proj,, ") == ["q_proj", "v_proj"] and split_commas(None) == []
 
 
 # --- What is refused

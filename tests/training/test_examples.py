@@ -89,8 +89,6 @@ def test_cut_and_dropped_rows_are_counted(load: Load) -> None:
         with pytest.raises(UserError, match=f"model_max_length {max_length}: .*raise"):
             load(ROWS, max_length)
 
-
-def test_a_report_reads_well() -> None:
     counts = {"rows": 9000, "bad": 1, "dropped": 12, "cut": 30, "kept": 8987}
     report = Report(**counts, tokens=123456, trained=7890, max_length=1024)
     assert str(report) == (

@@ -37,7 +37,6 @@ IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91, 33], [0, 3, 62, 9, 9, 31, 7, 1]])
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
 WIDE |= {"num_hidden_layers": 2, "initializer_range": 0.15}
 STACK = 8 * 64 * 64  # of down_proj, the smaller one
-LINEARS = 2 * 4 + 3 + 3  # attention; dense; shared experts
 WAYS = {
     "nf4-double": Quantization(4, "nf4", True, "float32"),
     "nf4": Quantization(4, "nf4", False, "float32"),
@@ -145,13 +144,16 @@ def test_a_tensor_of_another_shape_is_named(base: Path, tmp_path: Path) -> None:
 def test_every_width_computes_what_is_stored(
     way: str, hidden: int, expert: int, dense: int, tiny_model: MakeModel, tmp_path: Path
 ) -> None:
-    """In training and in evaluation, forwards and backwards."""
+    """Forwards and backwards, in evaluation and in training afterwards. On some CPUs, bitsandbytes'
+    own 4-bit layer packs its weights anew in the first evaluation and rounds the scales for good.
+    """
     widths = {"moe_intermediate_size": expert, "intermediate_size": dense}
     tiny_model(**(WIDE | widths | {"hidden_size": hidden})).save_pretrained(tmp_path)
     model, plain = load(tmp_path, WAYS[way]), load(tmp_path)
     of_plain = dict(plain.named_parameters())
     quantized = [n for n, p in model.named_parameters() if isinstance(p, bnb.nn.Params4bit)]
-    assert len(quantized) == LINEARS + 2
+    assert len(quantized) == 2 * 4 + 3 + 3 + 2  # attention; dense; shared; routed
+    assert {type(m) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)} == {Linear4bit}
     with torch.no_grad():
         for name in quantized:
             of_plain[name].copy_(dequantize(model.get_parameter(name), torch.float32))
@@ -168,28 +170,6 @@ def test_every_width_computes_what_is_stored(
             want = of_plain[name].grad
             scale = max(1e-3, want.abs().max().item())
             assert (parameter.grad - want).abs().max() <= 1e-3 * scale, name
-
-
-def numbers(weight: nn.Parameter) -> torch.Tensor:
-    """What a weight stands for; of 8 bits, whose scales move to their layer, only the codes."""
-    is_8bit = isinstance(weight, bnb.nn.Int8Params)
-    return (weight.detach() if is_8bit else dequantize(weight, torch.float32)).clone()
-
-
-@every_way
-def test_an_evaluation_leaves_every_bit_of_the_base(base: Path, way: Quantization) -> None:
-    """bitsandbytes' own 4-bit layer packs its weights anew on some CPUs, and rounds the scales."""
-    model = load(base, way).train()
-    linears = [type(m) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert linears == ([Linear4bit] * LINEARS if way.bits == 4 else [])
-    before = {name: numbers(parameter) for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        logits = [model.train(mode)(IDS, use_cache=False).logits for mode in (True, False, True)]
-    for name, parameter in model.named_parameters():
-        assert torch.equal(numbers(parameter), before[name]), name
-    assert torch.equal(logits[2], logits[0])
-    if way.bits == 4:  # in evaluation, bitsandbytes' 8-bit layer computes in another dtype
-        assert torch.equal(logits[1], logits[0])
 
 
 def large_floats() -> set[int]:
