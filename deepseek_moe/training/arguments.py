@@ -278,16 +278,16 @@ def optimizer_name(training: FineTuningArguments) -> str:
     return str(getattr(training.optim, "value", training.optim))
 
 
-def deepspeed_settings(training: FineTuningArguments) -> dict[str, Any]:
-    """The content of the run's DeepSpeed file; empty without one."""
+def zero_settings(training: FineTuningArguments) -> dict[str, Any]:
+    """The block zero_optimization of the run's DeepSpeed file; empty without one."""
     if not training.deepspeed:
         return {}
-    return json.loads(Path(training.deepspeed).read_text(encoding="utf-8"))
+    return json.loads(Path(training.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]
 
 
 def zero_stage(training: FineTuningArguments) -> int:
     """The stage of ZeRO; 0 without DeepSpeed."""
-    return deepspeed_settings(training).get("zero_optimization", {}).get("stage", 0)
+    return zero_settings(training).get("stage", 0)
 
 
 def split_commas(text: str | None) -> list[str]:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import as_user_error
@@ -28,8 +27,9 @@ def build_model(
     model = _load_base(folder, options, training)
     model.config.use_cache = False
     model = adapt(model, options)
-    if training.keeps_fp32:
-        _cast_trained_to_fp32(model)
+    for parameter in model.parameters():  # PEFT casts adapters only, not --modules_to_save.
+        if parameter.requires_grad and training.keeps_fp32:
+            parameter.data = parameter.data.float()
     if zero_stage(training) == 3:
         # DeepSpeed 0.19 lets weights go too soon where nothing before a mixture has a gradient.
         model.enable_input_require_grads()
@@ -87,10 +87,3 @@ def _left_alone(folder: Path, options: ModelArguments) -> list[str]:
         for one, module in model.named_modules()
         if f"{one}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
     ]
-
-
-def _cast_trained_to_fp32(model: nn.Module) -> None:
-    """PEFT does so with adapters, but not with the copies of `--modules_to_save`."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

@@ -31,8 +31,8 @@ from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import (
     FineTuningArguments,
     ModelArguments,
-    deepspeed_settings,
     optimizer_name,
+    zero_settings,
     zero_stage,
 )
 from .quantized_base import full_shape
@@ -79,7 +79,7 @@ def estimate(
     weights = sum(_stored(name, p, options, training) for name, p in model.named_parameters())
     optimizer, gradients, stepping = optimizer_bytes(training) * trained, 4 * trained, 0
     copies = _computing_copies(model, options, training)
-    zero = deepspeed_settings(training).get("zero_optimization", {})
+    zero = zero_settings(training)
     stage, ranks = zero.get("stage", 0), max(1, training.world_size)
     if stage:  # The ranks divide the bf16 gradients and the fp32 weights and states.
         off = zero.get("offload_optimizer", {}).get("device", "none") != "none"

@@ -9,7 +9,6 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -39,31 +38,6 @@ PACKED = Features(
 )
 
 
-@dataclass(frozen=True)
-class Report:
-    """What became of the rows: rows = bad + dropped + kept. The cut ones are among the kept."""
-
-    rows: int
-    bad: int  # left out because of an error
-    dropped: int  # left out because the prompt fills max_length, so that no answer remains
-    cut: int  # longer than max_length, so that their end is missing, and EOS with it
-    kept: int
-    tokens: int
-    trained: int  # tokens of answers, with their EOS
-    max_length: int
-
-    def __str__(self) -> str:
-        said = f"{self.kept:,} of {self.rows:,} rows, "
-        said += f"{self.trained:,} of {self.tokens:,} tokens trained on"
-        if self.bad:
-            said += f"; {self.bad:,} bad rows skipped"
-        if self.cut:
-            said += f"; {self.cut:,} cut to {self.max_length:,} tokens, so without EOS"
-        if self.dropped:
-            said += f"; {self.dropped:,} dropped (no answer within {self.max_length:,} tokens)"
-        return said
-
-
 def load_examples(
     paths: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -71,7 +45,7 @@ def load_examples(
     *,
     skip_bad_rows: bool = False,
     cache_dir: str | None = None,
-) -> tuple[Dataset, Report]:
+) -> tuple[Dataset, str]:
     """All rows of all paths, checked, rendered and cut to `max_length` ids, on disk.
 
     Files are encoded once for a tokenizer, and then found in the cache. Of several processes, one
@@ -79,7 +53,7 @@ def load_examples(
 
     Returns:
         The examples (input_ids; trained: 1 for ids to train on; length; source: "FILE line N"), and
-        the report.
+        a line that says how many rows are left out or cut, and why.
 
     Raises:
         UserError: there are unreadable files, bad rows that are not skipped, or no row to train on.
@@ -97,18 +71,17 @@ def load_examples(
             f"no row has an answer within model_max_length {max_length}: their prompts alone are "
             "as long; raise --model_max_length or shorten them"
         )
-    report = Report(
-        rows=len(rows),
-        bad=len(rows) - len(good),
-        dropped=len(good) - len(kept),
-        cut=int(column(encoded, "cut")[kept].sum()),
-        kept=len(kept),
-        tokens=int(column(encoded, "length")[kept].sum(dtype=np.int64)),
-        trained=int(answer.sum(dtype=np.int64)),
-        max_length=max_length,
-    )
+    tokens = column(encoded, "length")[kept].sum(dtype=np.int64)
+    report = f"{len(kept):,} of {len(rows):,} rows, "
+    report += f"{answer.sum(dtype=np.int64):,} of {tokens:,} tokens trained on"
+    if bad := len(rows) - len(good):
+        report += f"; {bad:,} bad rows skipped"
+    if cut := column(encoded, "cut")[kept].sum():
+        report += f"; {cut:,} cut to {max_length:,} tokens, so without EOS"
+    if dropped := len(good) - len(kept):
+        report += f"; {dropped:,} dropped (no answer within {max_length:,} tokens)"
     examples = encoded.select_columns(list(EXAMPLES))
-    return (examples.select(kept) if report.dropped else examples), report
+    return (examples.select(kept) if dropped else examples), report
 
 
 def _encode(

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from finetune_fixtures import SCRIPT, checkpoints, run, run_ranks
+from finetune_fixtures import checkpoints, run, run_ranks
 from option_fixtures import parse_arguments
+from text_fixtures import ROOT
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.training.disk_need import DiskNeed, disk_need, free_bytes
@@ -44,49 +44,45 @@ def test_a_disk_too_small_for_a_checkpoint_and_the_result_is_refused(
 
 
 LORA = {"use_lora": True, "lora_rank": 64}
+ZERO2 = {"deepspeed": ROOT / "configs" / "ds_config_zero2_no_offload.json", "bf16": True}
 MODES = {
     "chosen modules": {"trainable": "down_proj"},
     "merged": LORA | {"merge_on_save": True},
     "in the backward pass": {"single_gpu_full": True, "bf16": True, "use_cpu": True},
+    "ZeRO-2": ZERO2,
+    "LoRA under ZeRO-2": ZERO2 | LORA,
 }
+SLOW = {mode: [pytest.mark.slow] for mode in MODES if "ZeRO" in mode}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(one, marks=SLOW.get(one, ())) for one in MODES])
 def test_the_disk_that_a_run_needs_is_what_it_writes(
-    mode: str, argv: MakeArgv, tmp_path: Path
+    mode: str,
+    argv: MakeArgv,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    """Under DeepSpeed with fp32 copies of what trains."""
     output = tmp_path / "out"
     words = argv(output, save_total_limit=1, **SHORT, **MODES[mode])
+    if mode in SLOW:
+        request.getfixturevalue("deepspeed_extensions")
+        [done] = run_ranks(words, tmp_path / "log", 1)
+        monkeypatch.setenv("RANK", "0")  # as under its launcher
+    else:
+        done = run(words, tmp_path / "log")
+    assert done.code == 0, done.err
     model, _, training = parse_arguments(words)
     network = meta_model(Path(model.model_name_or_path), model)
     need = disk_need(network, model, training, steps=4, steps_in_epoch=6)
     assert (need.saved, need.kept) == (2, 1)
-    done = run(words, tmp_path / "log")
-    assert done.code == 0, done.err
     checkpoint = bytes_in(output / "checkpoint-4")
     assert checkpoint == pytest.approx(need.checkpoint, rel=0.1)
     assert bytes_in(output) - checkpoint == pytest.approx(need.result, rel=0.1)
-    if model.use_lora:
+    if model.merge_on_save:
         alone = disk_need(network, replace(model, merge_on_save=False), training, 4, 6)
         assert bytes_in(output / "adapter") == pytest.approx(alone.result, rel=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("deepspeed_extensions")
-@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
-def test_deepspeed_writes_fp32_copies_of_what_trains(
-    changes: dict[str, Any], argv: MakeArgv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = SCRIPT.parent / "configs" / "ds_config_zero2_no_offload.json"
-    words = argv(tmp_path / "out", deepspeed=config, bf16=True, max_steps=3, **changes)
-    [done] = run_ranks(words, tmp_path / "log", 1)
-    assert done.code == 0, done.err
-    monkeypatch.setenv("RANK", "0")  # as under its launcher
-    model, _, training = parse_arguments(words)
-    network = meta_model(Path(model.model_name_or_path), model)
-    need = disk_need(network, model, training, steps=3, steps_in_epoch=6)
-    found = bytes_in(tmp_path / "out" / "checkpoint-3")
-    assert found == pytest.approx(need.checkpoint, rel=0.1)
 
 
 def test_the_disk_of_the_16b_model() -> None:
