@@ -190,6 +190,7 @@ SAVED = "--modules_to_save"
         ("w1", {"use_lora": False}, UNKNOWN),
         ("proj", {"use_lora": False}, "no module 'proj'"),  # Only the end of a part of a name.
         ("rotary_emb", {"use_lora": False}, "--trainable rotary_emb has no parameters"),
+        ("weight", {"use_lora": False}, "--trainable weight has no parameters"),
     ],
     ids=str,
 )
