@@ -30,7 +30,6 @@ with quiet_interrupt():
 
     import torch
     from datasets import Dataset
-    from rich.console import Console
     from transformers import TrainerCallback, set_seed
     from transformers.integrations.deepspeed import is_deepspeed_available
 
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     else:
         with args.main_process_first():
             if is_first:
-                Console(stderr=True, width=100).print(dry_run.trainable_table(network))
+                say(dry_run.trainable_table(network))
                 say(f"disk: {room}")
                 left = disk_need(network, options, args, steps - run.steps, in_epoch)
                 left.refuse_too_small(run.folder, resumes=run.steps > 0)

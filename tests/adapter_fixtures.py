@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
+import peft
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -13,8 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deepseek_moe.model.tokenization_deepseek import BOS, EOS
-
-peft = pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
+from deepseek_moe.training.trainable import add_lora
 
 LINEARS = [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -29,15 +28,20 @@ def add_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
 
 
+@torch.no_grad()
+def move_what_trains(model: torch.nn.Module, scale: float = 0.1) -> Any:
+    """`model` with random numbers added to every tensor that trains."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
 def make_adapter(model: PreTrainedModel, folder: Path, scale: float = 0.1, **fields: Any) -> Path:
     """Saves an adapter of PEFT, with random numbers in every tensor that trains."""
     torch.manual_seed(1)
     adapted = peft.get_peft_model(model, peft.LoraConfig(**fields))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn_like(parameter))
-    adapted.save_pretrained(folder)
+    move_what_trains(adapted, scale).save_pretrained(folder)
     return folder
 
 
@@ -70,8 +74,6 @@ def add_random_adapters(
     model: PreTrainedModel, names: Sequence[str] = LINEARS, dropout: float = 0.0, **options: Any
 ) -> Any:
     """`model` with adapters of rank 3, as fine-tuning adds them, whose B is not zero."""
-    from deepseek_moe.training.trainable import add_lora
-
     torch.manual_seed(1)
     adapted = add_lora(model, names, rank=3, alpha=6.0, dropout=dropout, **options)
     for name, parameter in adapted.named_parameters():

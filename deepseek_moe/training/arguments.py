@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import UserError, first_words
+from ..errors import UserError, as_user_error, first_words
 from ..files import BUNDLED_MODEL
 from .compute.varlen_attention import VARLEN
 
@@ -86,6 +86,16 @@ class FineTuningArguments(TrainingArguments):
         """At most one for each process. For more, transformers would take torch's DataParallel,
         which this code does not run under."""
         return min(1, super().n_gpu)
+
+    @property
+    def keeps_fp32(self) -> bool:
+        """Whether the model itself keeps the weights that train in fp32."""
+        return not (self.deepspeed or self.single_gpu_full)
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number that is computed with."""
+        return 2 if self.bf16 else 4
 
 
 Arguments = tuple[ModelArguments, DataArguments, FineTuningArguments]
@@ -222,14 +232,9 @@ def _check_evaluation(data: DataArguments, training: FineTuningArguments) -> Non
 
 def _check_reporters(training: FineTuningArguments) -> None:
     """transformers would find a missing package only after it has loaded the model."""
-    try:
+    with as_user_error(f"--report_to {' '.join(training.report_to)}", "or log to tensorboard"):
         for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
-    except (RuntimeError, ImportError, ValueError) as error:
-        raise UserError(
-            f"--report_to {' '.join(training.report_to)}: {first_words(error)}; or log to "
-            "tensorboard"
-        ) from error
 
 
 def _settle_single_gpu_full(
@@ -273,18 +278,16 @@ def optimizer_name(training: FineTuningArguments) -> str:
     return str(getattr(training.optim, "value", training.optim))
 
 
-def deepspeed_settings(training: FineTuningArguments) -> dict[str, Any]:
-    """The content of the run's DeepSpeed file; empty without one."""
+def zero_settings(training: FineTuningArguments) -> dict[str, Any]:
+    """The block zero_optimization of the run's DeepSpeed file; empty without one."""
     if not training.deepspeed:
         return {}
-    if isinstance(training.deepspeed, dict):
-        return training.deepspeed
-    return json.loads(Path(training.deepspeed).read_text(encoding="utf-8"))
+    return json.loads(Path(training.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]
 
 
 def zero_stage(training: FineTuningArguments) -> int:
     """The stage of ZeRO; 0 without DeepSpeed."""
-    return deepspeed_settings(training).get("zero_optimization", {}).get("stage", 0)
+    return zero_settings(training).get("stage", 0)
 
 
 def split_commas(text: str | None) -> list[str]:

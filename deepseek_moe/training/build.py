@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import as_user_error
@@ -28,8 +27,9 @@ def build_model(
     model = _load_base(folder, options, training)
     model.config.use_cache = False
     model = adapt(model, options)
-    if _keeps_fp32(training):
-        _cast_trained_to_fp32(model)
+    for parameter in model.parameters():  # PEFT casts adapters only, not --modules_to_save.
+        if parameter.requires_grad and training.keeps_fp32:
+            parameter.data = parameter.data.float()
     if zero_stage(training) == 3:
         # DeepSpeed 0.19 lets weights go too soon where nothing before a mixture has a gradient.
         model.enable_input_require_grads()
@@ -46,16 +46,11 @@ def quantization_of(options: ModelArguments, training: FineTuningArguments) -> Q
     return Quantization(options.bits, options.quant_type, options.double_quant, dtype)
 
 
-def _keeps_fp32(training: FineTuningArguments) -> bool:
-    """Whether the weights that train are kept in fp32 by the model itself."""
-    return not (training.deepspeed or training.single_gpu_full)
-
-
 def _loaded_dtype(options: ModelArguments, training: FineTuningArguments) -> torch.dtype:
     if not training.bf16:
         return torch.float32
     all_train = not (options.use_lora or options.trainable)
-    return torch.float32 if all_train and _keeps_fp32(training) else torch.bfloat16
+    return torch.float32 if all_train and training.keeps_fp32 else torch.bfloat16
 
 
 def _load_base(
@@ -92,10 +87,3 @@ def _left_alone(folder: Path, options: ModelArguments) -> list[str]:
         for one, module in model.named_modules()
         if f"{one}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
     ]
-
-
-def _cast_trained_to_fp32(model: nn.Module) -> None:
-    """PEFT does so with adapters, but not with the copies of `--modules_to_save`."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

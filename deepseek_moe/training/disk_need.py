@@ -17,8 +17,7 @@ from .saving import INCOMPLETE
 
 @dataclass
 class DiskNeed:
-    """What a run writes: the bytes of a checkpoint, how many checkpoints it saves and keeps, and
-    the bytes of its result."""
+    """What a run writes: bytes of a checkpoint, how many it saves and keeps, bytes of a result."""
 
     checkpoint: float
     saved: int
@@ -53,16 +52,11 @@ class DiskNeed:
         return f"{kept} and {result} of result, at most {total} at once; {free} are free"
 
     def refuse_too_small(self, output: Path, resumes: bool = False) -> None:
-        """
-        Raises:
-            UserError: the disk of `output` has less than `least` free.
-        """
-        free = free_bytes(output)
-        least = self.least(resumes)
+        """Raises a UserError if the disk of `output` has less than `least` free."""
+        least, free = self.least(resumes), free_bytes(output)
         if least > free:
-            one, result, run, there = map(
-                readable_size, (self.checkpoint, self.result, least, free)
-            )
+            sizes = (self.checkpoint, self.result, least, free)
+            one, result, run, there = map(readable_size, sizes)
             raise UserError(
                 f"the disk of {output} is too small: a checkpoint takes {one}, the result "
                 f"{result}, the run at least {run}, and {there} are free; make room, or give "
@@ -84,15 +78,19 @@ def disk_need(
     all weights a second time. The result is the adapter, or the whole model in the base's dtype,
     which is assumed to be bf16.
     """
-    low = 2 if training.bf16 else 4
+    low = training.number_bytes
     number = sum(full_shape(p).numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    keeps_fp32 = not (training.deepspeed or training.single_gpu_full)
-    weights = float(trained * (4 if keeps_fp32 else low))
+    weights = float(trained * (4 if training.keeps_fp32 else low))
     states = trained * (12.0 if training.deepspeed else optimizer_bytes(training))
     if training.deepspeed and zero_stage(training) < 3:
         states += low * (trained if options.use_lora else number)
-    whole = 2.0 * _numbers_of_base(model)
+    added = (".lora_", ".modules_to_save.")  # to the base
+    whole = 2.0 * sum(
+        full_shape(parameter).numel()
+        for name, parameter in model.named_parameters()
+        if not any(part in name for part in added)
+    )
     if options.use_lora:
         result = weights + (whole if options.merge_on_save else 0)
     else:
@@ -101,15 +99,6 @@ def disk_need(
     saved = _checkpoints(training, steps, steps_in_epoch)
     kept = min(saved, training.save_total_limit or saved)
     return DiskNeed(weights + states, saved, kept, result)
-
-
-def _numbers_of_base(model: nn.Module) -> int:
-    """How many numbers the base has. Adapters and copies of `--modules_to_save` do not count."""
-    return sum(
-        full_shape(parameter).numel()
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name and ".modules_to_save." not in name
-    )
 
 
 def _checkpoints(training: FineTuningArguments, steps: int, steps_in_epoch: int) -> int:
@@ -124,8 +113,7 @@ def _checkpoints(training: FineTuningArguments, steps: int, steps_in_epoch: int)
 
 def free_bytes(output: Path) -> int:
     """The bytes that a run can write into `output`, which need not be there yet."""
-    # The run removes what an interrupted save has left before it writes anything.
-    left_over = 0
+    left_over = 0  # by an interrupted save; a run removes it before it writes anything
     for file in (output / INCOMPLETE).rglob("*"):
         with suppress(FileNotFoundError):  # The first process may remove it meanwhile.
             left_over += file.stat().st_size

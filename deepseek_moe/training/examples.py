@@ -9,8 +9,8 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +38,6 @@ PACKED = Features(
 )
 
 
-@dataclass(frozen=True)
-class Report:
-    """What became of the rows: rows = bad + dropped + kept. The cut ones are among the kept."""
-
-    rows: int
-    bad: int  # left out because of an error
-    dropped: int  # left out because the prompt fills max_length, so that no answer remains
-    cut: int  # longer than max_length, so that their end is missing, and EOS with it
-    kept: int
-    tokens: int
-    trained: int  # tokens of answers, with their EOS
-    max_length: int
-
-    def __str__(self) -> str:
-        said = f"{self.kept:,} of {self.rows:,} rows, "
-        said += f"{self.trained:,} of {self.tokens:,} tokens trained on"
-        if self.bad:
-            said += f"; {self.bad:,} bad rows skipped"
-        if self.cut:
-            said += f"; {self.cut:,} cut to {self.max_length:,} tokens, so without EOS"
-        if self.dropped:
-            said += f"; {self.dropped:,} dropped (no answer within {self.max_length:,} tokens)"
-        return said
-
-
 def load_examples(
     paths: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -70,25 +45,19 @@ def load_examples(
     *,
     skip_bad_rows: bool = False,
     cache_dir: str | None = None,
-) -> tuple[Dataset, Report]:
+) -> tuple[Dataset, str]:
     """All rows of all paths, checked, rendered and cut to `max_length` ids, on disk.
 
-    Files are encoded once for a tokenizer, and later found in the cache. Of several processes, one
-    must therefore go first.
-
-    Args:
-        paths, cache_dir: as for `rows.read_rows`.
-        skip_bad_rows: leave bad rows out instead of stopping.
+    Files are encoded once for a tokenizer, and then found in the cache. Of several processes, one
+    must therefore go first. `paths` and `cache_dir` are those of `rows.read_rows`.
 
     Returns:
         The examples (input_ids; trained: 1 for ids to train on; length; source: "FILE line N"), and
-        the report.
+        a line that says how many rows are left out or cut, and why.
 
     Raises:
-        UserError: there are bad rows or unreadable files, or there is nothing to train on.
+        UserError: there are unreadable files, bad rows that are not skipped, or no row to train on.
     """
-    if max_length < 1:
-        raise UserError(f"model_max_length is {max_length}; it must be 1 or more")
     rows = read_rows(paths, cache_dir)
     good = good_rows(rows, skip_bad_rows)
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -102,18 +71,17 @@ def load_examples(
             f"no row has an answer within model_max_length {max_length}: their prompts alone are "
             "as long; raise --model_max_length or shorten them"
         )
-    report = Report(
-        rows=len(rows),
-        bad=len(rows) - len(good),
-        dropped=len(good) - len(kept),
-        cut=int(column(encoded, "cut")[kept].sum()),
-        kept=len(kept),
-        tokens=int(column(encoded, "length")[kept].sum(dtype=np.int64)),
-        trained=int(answer.sum(dtype=np.int64)),
-        max_length=max_length,
-    )
+    tokens = column(encoded, "length")[kept].sum(dtype=np.int64)
+    report = f"{len(kept):,} of {len(rows):,} rows, "
+    report += f"{answer.sum(dtype=np.int64):,} of {tokens:,} tokens trained on"
+    if bad := len(rows) - len(good):
+        report += f"; {bad:,} bad rows skipped"
+    if cut := column(encoded, "cut")[kept].sum():
+        report += f"; {cut:,} cut to {max_length:,} tokens, so without EOS"
+    if dropped := len(good) - len(kept):
+        report += f"; {dropped:,} dropped (no answer within {max_length:,} tokens)"
     examples = encoded.select_columns(list(EXAMPLES))
-    return (examples if len(kept) == len(encoded) else examples.select(kept)), report
+    return (examples.select(kept) if dropped else examples), report
 
 
 def _encode(
@@ -152,10 +120,8 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
     """Examples to train on and to evaluate on. A random `fraction` of them is held out.
 
     Raises:
-        UserError: there is no such fraction, or one of the two would have no example.
+        UserError: none would be left to train on.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"eval_fraction is {fraction}; it must be above 0 and below 1")
     count = math.ceil(fraction * len(dataset))
     if count == len(dataset):
         raise UserError(
@@ -189,8 +155,7 @@ def refuse_fewer(train: Dataset, batch: int) -> None:
 def fingerprint(dataset: Dataset) -> str:
     """A hash of the ids and masks in their order. It does not depend on how they were loaded."""
     hashed = hashlib.blake2b(digest_size=8)
-    tables = dataset.select_columns(["input_ids", "trained"]).with_format("arrow")
-    for table in tables.iter(batch_size=1000):
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
         for name in ("input_ids", "trained"):
             column = table[name].combine_chunks()
             hashed.update(column.value_lengths().to_numpy().astype("<i4").tobytes())
@@ -205,16 +170,13 @@ def show(
     colour: bool,
 ) -> str:
     """The text of ids: trained ones green and others red, or without colour trained ones in ⟦⟧."""
-    marks = {1: ("\033[32m", "\033[0m"), 0: ("\033[31m", "\033[0m")}
-    if not colour:
-        marks = {1: ("⟦", "⟧"), 0: ("", "")}
-    mask = np.asarray(trained)
-    starts = [0, *np.flatnonzero(np.diff(mask)) + 1, len(mask)]
-    pieces = []
-    for start, end in pairwise(starts):
-        before, after = marks[int(mask[start])]
-        pieces.append(before + tokenizer.decode(list(input_ids[start:end])) + after)
-    return "".join(pieces)
+    red, green, off = "\033[31m", "\033[32m", "\033[0m"
+    marks = [(red, off), (green, off)] if colour else [("", ""), ("⟦", "⟧")]
+    text = ""
+    for is_trained, part in groupby(zip(trained, input_ids, strict=True), itemgetter(0)):
+        before, after = marks[is_trained]
+        text += before + tokenizer.decode([token for _, token in part]) + after
+    return text
 
 
 # --- Batches
@@ -226,21 +188,20 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     The longest examples come first, and each joins the row in which it leaves the least room.
     """
     rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = defaultdict(list)  # room -> rows
+    with_room: dict[int, list[list[int]]] = defaultdict(list)  # room for so many ids -> rows
     rooms = 0  # bit n is set if some row has room for n more ids
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = lengths[index]
         assert 0 < length <= max_length
-        fitting = rooms >> length
-        if fitting:
+        if fitting := rooms >> length:
             room = (fitting & -fitting).bit_length() - 1 + length
             row = with_room[room].pop()
             if not with_room[room]:
                 rooms ^= 1 << room
         else:
-            room, row = max_length, len(rows)
-            rows.append([])
-        rows[row].append(index)
+            room, row = max_length, []
+            rows.append(row)
+        row.append(index)
         with_room[room - length].append(row)
         rooms |= 1 << (room - length)
     return rows
@@ -281,22 +242,23 @@ def _join(plan: pa.Table, dataset: Dataset) -> pa.Table:
     def lists(offsets: np.ndarray, values: pa.ChunkedArray) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values.combine_chunks())
 
-    columns = {
-        "input_ids": lists(ids, pc.list_flatten(table["input_ids"])),
-        "trained": lists(ids, pc.list_flatten(table["trained"])),
-        "lengths": lists(examples, table["length"]),
-        "length": pa.array(np.diff(ids), pa.int32()),
-        "sources": lists(examples, table["source"]),
-    }
-    return pa.table(columns)
+    return pa.table(
+        {
+            "input_ids": lists(ids, pc.list_flatten(table["input_ids"])),
+            "trained": lists(ids, pc.list_flatten(table["trained"])),
+            "lengths": lists(examples, table["length"]),
+            "length": pa.array(np.diff(ids), pa.int32()),
+            "sources": lists(examples, table["source"]),
+        }
+    )
 
 
 class Collator:
     """Makes a batch of examples, or of packed rows, padded on the right to the longest row.
 
     There is no attention mask, because causal attention never looks to the right. Packed rows need
-    `use_cache=False`, which Trainer sets. With a cache, transformers overlooks that positions begin
-    anew, and an example would see those before it in the row.
+    `use_cache=False`, which Trainer sets: with a cache, transformers overlooks that positions begin
+    anew, and an example would see those before it.
     """
 
     def __init__(self, pad_token_id: int, packing: bool) -> None:
@@ -317,8 +279,7 @@ class Collator:
         ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
         sequences = np.full(shape, -1, dtype=np.int64)
-        segments: list[int] = []
-        sources: list[str] = []
+        segments, sources = [], []
         for i, row in enumerate(features):
             lengths, length = row.get("lengths", [row["length"]]), row["length"]
             assert self.packing or len(lengths) == 1

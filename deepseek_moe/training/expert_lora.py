@@ -31,8 +31,8 @@ def register_expert_lora(config: LoraConfig) -> None:
 class ParamWrapper(peft_layer.ParamWrapper):
     """PEFT's wrapper of one stacked expert tensor, but it computes x A B instead of W + B A.
 
-    As in PEFT, lora_A [E*R, I] has the experts slowest and lora_B [O, R*E] has them fastest, and a
-    module with two adapted tensors is wrapped twice.
+    lora_A [E*R, I] has the experts slowest and lora_B [O, R*E] has them fastest. A module with two
+    adapted tensors is wrapped twice.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any):

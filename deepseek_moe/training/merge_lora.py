@@ -7,20 +7,19 @@ that no more than one stack of experts is in memory.
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
-from safetensors import SafetensorError, safe_open
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors import safe_open
 
 from ..checkpoint import ADAPTER_FILE, Checkpoint
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import dtype_fault, first_few, official_parts
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .quantized_base import Quantization
-
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
 
 # The fields of PEFT's config that may differ from their defaults, because they change nothing but
 # A, B and their scale. Any other (DoRA, biases, new variants) is refused.
@@ -58,10 +57,13 @@ def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tenso
                 weight = checkpoint.read(name)
                 if name in quantized:  # the whole stack, because its experts share statistics
                     weight = quantization.roundtrip(weight)
-            delta = change.delta(name) if name in change.low_rank else None
-            for part, where in official_parts(name, shape):
+            if name in change.low_rank:
+                a, b, scaling = change.factors(name)
+            for part, where in official_parts(name, shape):  # (), or (expert, rows) of a stack
                 piece = weight[where]
-                yield part, piece if delta is None else piece.float() + delta(where)
+                if name in change.low_rank:
+                    piece = piece.float() + scaling * (b[where] @ a[where[:1]])
+                yield part, piece
 
     return tensors()
 
@@ -69,30 +71,25 @@ def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tenso
 class _Adapter:
     """A LoRA adapter of PEFT: which parameters it changes, and how.
 
-    PEFT itself wraps a model without weights. From that it is known which tensors the adapter must
-    have, to which parameter each belongs, and its scale.
+    A model that PEFT wraps tells which tensors the adapter must have, to which parameter each
+    belongs, and its scale.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self.folder, self.checkpoint = folder, checkpoint
-        config = _lora_config(folder)
-        wrapped = _wrap(folder, config, checkpoint.config)
-        try:
+        wrapped = _wrap(folder, checkpoint.config)
+        with as_user_error(f"{folder / ADAPTER_FILE}", "get the adapter anew"):
             self.file = safe_open(folder / ADAPTER_FILE, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / ADAPTER_FILE}: {error}; get the adapter anew") from error
         self._refuse_other_tensors(wrapped)
         self.low_rank, self.replaced = _find_changes(wrapped, folder)
-        tied = checkpoint.config.tie_word_embeddings
-        if tied and {"lm_head.weight", "model.embed_tokens.weight"} & (
-            self.low_rank.keys() | self.replaced.keys()
-        ):
+        changed = self.low_rank.keys() | self.replaced.keys()
+        ends = {"lm_head.weight", "model.embed_tokens.weight"}
+        if checkpoint.config.tie_word_embeddings and changed & ends:
             raise UserError(
                 f"{folder} changes the embedding or the head, which this base ties to each other; "
                 "untie the base and train anew"
             )
-        unknown = (self.low_rank.keys() | self.replaced.keys()) - checkpoint.parameters.keys()
-        if unknown:
+        if unknown := changed - checkpoint.parameters.keys():
             raise UserError(
                 f"{folder} changes {first_few(sorted(unknown))}, which this base has not: adapters "
                 "inside of a module that was saved whole; name it in one of the two and train anew"
@@ -102,25 +99,32 @@ class _Adapter:
     def replacement(self, parameter: str) -> torch.Tensor:
         return self.file.get_tensor(self.replaced[parameter])
 
-    def delta(self, parameter: str) -> "_Delta":
+    def factors(self, parameter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A [R, I], B [O, R], both in fp32, and the scale of B A. Stacks have E of each.
+
+        PEFT stores the experts' lora_A [E*R, I] with the experts slowest, and lora_B [O, R*E] with
+        the experts fastest.
+        """
         key, scaling = self.low_rank[parameter]
-        a, b = (self.file.get_tensor(f"{key}.lora_{x}.weight") for x in "AB")
-        return _Delta(a, b, scaling, self.checkpoint.parameters[parameter])
+        a, b = (self.file.get_tensor(f"{key}.lora_{x}.weight").float() for x in "AB")
+        shape = self.checkpoint.parameters[parameter]
+        if len(shape) == 3:
+            a = a.unflatten(0, (shape[0], -1))
+            b = b.unflatten(1, (-1, shape[0])).permute(2, 0, 1)
+        return a, b, scaling
 
-    def _refuse_other_tensors(self, wrapped: "PeftModel") -> None:
-        from peft import get_peft_model_state_dict
-
-        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    def _refuse_other_tensors(self, wrapped: peft.PeftModel) -> None:
+        state = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         # PEFT also saves the frozen weight of a module that is both adapted and saved whole.
         frozen = ".base_layer.weight"
-        wanted = {name: tuple(x.shape) for name, x in state.items() if not name.endswith(frozen)}
+        wanted = {name: list(x.shape) for name, x in state.items() if not name.endswith(frozen)}
         names = {name for name in self.file.keys() if not name.endswith(frozen)}  # noqa: SIM118
         wrong = [f"{name} is missing" for name in sorted(wanted.keys() - names)]
         wrong += [f"{name} is surplus" for name in sorted(names - wanted.keys())]
         for name in sorted(names & wanted.keys()):
-            shape = tuple(self.file.get_slice(name).get_shape())
+            shape = self.file.get_slice(name).get_shape()
             if shape != wanted[name]:
-                wrong.append(f"{name} is {list(shape)} where {list(wanted[name])} is wanted")
+                wrong.append(f"{name} is {shape} where {wanted[name]} is wanted")
         if wrong:
             raise UserError(
                 f"{self.folder} does not fit this base: {first_few(wrong)}; give the base that the "
@@ -128,48 +132,25 @@ class _Adapter:
             )
 
     def _refuse_bad_numbers(self) -> None:
+        changes = False
         for name in self.file.keys():  # noqa: SIM118 - not a dict
             if fault := dtype_fault(self.file.get_slice(name).get_dtype()):
                 raise UserError(f"{self.folder}: {name} {fault}; give the adapter as PEFT saved it")
-        changes = any(
-            not torch.equal(self.replacement(name), self.checkpoint.read(name))
-            for name in self.replaced
-        )
-        for name in self.file.keys():  # noqa: SIM118 - not a dict
             tensor = self.file.get_tensor(name)
             if not tensor.isfinite().all():
                 raise UserError(f"{self.folder}: {name} holds NaN or inf; use an earlier adapter")
             changes |= name.endswith("lora_B.weight") and bool(tensor.any())
-        if not changes:
+        if not changes and all(
+            torch.equal(self.replacement(name), self.checkpoint.read(name))
+            for name in self.replaced
+        ):
             raise UserError(
                 f"{self.folder} changes nothing: every lora_B is zero, as before training; give "
                 "the adapter of a trained checkpoint"
             )
 
 
-class _Delta:
-    """scaling * B A in fp32, of a linear layer or of one expert.
-
-    PEFT stores the experts' lora_A [E*R, I] with the experts slowest, and lora_B [O, R*E] with the
-    experts fastest.
-    """
-
-    def __init__(
-        self, a: torch.Tensor, b: torch.Tensor, scaling: float, shape: tuple[int, ...]
-    ) -> None:
-        self.scaling = scaling
-        stacked = len(shape) == 3
-        self.a = a.unflatten(0, (shape[0], -1)) if stacked else a
-        self.b = b.unflatten(1, (-1, shape[0])).permute(2, 0, 1) if stacked else b
-
-    def __call__(self, where: tuple[Any, ...]) -> torch.Tensor:
-        """The part at the index `where` of `official_parts`: (), or (expert, output rows)."""
-        return self.scaling * (self.b[where].float() @ self.a[where[:1]].float())
-
-
-def _lora_config(folder: Path) -> "LoraConfig":
-    from peft import LoraConfig, PeftConfig
-
+def _lora_config(folder: Path) -> peft.LoraConfig:
     file = folder / "adapter_config.json"
     for needed in (file, folder / ADAPTER_FILE):
         if not needed.is_file():
@@ -177,12 +158,12 @@ def _lora_config(folder: Path) -> "LoraConfig":
             there = inside if (inside / ADAPTER_FILE).is_file() else "the folder of a PEFT adapter"
             raise UserError(f"{needed} does not exist; give {there}")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} cannot be used: {error!r}; get the adapter anew") from error
-    if type(config) is not LoraConfig:
+    if type(config) is not peft.LoraConfig:
         raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
-    plain = LoraConfig().to_dict()
+    plain = peft.LoraConfig().to_dict()
     other = {k: v for k, v in config.to_dict().items() if k not in MERGEABLE and v != plain[k]}
     if config.init_lora_weights not in INITS:
         other["init_lora_weights"] = config.init_lora_weights
@@ -194,31 +175,24 @@ def _lora_config(folder: Path) -> "LoraConfig":
     return config
 
 
-def _wrap(folder: Path, config: "LoraConfig", model_config: DeepseekConfig) -> "PeftModel":
-    from peft import get_peft_model
-
+def _wrap(folder: Path, model_config: DeepseekConfig) -> peft.PeftModel:
+    """A model without weights, with the adapter's tensors in their places."""
+    config = _lora_config(folder)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a model that will not run
-        try:
-            return get_peft_model(DeepseekForCausalLM(model_config), config)
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{folder} does not fit this base: {error}; give the base it was trained on"
-            ) from error
+        with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
+            return peft.get_peft_model(DeepseekForCausalLM(model_config), config)
 
 
 def _find_changes(
-    wrapped: "PeftModel", folder: Path
+    wrapped: peft.PeftModel, folder: Path
 ) -> tuple[dict[str, tuple[str, float]], dict[str, str]]:
-    """For each parameter with an adapter, the name of its wrapper and the scale of B A; for each
-    that is replaced as a whole, the name of the new tensor.
+    """By parameter: the name of its adapter's wrapper and the scale of B A; or, where it is
+    replaced as a whole, the name of the new tensor.
 
     A module with two adapted stacks is wrapped twice: `experts.lora_A` belongs to the outer wrapper
     and `experts.base_layer.lora_A` to the inner one.
     """
-    from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
-    from peft.utils.other import ModulesToSaveWrapper
-
     low_rank, replaced = {}, {}
     for name, module in wrapped.named_modules():
         own = name.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -1,9 +1,8 @@
 """The frozen base of QLoRA: linear layers and routed experts in 4 or 8 bits.
 
-bitsandbytes replaces only nn.Linear. It would leave the stacked experts, 91 % of this model, as
-they are. Here transformers' quantizer for bitsandbytes takes the experts too. It quantises each
-stack on its device as soon as it is read, so that no more than one is in memory in full. The
-router, the norms, the embedding and the head stay as they are.
+bitsandbytes replaces only nn.Linear, and would leave the stacked experts, 91 % of this model, as
+they are. Here transformers' quantizer for bitsandbytes takes them too, and quantises each stack on
+its device as soon as it is read. Router, norms, embedding and head stay as they are.
 """
 
 import copy
@@ -33,9 +32,8 @@ EXPERT_WEIGHTS = tuple(f"experts.{stack}" for stack in EXPERT_STACKS)
 class Quantization:
     """How the base is stored.
 
-    With `bits` 4, `quant_type` is nf4 or fp4, and `double_quant` quantises the scales too. With
-    `bits` 8, each row has one scale. The weights had `dtype` before, and have it again when they
-    are computed with.
+    In 4 bits, `quant_type` is nf4 or fp4, and `double_quant` quantises the scales too. In 8 bits,
+    each row has one scale. The weights had `dtype` before, and are computed with in it.
     """
 
     bits: int
@@ -59,8 +57,8 @@ class Quantization:
         (folder / QUANTIZATION_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def config(self, skip: list[str]) -> "ExpertsTooConfig":
-        """The `quantization_config` of `from_pretrained`. It leaves alone the linears and the
-        experts whose full names are in `skip`."""
+        """The `quantization_config` of `from_pretrained`. Linears and experts whose full names are
+        in `skip` are left alone."""
         return ExpertsTooConfig(
             load_in_4bit=self.bits == 4,
             load_in_8bit=self.bits == 8,

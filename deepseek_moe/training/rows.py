@@ -14,24 +14,22 @@ import json
 import lzma
 import re
 import reprlib
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, Features, Value
 from pyarrow import parquet
 
 from ..chat import Message
-from ..errors import UserError, first_words, unwrap_cache_error
+from ..errors import UserError, as_user_error, unwrap_cache_error
 
 FORMAT_VERSION = 1
-"""Part of the names of cache files. Raise it whenever a change to this file, to examples.py or to
-chat.render makes other rows, examples or packed rows of the same data: then old caches are unread.
-"""
+"""Part of the names of cache files. Raise it whenever the same data becomes other rows, examples or
+packed rows, so that old caches are not read."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # as in checkpoint.py
 SHOWN = 3  # bad rows that an error names
@@ -43,10 +41,8 @@ Rows = Iterator[tuple[str, Any]]
 
 
 def read_rows(paths: Sequence[str], cache_dir: str | None = None) -> Dataset:
-    """Every row of all paths, parsed and checked, on disk.
-
-    Files are read once, and later found in the cache. Bad rows are kept, so that the cache has them
-    too.
+    """Every row of all paths, parsed and checked, bad ones too. Files are read once, and then found
+    in the cache.
 
     Args:
         paths: files (JSON array, JSON lines, CSV, each also as .gz or .xz; parquet), folders of
@@ -78,28 +74,19 @@ def good_rows(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
         UserError: there are bad rows that must not be skipped, or all are bad. It names the first
             few with their places.
     """
-    problems = column(rows, "problem")
-    bad = np.flatnonzero(problems != "")
+    is_bad = column(rows, "problem") != ""
+    bad = np.flatnonzero(is_bad)
     if not len(bad):
         return rows
-    if not skip_bad_rows or len(bad) == len(rows):
-        raise _bad_rows(rows, bad)
-    return rows.select(np.flatnonzero(problems == ""))
-
-
-def _bad_rows(rows: Dataset, bad: np.ndarray) -> UserError:
-    some = rows.select(bad[:SHOWN])
-    named = [
-        f"{place}: {problem}"
-        for place, problem in zip(some["source"], some["problem"], strict=True)
-    ]
-    more = f"; and {len(bad) - len(some):,} more" if len(bad) > len(some) else ""
+    if skip_bad_rows and not is_bad.all():
+        return rows.select(np.flatnonzero(~is_bad))
+    found = [f"{row['source']}: {row['problem']}" for row in rows.select(bad[:SHOWN])]
+    if len(bad) > SHOWN:
+        found.append(f"and {len(bad) - SHOWN:,} more")
     remedy = "mend them or skip them with --skip_bad_rows True"
-    if len(bad) == len(rows):
+    if is_bad.all():
         remedy = "give rows with instruction and output, or with messages"
-    return UserError(
-        f"{len(bad):,} of {len(rows):,} rows are bad: {'; '.join(named)}{more}; {remedy}"
-    )
+    raise UserError(f"{len(bad):,} of {len(rows):,} rows are bad: {'; '.join(found)}; {remedy}")
 
 
 # --- From files to rows
@@ -114,19 +101,15 @@ def _find_sources(path: str, cache_dir: str | None) -> list[tuple[str, Path | Da
         if not files:
             raise UserError(f"{path} has no data files; give a folder with files of {kinds}")
         return [(str(one), one) for one in files]
-    if not file.exists() and (_reader(file) or not HUB_ID.fullmatch(path)):
-        raise UserError(f"{path} does not exist; give a file, a folder or a hub id OWNER/NAME")
     if file.exists():
         if not _reader(file):
             raise UserError(f"{path} is of no known kind; give {kinds}, or these with .gz or .xz")
         return [(path, file)]
-    try:
+    if _reader(file) or not HUB_ID.fullmatch(path):
+        raise UserError(f"{path} does not exist; give a file, a folder or a hub id OWNER/NAME")
+    what = f"{path} is no file here and could not be loaded as a dataset of the hub"
+    with as_user_error(what, "check the name and the network"):
         return [(path, datasets.load_dataset(path, split="train", cache_dir=cache_dir))]
-    except Exception as error:  # of many libraries, and of any class
-        raise UserError(
-            f"{path} is no file here and could not be loaded as a dataset of the hub: "
-            f"{first_words(error)}; check the name and the network"
-        ) from error
 
 
 def _identity(source: Path | Dataset) -> tuple[Any, ...]:
@@ -138,37 +121,32 @@ def _identity(source: Path | Dataset) -> tuple[Any, ...]:
 
 def _checked_rows(found: Sequence[tuple[str, Path | Dataset]]) -> Iterator[dict[str, str]]:
     for name, source in found:
-        empty = True
+        place = None
         for place, row in _rows_of(name, source):
-            empty, messages, problem = False, [], ""
             try:
-                if isinstance(row, _BadRow):
-                    raise row
-                messages = _messages(row)
+                messages, problem = _messages(row), ""
             except _BadRow as error:
-                problem = str(error)
+                messages, problem = [], str(error)
             text = json.dumps(messages, ensure_ascii=False)
             yield {"source": f"{name} {place}", "messages": text, "problem": problem}
-        if empty:
+        if place is None:
             raise UserError(f"{name} has no rows; give a file with some")
 
 
 def _rows_of(name: str, source: Path | Dataset) -> Rows:
     if isinstance(source, Dataset):
-        yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
+        yield from _numbered(source)
         return
-    broken = (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, zlib.error, csv.Error)
-    reader = _reader(source)
-    assert reader
-    try:
-        with OPENERS.get(source.suffix.lower(), open)(source, "rb") as stream:
-            yield from reader(stream)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 ({error.reason}); convert it") from error
-    except (*broken, pa.ArrowException) as error:
-        raise UserError(
-            f"{name} cannot be read: {first_words(error)}; mend or replace it"
-        ) from error
+    with as_user_error(f"{name} cannot be read", "mend or replace it"):
+        try:
+            with OPENERS.get(source.suffix.lower(), open)(source, "rb") as stream:
+                yield from _reader(source)(stream)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not UTF-8 ({error.reason}); convert it") from error
+
+
+def _numbered(rows: Iterable[Any]) -> Rows:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _json_rows(stream: BinaryIO) -> Rows:
@@ -181,8 +159,7 @@ def _json_rows(stream: BinaryIO) -> Rows:
             continue
         if first and line.lstrip().startswith(b"["):
             whole = b"\n" * (number - 1) + line + stream.read()  # errors name the line
-            for row_number, row in enumerate(json.loads(whole.decode()), 1):
-                yield f"row {row_number}", row
+            yield from _numbered(json.loads(whole.decode()))
             return
         first = False
         try:
@@ -213,11 +190,8 @@ def _csv_rows(stream: BinaryIO) -> Rows:
 
 
 def _parquet_rows(stream: BinaryIO) -> Rows:
-    number = 0
-    for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1000):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"row {number}", row
+    batches = parquet.ParquetFile(stream).iter_batches(batch_size=1000)
+    return _numbered(chain.from_iterable(batch.to_pylist() for batch in batches))
 
 
 OPENERS: dict[str, Callable[..., BinaryIO]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -243,6 +217,8 @@ class _BadRow(ValueError):
 
 def _messages(row: Any) -> list[Message]:
     """The row as a conversation for `chat.render`. Raises a _BadRow if it is none."""
+    if isinstance(row, _BadRow):
+        raise row
     if not isinstance(row, dict):
         raise _BadRow(f"found {_name(row)}, wanted an object with instruction and output")
     if row.get("messages") is not None:
@@ -251,16 +227,13 @@ def _messages(row: Any) -> list[Message]:
         if field not in row:
             fields = ", ".join(map(str, row)) or "no field"
             raise _BadRow(f"no {field}: found {fields}, wanted instruction and output, or messages")
-        _check_text(row[field], field)
+        _check_text(row[field], field, is_answer=field == "output")
     question, extra = row["instruction"], row.get("input")
     if extra is not None:
         _check_text(extra, "input")
         question += f"\n{extra}" if extra.strip() else ""
-    _check_answer(row["output"], "output")
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": row["output"]},
-    ]
+    answer = {"role": "assistant", "content": row["output"]}
+    return [{"role": "user", "content": question}, answer]
 
 
 def _checked_messages(messages: Any) -> list[Message]:
@@ -274,15 +247,14 @@ def _checked_messages(messages: Any) -> list[Message]:
             raise _BadRow(
                 f"message {number} has role {reprlib.repr(role)}, wanted user, assistant or system"
             )
-        _check_text(message.get("content"), f"content of message {number}")
-        if role == "assistant":
-            _check_answer(message["content"], f"content of message {number}")
+        what = f"content of message {number}"
+        _check_text(message.get("content"), what, is_answer=role == "assistant")
     if role != "assistant":
         raise _BadRow(f"the last message has role {reprlib.repr(role)}, wanted assistant")
     return [{key: message[key] for key in ("role", "content")} for message in messages]
 
 
-def _check_text(value: Any, what: str) -> None:
+def _check_text(value: Any, what: str, is_answer: bool = False) -> None:
     if not isinstance(value, str):
         raise _BadRow(f"{what} is {_name(value)}, wanted text")
     try:
@@ -291,10 +263,7 @@ def _check_text(value: Any, what: str) -> None:
         raise _BadRow(
             f"{what} has half a character ({value[error.start]!a}), wanted text"
         ) from None
-
-
-def _check_answer(value: str, what: str) -> None:
-    if not value.strip():
+    if is_answer and not value.strip():
         raise _BadRow(f"{what} is empty, wanted an answer")
 
 
@@ -316,8 +285,8 @@ def column(dataset: Dataset, name: str) -> np.ndarray:
 def cache_key(dataset: Dataset) -> str:
     """The name by which `datasets` knows the contents of a dataset in its cache.
 
-    It is private (Dataset.__init__ in datasets/arrow_dataset.py), but nothing public tells apart
-    two selections of the same file.
+    It is private (Dataset.__init__ in datasets/arrow_dataset.py). Nothing public tells apart two
+    selections of the same file.
     """
     return dataset._fingerprint
 

@@ -1,8 +1,8 @@
 """What trains: everything, chosen modules, or low-rank adapters on linears and routed experts.
 
-Adapters are PEFT's own, in its own format. Only on the routed experts they are computed in another
-way. PEFT adds B A to the whole stack of experts in every forward pass. Here each token goes through
-the A and B of its experts, which costs the rank instead of the width, and allows dropout.
+Adapters are PEFT's own, in its format. Only on the routed experts they are computed in another way:
+PEFT adds B A to the whole stack in every forward pass. Here each token goes through the A and B of
+its experts, which costs the rank instead of the width, and allows dropout.
 """
 
 from collections.abc import Sequence
@@ -22,26 +22,26 @@ EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 def targets(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The linears, and the stacked tensors of routed experts, that `--trainable` names.
 
-    Dense layers, shared experts and routed experts all have a `gate_proj`, an `up_proj` and a
-    `down_proj`, and such a name means all of them. A longer name (`shared_experts.down_proj`) means
-    those that end in it.
+    `gate_proj`, `up_proj` and `down_proj` mean those of dense layers, shared experts and routed
+    experts. A longer name (`shared_experts.down_proj`) means those that end in it.
 
     Raises:
         UserError: only one of `gate_proj` and `up_proj` is named.
     """
     stacks = ("gate_up_proj", *EXPERT_PARAMETERS)
-    parameters = [name for name in names if any(_ends(name, stack) for stack in stacks)]
+    parameters = {name for name in names if any(_ends(name, stack) for stack in stacks)}
     modules = [name for name in names if name not in parameters]
-    if {"gate_proj", "up_proj"} <= set(modules):
-        parameters.append(EXPERT_PARAMETERS[0])
-    elif {"gate_proj", "up_proj"} & set(modules):
+    halves = {"gate_proj", "up_proj"} & set(modules)
+    if len(halves) == 1:
         raise UserError(
             "--trainable names one of gate_proj and up_proj, which the routed experts hold in one "
             "tensor; name both, or for the others only: shared_experts.gate_proj"
         )
+    if halves:
+        parameters.add(EXPERT_PARAMETERS[0])
     if "down_proj" in modules:
-        parameters.append(EXPERT_PARAMETERS[1])
-    return modules, sorted(set(parameters))
+        parameters.add(EXPERT_PARAMETERS[1])
+    return modules, sorted(parameters)
 
 
 def add_lora(
@@ -57,8 +57,6 @@ def add_lora(
     Raises:
         UserError: no module has one of the names, or a value is out of range.
     """
-    if rank < 1:
-        raise UserError(f"lora_rank is {rank}; it must be 1 or more")
     if not 0 <= dropout < 1:
         raise UserError(f"lora_dropout is {dropout}; it must be from 0 to below 1")
     modules, parameters = targets(trainable)
@@ -97,11 +95,11 @@ def freeze_all_but(model: PreTrainedModel, names: Sequence[str]) -> None:
         UserError: nothing has one of the names, or what is named has no parameters.
     """
     modules, parameters = targets(names)
-    _refuse_unknown(model, [*modules, *parameters])
+    chosen = [*modules, *parameters]
+    _refuse_unknown(model, chosen)
     for name, parameter in model.named_parameters():
-        parts = name.removesuffix(".weight").split(".")
-        within = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        parameter.requires_grad_(any(_ends(w, n) for w in within for n in [*modules, *parameters]))
+        path = f".{name.removesuffix('.weight')}."
+        parameter.requires_grad_(any(f".{one}." in path for one in chosen))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--trainable {','.join(names)} has no parameters; name what has")
 
@@ -138,13 +136,12 @@ def _ends(name: str, ending: str) -> bool:
 
 
 def _refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:
-    known = [name for name, _ in model.named_modules()]
-    known += [name for name, _ in model.named_parameters()]
+    parameters = [name for name, _ in model.named_parameters()]
+    known = [name for name, _ in model.named_modules()] + parameters
     for name in names:
         if not any(_ends(one, name) for one in known):
-            weights = {one.removesuffix(".weight") for one, _ in model.named_parameters()}
-            last = sorted({one.rsplit(".", 1)[-1] for one in weights})
-            raise UserError(f"this model has no module {name!r}; it has {', '.join(last)}")
+            last = {one.removesuffix(".weight").rpartition(".")[2] for one in parameters}
+            raise UserError(f"this model has no module {name!r}; it has {', '.join(sorted(last))}")
 
 
 def _refuse_other_than_linear(model: nn.Module, names: Sequence[str]) -> None:
@@ -185,13 +182,12 @@ def weights_passed(model: nn.Module) -> float:
     """How many weights a token is multiplied with, those of adapters included. The embedding is one
     of them only where it is the head too."""
     share = (model.config.num_experts_per_tok or 0) / (model.config.n_routed_experts or 1)
-    unused = ["original_module"]  # frozen, beside the copy that trains
-    if not model.config.tie_word_embeddings:
-        unused.append("embed_tokens")
+    looked_up = not model.config.tie_word_embeddings
     return sum(
         full_shape(parameter).numel() * (share if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
-        if not any(part in name for part in unused)
+        if "original_module" not in name  # frozen, beside the copy that trains
+        and not (looked_up and "embed_tokens" in name)
     )
 
 

@@ -2,17 +2,17 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from finetune_fixtures import SCRIPT, checkpoints, run, run_ranks
+from finetune_fixtures import checkpoints, run, run_ranks
 from option_fixtures import parse_arguments
+from text_fixtures import ROOT
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
-from deepseek_moe.training.arguments import ModelArguments
 from deepseek_moe.training.disk_need import DiskNeed, disk_need, free_bytes
 from deepseek_moe.training.dry_run import meta_model
 
@@ -43,77 +43,70 @@ def test_a_disk_too_small_for_a_checkpoint_and_the_result_is_refused(
     assert "disk 2 x " in said and "0.4 MB are free" in said
 
 
+LORA = {"use_lora": True, "lora_rank": 64}
+ZERO2 = {"deepspeed": ROOT / "configs" / "ds_config_zero2_no_offload.json", "bf16": True}
 MODES = {
-    "full": {},
     "chosen modules": {"trainable": "down_proj"},
-    "lora": {"use_lora": True, "lora_rank": 64},
-    "merged": {"use_lora": True, "lora_rank": 64, "merge_on_save": True},
+    "merged": LORA | {"merge_on_save": True},
     "in the backward pass": {"single_gpu_full": True, "bf16": True, "use_cpu": True},
+    "ZeRO-2": ZERO2,
+    "LoRA under ZeRO-2": ZERO2 | LORA,
 }
+SLOW = {mode: [pytest.mark.slow] for mode in MODES if "ZeRO" in mode}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(one, marks=SLOW.get(one, ())) for one in MODES])
 def test_the_disk_that_a_run_needs_is_what_it_writes(
-    mode: str, argv: MakeArgv, tmp_path: Path
+    mode: str,
+    argv: MakeArgv,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    """Under DeepSpeed with fp32 copies of what trains."""
     output = tmp_path / "out"
     words = argv(output, save_total_limit=1, **SHORT, **MODES[mode])
-    model, _, training = parse_arguments(words)
-    base = Path(model.model_name_or_path)
-    need = disk_need(meta_model(base, model), model, training, steps=4, steps_in_epoch=6)
-    assert (need.saved, need.kept) == (2, 1)
-    done = run(words, tmp_path / "log")
+    if mode in SLOW:
+        request.getfixturevalue("deepspeed_extensions")
+        [done] = run_ranks(words, tmp_path / "log", 1)
+        monkeypatch.setenv("RANK", "0")  # as under its launcher
+    else:
+        done = run(words, tmp_path / "log")
     assert done.code == 0, done.err
+    model, _, training = parse_arguments(words)
+    network = meta_model(Path(model.model_name_or_path), model)
+    need = disk_need(network, model, training, steps=4, steps_in_epoch=6)
+    assert (need.saved, need.kept) == (2, 1)
     checkpoint = bytes_in(output / "checkpoint-4")
     assert checkpoint == pytest.approx(need.checkpoint, rel=0.1)
     assert bytes_in(output) - checkpoint == pytest.approx(need.result, rel=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("deepspeed_extensions")
-@pytest.mark.parametrize("changes", [{}, {"use_lora": True, "lora_rank": 64}])
-def test_deepspeed_writes_fp32_copies_of_what_trains(
-    changes: dict[str, Any], argv: MakeArgv, place: Path, tmp_path: Path
-) -> None:
-    config = SCRIPT.parent / "configs" / "ds_config_zero2_no_offload.json"
-    zero2 = {"deepspeed": config, "bf16": True, "max_steps": 3}
-    [done] = run_ranks(argv(tmp_path / "out", **zero2, **changes), tmp_path / "log", 1)
-    assert done.code == 0, done.err
-    model = ModelArguments(str(place / "base"), **changes)
-    training = SimpleNamespace(
-        bf16=True, single_gpu_full=False, deepspeed={"zero_optimization": {"stage": 2}},
-        save_strategy="steps", save_steps=3, save_total_limit=None,
-    )  # fmt: skip
-    need = disk_need(meta_model(place / "base", model), model, training, 3, 3)
-    found = bytes_in(tmp_path / "out" / "checkpoint-3")
-    assert found == pytest.approx(need.checkpoint, rel=0.1)
+    if model.merge_on_save:
+        alone = disk_need(network, replace(model, merge_on_save=False), training, 4, 6)
+        assert bytes_in(output / "adapter") == pytest.approx(alone.result, rel=0.1)
 
 
 def test_the_disk_of_the_16b_model() -> None:
     """A weight on one GPU takes 2 bytes of bf16 and 2 of averages, and 2 more in the result."""
+    words = "--data_path x --output_dir o --bf16 True --single_gpu_full True --save_steps 100"
+    options, _, training = parse_arguments(words.split())
     with torch.device("meta"):
         model = DeepseekForCausalLM(DeepseekConfig())
-    training = SimpleNamespace(
-        bf16=True, single_gpu_full=True, deepspeed=None, optim="", save_strategy="steps",
-        save_steps=100, save_total_limit=None, num_train_epochs=3,
-    )  # fmt: skip
-    options = SimpleNamespace(use_lora=False, merge_on_save=False)
-    need = disk_need(model, options, training, steps=250, steps_in_epoch=100)
-    assert need.checkpoint == pytest.approx(66.0e9, rel=1e-3)
-    assert need.result == pytest.approx(32.75e9, rel=1e-3)
-    assert need.kept == 3
-    assert need.least() == pytest.approx(66.0e9 + 32.75e9, rel=1e-3)
-    assert need.total == pytest.approx(3 * 66.0e9 + 32.75e9, rel=1e-3)
+
+    def need(steps: int) -> DiskNeed:
+        return disk_need(model, options, training, steps, steps_in_epoch=100)
+
+    assert need(250).checkpoint == pytest.approx(66.0e9, rel=1e-3)
+    assert need(250).result == pytest.approx(32.75e9, rel=1e-3)
+    assert need(250).kept == 3
+    assert need(250).least() == pytest.approx(66.0e9 + 32.75e9, rel=1e-3)
+    assert need(250).total == pytest.approx(3 * 66.0e9 + 32.75e9, rel=1e-3)
     # The only checkpoint that is kept stays until the next is complete.
     training.save_total_limit = 1
-    need = disk_need(model, options, training, steps=250, steps_in_epoch=100)
-    assert need.least() == need.total == pytest.approx(2 * 66.0e9, rel=1e-3)
-    assert need.least(resumes=True) == pytest.approx(66.0e9, rel=1e-3)
-    need = disk_need(model, options, training, steps=0, steps_in_epoch=100)  # All steps are taken.
-    assert need.least(resumes=True) == pytest.approx(32.75e9, rel=1e-3)
+    assert need(250).least() == need(250).total == pytest.approx(2 * 66.0e9, rel=1e-3)
+    assert need(250).least(resumes=True) == pytest.approx(66.0e9, rel=1e-3)
+    assert need(0).least(resumes=True) == pytest.approx(32.75e9, rel=1e-3)  # All steps are taken.
     training.save_strategy, training.save_total_limit = "epoch", 5
-    assert disk_need(model, options, training, steps=250, steps_in_epoch=100).kept == 3
-    assert disk_need(model, options, training, steps=5, steps_in_epoch=100).kept == 1
+    assert (need(250).kept, need(5).kept) == (3, 1)
 
 
 def test_what_an_interrupted_save_left_counts_as_free(tmp_path: Path) -> None:

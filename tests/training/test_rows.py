@@ -21,6 +21,7 @@ from deepseek_moe.training.rows import good_rows, read_rows
 datasets.disable_progress_bars()
 
 GOOD = {"instruction": "a", "output": "b"}
+LONG = GOOD | {"output": "word " * 40_000}  # csv's own limit for a field is 131,072 characters
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def read(tmp_path: Path) -> Callable[..., datasets.Dataset]:
 
 def write_csv(file: Path, rows: list[dict[str, str]]) -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
+        writer = csv.DictWriter(stream, ["instruction", "input", "output", "id"])
         writer.writeheader()
         writer.writerows(rows)
 
@@ -45,10 +46,8 @@ WRITERS: dict[str, Callable[[Path, list[Any]], object]] = {
     "array.json": lambda file, rows: file.write_text(json.dumps(rows, indent=1)),
     "array.jsonl": lambda file, rows: file.write_text("\n " + json.dumps(rows)),
     "lines.json": write_jsonl,
-    "lines.jsonl": write_jsonl,
     "blank.jsonl": lambda f, rows: f.write_text("\n" + lines_of(rows).replace("\n", "\r\n\r\n")),
     "marked.jsonl": lambda file, rows: file.write_text(lines_of(rows), encoding="utf-8-sig"),
-    "lines.jsonl.xz": lambda f, rows: f.write_bytes(lzma.compress(lines_of(rows).encode())),
     "LINES.JSONL.GZ": lambda f, rows: f.write_bytes(gzip.compress(lines_of(rows).encode())),
     "array.json.xz": lambda f, rows: f.write_bytes(lzma.compress(json.dumps(rows).encode())),
     "table.parquet": lambda f, rows: parquet.write_table(pa.Table.from_pylist(rows), f),
@@ -62,10 +61,10 @@ def contents(rows: datasets.Dataset) -> list[list[dict[str, str]]]:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_format_gives_the_same_conversations(name: str, read: Any, tmp_path: Path) -> None:
-    rows = [row | {"story": "of no account", "id": str(n)} for n, row in enumerate(ROWS)]
-    WRITERS[name](tmp_path / name, rows)
+    rows = [*ROWS, LONG]
+    WRITERS[name](tmp_path / name, [row | {"id": str(n)} for n, row in enumerate(rows)])
     found = read(name)
-    assert contents(found) == conversations(ROWS)
+    assert contents(found) == conversations(rows)
     assert found.column_names == ["source", "messages", "problem"]
 
 
@@ -73,65 +72,48 @@ def test_a_folder_and_several_paths(read: Any, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     (folder / "below").mkdir(parents=True)
     write_jsonl(folder / "b.jsonl", ROWS[2:])
-    WRITERS["lines.jsonl.xz"](folder / "a.jsonl.xz", ROWS[:2])
+    WRITERS["array.json.xz"](folder / "a.json.xz", ROWS[:2])
     write_jsonl(folder / "below" / "c.jsonl", ROWS)
     (folder / "LICENSE").write_text("not data")
     write_csv(tmp_path / "x.csv", ROWS[:1])
     rows = read("folder", "x.csv")
     assert contents(rows) == conversations([*ROWS, ROWS[0]])
-    assert [source.removeprefix(str(tmp_path)) for source in rows["source"]] == [
-        "/folder/a.jsonl.xz line 1",
-        "/folder/a.jsonl.xz line 2",
-        "/folder/b.jsonl line 1",
-        "/folder/b.jsonl line 2",
-        "/x.csv line 2",
-    ]
+    places = ["a.json.xz row 1", "a.json.xz row 2", "b.jsonl line 1", "b.jsonl line 2"]
+    places = [f"{folder}/{place}" for place in places] + [f"{tmp_path}/x.csv line 2"]
+    assert rows["source"][:] == places
 
 
-def test_conversations(read: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lines.json", "table.parquet"])
+def test_messages_win_and_null_is_absent(name: str, read: Any, tmp_path: Path) -> None:
+    """A table has all columns in all rows."""
     talks = [
         [user("a"), assistant("b")],
         [system("Hm."), user("a"), assistant("b"), user("c"), assistant("d")],
     ]
     extra = [[message | {"weight": 1} for message in talk] for talk in talks]
-    # `messages` wins, and null is absent: a table has all columns in all rows.
     rows = [
         {"messages": extra[0], "instruction": None, "output": None},
         {"messages": extra[1], "instruction": "x", "output": "y"},
         {"messages": None, "instruction": "x", "output": "y"},
     ]
-    write_jsonl(tmp_path / "talks.jsonl", rows)
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "talks.parquet")
-    for name in ("talks.jsonl", "talks.parquet"):
-        assert contents(read(name)) == [*talks, [user("x"), assistant("y")]]
+    WRITERS[name](tmp_path / name, rows)
+    assert contents(read(name)) == [*talks, [user("x"), assistant("y")]]
 
 
-def test_a_dataset_of_the_hub(read: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
-
+def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def load_dataset(name: str, split: str, cache_dir: str) -> datasets.Dataset:
-        asked.append((name, split, cache_dir))
+        if name != "own/data":
+            raise ValueError("two\nlines")
+        assert (split, cache_dir) == ("train", str(tmp_path))
         return datasets.Dataset.from_list([*ROWS, ROWS[0] | {"output": " "}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    cache = str(tmp_path / "cache")
+    rows = read_rows(["own/data"], str(tmp_path))
     with pytest.raises(UserError, match="1 of 5 rows are bad: own/data row 5: output is empty"):
-        good_rows(read_rows(["own/data"], cache))
-    rows = good_rows(read_rows(["own/data"], cache), skip_bad_rows=True)
-    assert asked == 2 * [("own/data", "train", cache)]
-    assert contents(rows) == conversations(ROWS)
-    assert rows["source"][3] == "own/data row 4"
-
-
-def test_a_dataset_that_the_hub_does_not_give(
-    read: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def load_dataset(*args: Any, **kwargs: Any) -> None:
-        raise ValueError("two\nlines")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"^own/data is no file here and .*: two lines; check"):
-        read_rows(["own/data"])
+        good_rows(rows)
+    assert contents(good_rows(rows, skip_bad_rows=True)) == conversations(ROWS)
+    with pytest.raises(UserError, match=r"^no/data is no file here and .*: two lines; check"):
+        read_rows(["no/data"])
 
 
 def talk(*messages: Any) -> dict[str, Any]:
@@ -140,62 +122,44 @@ def talk(*messages: Any) -> dict[str, Any]:
 
 BAD_ROWS: list[tuple[Any, str]] = [
     ({"question": "a", "answer": "b"}, "no instruction: found question, answer, wanted"),
-    ({"instruction": "a", "response": "b"}, "no output: found instruction, response, wanted"),
     ({}, "no instruction: found no field, wanted"),
     ({"instruction": "a", "output": None}, "output is null, wanted text"),
-    ({"instruction": "a", "output": ""}, "output is empty, wanted an answer"),
     ({"instruction": "a", "output": " \n\t"}, "output is empty, wanted an answer"),
-    ({"instruction": "a", "output": 3}, "output is number 3, wanted text"),
     ({"instruction": True, "output": "b"}, "instruction is truth value True, wanted text"),
-    ({"instruction": ["a"], "output": "b"}, "instruction is list ['a'], wanted text"),
     ({"instruction": "a", "input": 1.5, "output": "b"}, "input is number 1.5, wanted text"),
     ({"instruction": "a", "output": "b\ud800"}, "output has half a character ('\\ud800'), wanted"),
-    (["a", "b"], "found list ['a', 'b'], wanted an object"),
     ("a", "found text 'a', wanted an object"),
     (talk(), "messages is list [], wanted a list of role and content"),
-    ({"messages": "hello"}, "messages is text 'hello', wanted a list"),
     ({"messages": {"role": "user"}}, "messages is object {'role': 'user'}, wanted a list"),
     (talk("hello"), "message 1 is text 'hello', wanted role and content"),
     (talk(user("a")), "the last message has role 'user', wanted assistant"),
     (talk(user("a"), {"role": "gpt", "content": "b"}), "message 2 has role 'gpt', wanted user"),
-    (talk({"content": "b"}), "message 1 has role None, wanted user, assistant or system"),
-    (talk({"role": ["user"], "content": "b"}), "message 1 has role ['user'], wanted"),
     (talk(user("a"), {"role": "assistant"}), "content of message 2 is null, wanted text"),
-    (talk(user("a"), assistant(7)), "content of message 2 is number 7, wanted text"),
     (talk(user("a"), assistant(" "), user("c"), assistant("d")), "content of message 2 is empty"),
-    (talk(user([{"type": "text"}]), assistant("b")), "content of message 1 is list [{'type"),
+]
+BAD_LINES = [
+    (b'{"instruction": "a", "output": "b"', "invalid JSON (Expecting ',' delimiter at column"),
+    (b"hello", "invalid JSON (Expecting value at column 1), wanted an object on one line"),
+    (b'{"instruction": "a", "output": "\xff"}', "byte 33 is not UTF-8 (convert it), wanted"),
+    (b"[" * 100_000, "invalid JSON (maximum recursion depth exceeded"),
+    (b"9" * 5_000, "invalid JSON (Exceeds the limit"),
 ]
 
 
-@pytest.mark.parametrize("form", ["lines", "array"])
+@pytest.mark.parametrize("form", ["line", "row"])
 def test_each_bad_row_is_named_with_its_place(form: str, tmp_path: Path) -> None:
-    rows = [json.dumps(row) for row in (GOOD, *(row for row, _ in BAD_ROWS), GOOD)]
-    text = "\n\n".join(rows) if form == "lines" else "[" + ",\n".join(rows) + "]"
-    (tmp_path / "x.json").write_text(text)
-    found = read_rows([str(tmp_path / "x.json")], str(tmp_path / "cache"))
-    numbers = range(1, 2 * len(rows), 2) if form == "lines" else range(1, len(rows) + 1)
-    kind = form.removesuffix("s") if form == "lines" else "row"
-    assert found["source"][:] == [f"{tmp_path}/x.json {kind} {number}" for number in numbers]
-    said = ["", *(said for _, said in BAD_ROWS), ""]
+    bad = [(json.dumps(row).encode(), said) for row, said in BAD_ROWS]
+    bad += BAD_LINES if form == "line" else []
+    good = (json.dumps(GOOD).encode(), "")
+    texts, said = zip(good, *bad, good, strict=True)
+    file = tmp_path / "x.json"
+    file.write_bytes(b"\n".join(texts) if form == "line" else b"[" + b",\n".join(texts) + b"]")
+    found = read_rows([str(file)], str(tmp_path / "cache"))
+    assert found["source"][:] == [f"{file} {form} {n}" for n in range(1, len(texts) + 1)]
     for problem, wanted in zip(found["problem"], said, strict=True):
         assert problem.startswith(wanted) and bool(problem) == bool(wanted)
         assert "\n" not in problem
     assert contents(good_rows(found, skip_bad_rows=True)) == conversations([GOOD, GOOD])
-
-
-def test_lines_that_are_not_json(tmp_path: Path) -> None:
-    lines = {
-        b'{"instruction": "a", "output": "b"': "invalid JSON (Expecting ',' delimiter at column",
-        b"{'instruction': 'a'}": "invalid JSON (Expecting property name enclosed in double",
-        b"hello": "invalid JSON (Expecting value at column 1), wanted an object on one line",
-        b'{"instruction": "a", "output": "\xff"}': "byte 33 is not UTF-8 (convert it), wanted",
-        b"[" * 100_000: "invalid JSON (maximum recursion depth exceeded",
-        b"9" * 5_000: "invalid JSON (Exceeds the limit",
-    }
-    (tmp_path / "x.jsonl").write_bytes(b"\n".join([json.dumps(GOOD).encode(), *lines]))
-    found = read_rows([str(tmp_path / "x.jsonl")], str(tmp_path / "cache"))
-    for problem, said in zip(found["problem"], ["", *lines.values()], strict=True):
-        assert problem.startswith(said)
 
 
 def test_bad_rows_of_tables(read: Any, tmp_path: Path) -> None:
@@ -209,69 +173,42 @@ def test_bad_rows_of_tables(read: Any, tmp_path: Path) -> None:
     assert f"3 of 5 rows are bad: {file} line 5: found 3 fields, {wanted}; " in str(caught.value)
     assert f"{file} line 6: output is empty, wanted an answer; " in str(caught.value)
     assert f"{file} line 7: found 1 fields, {wanted}; mend" in str(caught.value)
-    rows = read("x.csv", skip_bad_rows=True)
-    assert rows["source"][:] == [f"{file} line 2", f"{file} line 8"]
-    table = pa.table({"instruction": ["a"] * 2000, "output": range(2000)})
-    parquet.write_table(table, f"{file}.parquet")
-    with pytest.raises(UserError, match=r"2,000 of 2,000 .*\.parquet row 1: output is number 0"):
-        read("x.csv.parquet")
-
-
-def test_a_long_field_of_a_table(read: Any, tmp_path: Path) -> None:
-    row = GOOD | {"output": "word " * 40_000}
-    write_csv(tmp_path / "x.csv", [row])
-    assert contents(read("x.csv")) == conversations([row])  # csv's own limit is 131,072 characters
+    assert read("x.csv", skip_bad_rows=True)["source"][:] == [f"{file} line 2", f"{file} line 8"]
 
 
 def test_the_first_bad_rows_are_named_and_all_counted(read: Any, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "x.jsonl", [GOOD, *[{"n": n} for n in range(1200)]])
-    with pytest.raises(UserError) as caught:
-        read("x.jsonl")
-    named = "; ".join(
-        f"{tmp_path}/x.jsonl line {n}: no instruction: found n, wanted instruction and output, "
-        "or messages"
-        for n in (2, 3, 4)
-    )
-    assert str(caught.value) == (
-        f"1,200 of 1,201 rows are bad: {named}; and 1,197 more; mend them or skip them with "
-        "--skip_bad_rows True"
-    )
+    def error(**options: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            read("x.parquet", **options)
+        return str(caught.value)
 
-
-def test_rows_that_are_all_bad_cannot_be_skipped(read: Any, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "b"}] * 2)
-    with pytest.raises(
-        UserError, match=r"^2 of 2 rows are bad: .*found question, answer"
-    ) as caught:
-        read("x.jsonl", skip_bad_rows=True)
-    assert "--skip_bad_rows" not in str(caught.value)
+    table = {"instruction": ["a"] * 2000, "output": ["b"] + [" "] * 1999}
+    parquet.write_table(pa.table(table), tmp_path / "x.parquet")
+    named = [f"{tmp_path}/x.parquet row {n}: output is empty, wanted an answer" for n in (2, 3, 4)]
+    assert error() == (
+        f"1,999 of 2,000 rows are bad: {'; '.join(named)}; and 1,996 more; mend them or skip them "
+        "with --skip_bad_rows True"
+    )
+    parquet.write_table(pa.table(table).slice(1), tmp_path / "x.parquet")
+    assert error(skip_bad_rows=True).startswith("1,999 of 1,999 rows are bad: ")
+    assert error().endswith("; give rows with instruction and output, or with messages")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.jsonl", b"", "has no rows"),
         ("x.jsonl", b" \n\n", "has no rows"),
         ("x.json", b"[]", "has no rows"),
         ("x.csv", b"", "has no rows"),
         ("x.csv", b"instruction,output\n", "has no rows"),
         ("x.json", b'\n[{"instruction": "a",\n "output": }]', "Expecting value: line 3 column 12"),
-        ("x.json", b"[1]\n[2]", "Extra data: line 2 column 1"),
         ("x.json", b'["\xff"]', "is not UTF-8 (invalid start byte); convert it"),
         ("x.json", b"[" * 100_000, "cannot be read: maximum recursion depth"),
-        ("x.csv", "instruction,output\nü,b".encode("latin-1"), "is not UTF-8"),
         ("x.csv", b'instruction,output\n"a,b', "cannot be read: unexpected end of data"),
         ("x.parquet", b"no table at all", "cannot be read: Parquet magic bytes not found"),
-        ("x.jsonl.xz", b"not compressed", "cannot be read: Input format not supported"),
         ("x.jsonl.gz", b"not compressed", "cannot be read: Not a gzipped file"),
-        ("x.jsonl.xz", lzma.compress(b"{}\n" * 999)[:-20], "cannot be read: Compressed file ended"),
-        (
-            "x.jsonl.gz",
-            gzip.compress(b"{}\n" * 999, mtime=0)[:-9],
-            "cannot be read: Compressed file",
-        ),
+        ("x.jsonl.gz", gzip.compress(b"{}\n" * 9, mtime=0)[:-9], "cannot be read: Compressed file"),
         ("x.txt", b"hello", "is of no known kind; give .json, .jsonl, .csv, .parquet, or"),
-        ("x", b"hello", "is of no known kind"),
     ],
 )
 def test_a_file_that_cannot_be_read(
@@ -280,21 +217,19 @@ def test_a_file_that_cannot_be_read(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         read(name, skip_bad_rows=True)
-    assert str(caught.value).startswith(f"{tmp_path / name} ")
-    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / name} ") and said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_hold_nothing(read: Any, tmp_path: Path) -> None:
+def test_paths_that_hold_nothing_and_a_cache_that_cannot_be_written(
+    read: Any, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no data files"):
         read("empty")
     for name in ("data/train.jsonl", "no such thing", str(tmp_path / "a" / "b")):
         with pytest.raises(UserError, match=f"^{name} does not exist; give a file"):
             read_rows([name])
-
-
-def test_a_cache_that_cannot_be_written(read: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     (tmp_path / "taken").write_text("a file where a folder should be")
     with pytest.raises(UserError, match=r"cannot be written to the cache: .*--cache_dir"):
