@@ -10,7 +10,6 @@ There are three ways through a layer, by how many tokens come at once:
 Letters: T tokens, D hidden, H heads, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -31,23 +30,19 @@ class StaticCache:
     """Keys and values of `slots` sequences of at most `capacity` positions, at fixed addresses."""
 
     def __init__(self, model: DeepseekForCausalLM, slots: int, capacity: int) -> None:
-        shape = self._shape(model, slots, capacity)
+        shape = cache_shape(model, slots, capacity)
         self.slots, self.capacity = slots, capacity
         self.keys, self.values = torch.empty(shape, dtype=model.dtype, device=model.device)
-
-    @staticmethod
-    def _shape(model: DeepseekForCausalLM, slots: int, capacity: int) -> tuple[int, ...]:
-        config = model.config
-        heads, width = config.num_key_value_heads, config.head_dim
-        return 2, len(model.model.layers), slots, heads, capacity, width
-
-    @classmethod
-    def bytes(cls, model: DeepseekForCausalLM, slots: int, capacity: int) -> int:
-        return math.prod(cls._shape(model, slots, capacity)) * model.dtype.itemsize
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of layer `i`, each [slots, heads, capacity, width]."""
         return self.keys[i], self.values[i]
+
+
+def cache_shape(model: DeepseekForCausalLM, slots: int, capacity: int) -> tuple[int, ...]:
+    """2 (keys and values), layers, slots, heads, capacity, width."""
+    heads, width = model.config.num_key_value_heads, model.config.head_dim
+    return 2, len(model.model.layers), slots, heads, capacity, width
 
 
 class _Layer:

@@ -9,6 +9,7 @@ Without a GPU the same steps run one by one, without graphs. So the tests of thi
 Letters: B sequences, T tokens, V vocabulary.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +22,8 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .batch import Batch
-from .decoder import Decoder, StaticCache
-from .sampling import Sampler, Sampling, greedy, mark_broken, seen_in, sum_rows
+from .decoder import Decoder, StaticCache, cache_shape
+from .sampling import Sampler, Sampling, mark_broken, seen_in, sum_rows
 from .supported import find_unsupported, is_supported, signature_of, tensors_of
 
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
@@ -46,23 +47,20 @@ class Engine:
     on with the weights that it began with, since to look for new ones at every token would take as
     long as a token does. Numbers that are changed in place, as an optimizer does it, count at once.
 
-    An engine can also be made of a model that `is_supported` refuses, to try it.
-
     Args:
         chunk: tokens of prompts that go through the layers at once.
-        ops: what computes the stages, by default the kernels of triton_ops.py. With their slow
-            twins of torch_ops.py an engine can be tried on a CPU.
+        ops: what computes the stages. By default it is triton_ops, for models that `is_supported`
+            takes. If it is given, nobody asks that: with torch_ops an engine runs on a CPU.
 
     Raises:
-        UnsupportedModel: the model holds something that the decoder does not compute, or `ops` are
-            the kernels and it is not on a GPU.
+        UnsupportedModel: the model holds something that the decoder does not compute, or the
+            kernels do not run with it where it is.
     """
 
     def __init__(
         self, model: DeepseekForCausalLM, chunk: int = CHUNK, ops: ModuleType | None = None
     ) -> None:
         self.model, self.chunk, self.ops = model, chunk, ops
-        self.on_trial = not is_supported(model)  # if so, no later build asks either
         self._build()
 
     def _build(self) -> None:
@@ -81,10 +79,9 @@ class Engine:
         model = self.model
         self.device = model.device
         self.fast = self.device.type == "cuda"
-        possible = self.on_trial and (self.fast or self.ops)
-        if find_unsupported(model) or not (possible or is_supported(model)):
-            raise UnsupportedModel(refusal_of(model))
         ops = self.ops
+        if find_unsupported(model) or (ops is None and not is_supported(model)):
+            raise UnsupportedModel(refusal_of(model))
         if ops is None:
             from ..kernels.decode import triton_ops as ops
         # Not torch's own stream for captures, which is on the GPU of the process's first capture.
@@ -124,8 +121,8 @@ class Engine:
         self.graphs.clear()  # they hold the addresses of what is replaced
         self.cache = self.rows = None
         if self.fast:  # for the whole context, if there is room, so that longer texts fit too
-            whole = StaticCache.bytes(self.model, slots, self.context)
-            if whole < torch.cuda.mem_get_info(self.device)[0] // 4:
+            whole = math.prod(cache_shape(self.model, slots, self.context))
+            if whole * self.model.dtype.itemsize < torch.cuda.mem_get_info(self.device)[0] // 4:
                 positions = self.context
         blocks = -(-(positions + 1) // CACHE_BLOCK)
         cache = StaticCache(self.model, slots, blocks * CACHE_BLOCK)
@@ -153,7 +150,7 @@ class Engine:
     @torch.inference_mode()
     def step(self, size: int, sample: Sampler) -> None:
         """Replaces the ids of the first `size` rows by their next ones."""
-        captured = self.fast and (sample is greedy or isinstance(sample, Sampling))
+        captured = self.fast and isinstance(sample, Sampling)
         key = (size, sample if captured else None)
         if not self.fast or key not in self.graphs:  # the first step compiles the kernels
             self.graphs[key] = None

@@ -19,31 +19,28 @@ from .supported import is_supported
 class Generator:
     """Continues batches of prompts of any lengths with a causal language model.
 
-    This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else, or all
-    with `fast` False, goes the plain way: the model's own forward over a growing cache.
+    This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else goes the
+    plain way: the model's own forward over a growing cache.
 
     Every call generates with the model as it is when its first token is asked for. Between two
     calls the model may be trained, cast, moved or resized, and get or lose adapters, hooks, heads
-    or weights. The engine notices. It is built anew, or, if it does not compute what the model has
-    become, the call goes the plain way (with `fast` True it is refused). Finish a stream before
-    such a change: the engine goes on with the weights that it began with, while the plain way calls
-    the model as it is at each step. Until the next call the engine keeps the memory of weights that
-    were replaced.
+    or weights. The engine is then built anew, or the call goes the plain way if the engine does not
+    compute what the model has become. Finish a stream before such a change: the engine goes on with
+    the weights that it began with, while the plain way calls the model as it is at each step. Until
+    the next call the engine keeps the memory of weights that were replaced.
 
     Training mode is off in each step. Afterwards every module is in the mode that it was in.
 
-    The engine moves some of the model's weights. It lays those of q_proj, k_proj and v_proj of each
-    layer side by side in new memory, and those of gate_proj and up_proj (of a dense layer, and of
-    the shared experts), and makes these parameters views of it. Their names, shapes and values
-    stay. A second Generator finds them side by side and moves nothing. Weights that are parts of a
+    The engine lays the weights of q_proj, k_proj and v_proj of each layer side by side in new
+    memory, and those of gate_proj and up_proj (of a dense layer, and of the shared experts). These
+    parameters become views of it; their names, shapes and values stay. Weights that are parts of a
     larger tensor, as DeepSpeed's ZeRO lays them, are not moved; if they are not side by side there,
     the call goes the plain way.
 
     Args:
         fast: None takes the engine where it can run, True refuses to go without it, and False
             never takes it.
-        engine: one that was made of this model, to take in place of the Generator's own. So an
-            engine can be tried on a CPU, where it is slow.
+        engine: one that was made of this model, to take in place of the Generator's own.
 
     Raises:
         UserError: `fast` is True where the engine cannot run (here, or at a later call).
@@ -92,8 +89,8 @@ class Generator:
         """Step by step, the next id of every prompt; None for those that have ended.
 
         A sequence ends at one of `stop_ids` (which is not yielded), after `max_new_tokens`, or when
-        it fills the context. The engine runs `greedy` and a `Sampling` inside its CUDA graph, and
-        any other function on the logits that the graph leaves.
+        it fills the context. The engine runs a `Sampling` inside its CUDA graph, and any other
+        function on the logits that the graph leaves.
 
         Raises:
             UserError: there is no prompt, an empty one, one that fills the context, one with an id

@@ -115,13 +115,10 @@ def _seed_of_batch(seed: int, number: int) -> int:
 
 @contextmanager
 def noted_interrupts(*numbers: int) -> Iterator[list[int]]:
-    """Appends signals to the list that it yields, to be looked at between two tokens.
+    """Appends signals of these numbers to the list that it yields, to be looked at between tokens.
 
     A second signal raises KeyboardInterrupt. The first one does not, because an exception may come
     at any place, and Python drops one that comes in a destructor.
-
-    Args:
-        numbers: the signals; without any, Ctrl-C (SIGINT).
     """
     noted: list[int] = []
 
@@ -130,7 +127,7 @@ def noted_interrupts(*numbers: int) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    before = {number: signal.signal(number, note) for number in numbers or (signal.SIGINT,)}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield noted
     finally:

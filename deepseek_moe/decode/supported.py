@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from ..kernels import has_triton
+from ..model.configuration_deepseek import DeepseekConfig
 from ..model.modeling_deepseek import (
     DeepseekDecoderLayer,
     DeepseekExperts,
@@ -70,27 +71,20 @@ def is_supported(model: PreTrainedModel) -> bool:
         and has_triton()
         and torch.cuda.get_device_capability(model.device) >= (8, 0)
         and model.dtype in (torch.bfloat16, torch.float16)
-        and fits_kernels(model)
+        and find_unsupported(model) is None
+        and fits_kernels(model.config)
     )
 
 
-def fits_kernels(model: PreTrainedModel) -> bool:
-    """Whether the kernels compute all that `model` does, wherever it is: the decoder does, and the
-    sizes are some that the kernels take."""
-    config = model.config
-    return (
-        find_unsupported(model) is None
-        and config.head_dim in (32, 64, 128)
-        and config.hidden_size % 64 == config.moe_intermediate_size % 8 == 0
-    )
+def fits_kernels(config: DeepseekConfig) -> bool:
+    """Whether the kernels take these sizes."""
+    aligned = config.hidden_size % 64 == config.moe_intermediate_size % 8 == 0
+    return aligned and config.head_dim in (32, 64, 128)
 
 
 def find_unsupported(model: PreTrainedModel) -> str | None:
-    """Describes the first thing in `model` that the decoder does not compute.
-
-    Returns None if there is nothing: no adapter, hook, replaced forward, sharded or otherwise
-    quantised weight, and all sizes fit each other.
-    """
+    """The first thing in `model` that the decoder does not compute, such as an adapter, a hook, a
+    replaced forward, a sharded weight, or sizes that do not fit each other. None without any."""
     return next(_all_unsupported(model), None)
 
 
@@ -98,8 +92,8 @@ def signature_of(model: nn.Module) -> list[tuple[Any, ...]]:
     """All that the engine was built from, to be compared with what is there at a later call.
 
     It tells apart modules (also their names and order), replaced forwards, hooks, numbers in
-    modules and in the config, and which memory each tensor has. The engine reads numbers in the
-    same memory anew, so a change of these, as an optimizer makes it, leaves the signature as it is.
+    modules and in the config, and which memory each tensor has. What an optimizer changes in that
+    memory leaves the signature as it is, because the engine reads it anew.
 
     It names memory by its address. Whoever keeps a signature must keep the tensors too (see
     `tensors_of`), or their addresses may be given to others. It keeps the modules itself.
@@ -121,8 +115,7 @@ def _signature_of_module(module: nn.Module) -> Iterator[Any]:
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         yield type(tensor)
         if type(tensor) in (nn.Parameter, torch.Tensor):  # other kinds may have no address
-            yield from (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            yield tensor.device
+            yield (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     for buffer in module.buffers(recurse=False):
         if not buffer.is_inference():  # the decoder keeps what it has computed from its numbers
             yield buffer._version
