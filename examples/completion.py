@@ -76,23 +76,16 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continues text with DeepSeek-MoE.")
     add_model_options(parser, bundled="models/tiny-base")
-    parser.add_argument(
-        "--prompt", action="append", default=[], help="text to continue; may be repeated"
-    )
-    parser.add_argument(
-        "--prompts_file", type=Path, help='one prompt a line: text, "text" or {"prompt": "text"}'
-    )
-    parser.add_argument(
-        "--output_file",
-        type=Path,
-        help="JSON lines of prompt and completion; repeating an interrupted command goes on in it",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="begin the output file anew, whatever is in it"
-    )
-    parser.add_argument(
-        "--batch_size", type=positive, default=16, help="prompts continued together"
-    )
+    says = "text to continue; may be repeated"
+    parser.add_argument("--prompt", action="append", default=[], help=says)
+    says = 'one prompt a line: text, "text" or {"prompt": "text"}'
+    parser.add_argument("--prompts_file", type=Path, help=says)
+    says = "JSON lines of prompt and completion; repeating an interrupted command goes on in it"
+    parser.add_argument("--output_file", type=Path, help=says)
+    says = "begin the output file anew, whatever is in it"
+    parser.add_argument("--overwrite", action="store_true", help=says)
+    says = "prompts continued together"
+    parser.add_argument("--batch_size", type=positive, default=16, help=says)
     add_sampling_options(parser, max_new_tokens=100)
     args = parser.parse_args()
     output, prompts = args.output_file, args.prompts_file

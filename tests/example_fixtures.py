@@ -28,13 +28,15 @@ class Run:
     err: str
 
 
-def run(script: str, *args: object, stdin: bytes = b"") -> Run:
+def run(script: str, *args: object, stdin: bytes = b"", terminal: bool = False) -> Run:
     """Runs an example as `python examples/...` does, but in this process, which is faster."""
     code, out, err = 0, io.StringIO(), io.StringIO()
+    given = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+    given.isatty = lambda: terminal
     with (
         patch("sys.argv", [script, *map(str, args)]),
         patch("sys.path", [str(EXAMPLES), *sys.path]),
-        patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")),
+        patch("sys.stdin", given),
         redirect_stdout(out),
         redirect_stderr(err),
     ):

@@ -18,11 +18,10 @@ from ..errors import RunError, UserError
 from ..files import check_writable, lock, write_aside
 
 HASHED = ("model", "tokenizer", "prompts")
-"""Settings that are hashes, whose values say nothing to a reader."""
 
 
 def hash_inputs(model: str, prompts: Sequence[str]) -> dict[str, str]:
-    """The settings in HASHED. The model is a folder or a hub id."""
+    """The settings in HASHED, whose values say nothing to a reader. `model` is as for `load`."""
     folder = find_checkpoint(model)
     files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
     tokenizer = b"".join(file.read_bytes() for file in files if file.is_file())
@@ -58,8 +57,7 @@ class CompletionFile:
         self.note = self.file.with_name(f"{self.file.name}.run.json")
         self.prompts, self.settings, self.batch_size = prompts, settings, batch_size
         self.overwrite = overwrite
-        self.done = 0  # how many prompts have their completion in the file
-        self._size = 0  # bytes of these completions
+        self.done, self._size = 0, 0  # completions that are in the file, and their bytes
         self._stream: IO[bytes] | None = None
         if not overwrite:
             self._find(self.file.read_bytes() if self.file.exists() else b"")

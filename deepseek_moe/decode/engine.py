@@ -24,7 +24,7 @@ from ..model.modeling_deepseek import DeepseekForCausalLM
 from .batch import Batch
 from .decoder import Decoder, StaticCache, cache_shape
 from .sampling import Sampler, Sampling, mark_broken, seen_in, sum_rows
-from .supported import find_unsupported, is_supported, signature_of, tensors_of
+from .supported import find_unsupported, is_supported, signature_of
 
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """Sizes of batches for which graphs are made. A batch takes the next that holds it; above these are
@@ -40,12 +40,10 @@ class UnsupportedModel(UserError):
 class Engine:
     """A model and what its batches share: the static cache, the state of their rows, the graphs.
 
-    It holds one batch at a time. Another takes the place of the one before.
-
-    A new batch is computed with the model as it is when the batch begins: the engine is built anew
-    if the model has changed since (supported.py says what is noticed). A batch that has begun goes
-    on with the weights that it began with, since to look for new ones at every token would take as
-    long as a token does. Numbers that are changed in place, as an optimizer does it, count at once.
+    It holds one batch at a time. Another takes the place of the one before. When a batch begins,
+    the engine is built anew if the model has changed (supported.py says what is noticed). The batch
+    then goes on with these weights, since to look for new ones at every token would take as long as
+    a token does. Numbers that are changed in place, as an optimizer does it, count at once.
 
     Args:
         chunk: tokens of prompts that go through the layers at once.
@@ -64,11 +62,8 @@ class Engine:
         self._build()
 
     def _build(self) -> None:
-        """Reads the model as it is now.
-
-        First it releases what was built for the model as it was: the references to its weights, the
-        cache, and the graphs, which hold the addresses of both.
-        """
+        """Reads the model as it is now, after it has released what was built for the model as it
+        was: the references to its weights, the cache, and the graphs, which hold addresses."""
         self.signature = self.decoder = None
         self.cache: StaticCache | None = None
         self.rows: Rows | None = None
@@ -91,8 +86,10 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             self.decoder = Decoder(model, ops)
         self.context = model.config.max_position_embeddings
-        self.held = tensors_of(model)
-        self.signature = signature_of(model)  # last, because the decoder moves weights
+        # Last, because the decoder moves weights. While they are held, nothing new gets the
+        # addresses by which the signature knows them.
+        self.held = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+        self.signature = signature_of(model)
 
     def start(self, prompts: Sequence[Sequence[int]], sample: Sampler, steps: int) -> "EngineBatch":
         """Begins to continue `prompts`, each by up to `steps` tokens.
@@ -215,6 +212,10 @@ class Rows:
         self.position[len(kept) :] = -1
 
 
+Sent = tuple[list[int], torch.Tensor, torch.Tensor, torch.cuda.Event | None]
+"""What is on its way to the CPU: prompts, their ids, the sums of their logits, the arrival."""
+
+
 class EngineBatch(Batch):
     """Prompts that an engine continues. `next` is refused once it has begun another batch."""
 
@@ -224,10 +225,7 @@ class EngineBatch(Batch):
         super().__init__(prompts)
         self.engine, self.sample = engine, sample
         self.left = steps - 1  # after the one that the prompts themselves give
-        # What was sent to the CPU: which prompts, their ids, the sums of their logits.
-        self.under_way: deque[
-            tuple[list[int], torch.Tensor, torch.Tensor, torch.cuda.Event | None]
-        ] = deque()
+        self.under_way: deque[Sent] = deque()
         self._prefill(prompts)
 
     def next(self) -> dict[int, int]:

@@ -5,7 +5,7 @@ for step in generator.stream([[100000, 17464]], max_new_tokens=20):
     ...  # step holds one new id for each prompt, None where it has ended
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from transformers import PreTrainedModel
 
@@ -72,12 +72,7 @@ class Generator:
         stop_ids: Collection[int] = (),
     ) -> list[list[int]]:
         """The new ids of each prompt, without the stop id. The arguments are those of `stream`."""
-        new: list[list[int]] = [[] for _ in prompts]
-        for step in self.stream(prompts, max_new_tokens, sample, stop_ids):
-            for ids, token in zip(new, step, strict=True):
-                if token is not None:
-                    ids.append(token)
-        return new
+        return columns(self.stream(prompts, max_new_tokens, sample, stop_ids), len(prompts))
 
     def stream(
         self,
@@ -155,6 +150,12 @@ class Generator:
                 f"the prompt has the id {wrong[0]}, but the model's ids are 0 to {vocabulary - 1}; "
                 "encode the prompt with the model's own tokenizer"
             )
+
+
+def columns(steps: Iterable[list[int | None]], prompts: int) -> list[list[int]]:
+    """The ids of each of several prompts, from the steps of a stream."""
+    steps = list(steps)
+    return [[step[b] for step in steps if step[b] is not None] for b in range(prompts)]
 
 
 def _refuse_broken(new: dict[int, int], made: int) -> None:

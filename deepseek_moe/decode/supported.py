@@ -13,23 +13,11 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama import modeling_llama as llama
 
 from ..kernels import has_triton
+from ..model import modeling_deepseek as deepseek
 from ..model.configuration_deepseek import DeepseekConfig
-from ..model.modeling_deepseek import (
-    DeepseekDecoderLayer,
-    DeepseekExperts,
-    DeepseekForCausalLM,
-    DeepseekGate,
-    DeepseekMLP,
-    DeepseekModel,
-    DeepseekMoE,
-)
 from .decoder import joined_view
 from .quantized import QuantizedExperts, QuantizedLinear
 
@@ -41,16 +29,16 @@ SUPPORTED_MODULES: dict[type[nn.Module], tuple[str, ...]] = {
     SiLUActivation: (),
     QuantizedLinear: ("bits",),
     QuantizedExperts: ("bits",),
-    LlamaAttention: ("head_dim", "scaling", "is_causal"),
-    LlamaRMSNorm: ("variance_epsilon",),
-    LlamaRotaryEmbedding: ("rope_type", "attention_scaling"),
-    DeepseekGate: ("top_k", "norm_topk_prob"),
-    DeepseekExperts: (),
-    DeepseekMLP: (),
-    DeepseekMoE: (),
-    DeepseekDecoderLayer: (),
-    DeepseekModel: (),
-    DeepseekForCausalLM: (),
+    llama.LlamaAttention: ("head_dim", "scaling", "is_causal"),
+    llama.LlamaRMSNorm: ("variance_epsilon",),
+    llama.LlamaRotaryEmbedding: ("rope_type", "attention_scaling"),
+    deepseek.DeepseekGate: ("top_k", "norm_topk_prob"),
+    deepseek.DeepseekExperts: (),
+    deepseek.DeepseekMLP: (),
+    deepseek.DeepseekMoE: (),
+    deepseek.DeepseekDecoderLayer: (),
+    deepseek.DeepseekModel: (),
+    deepseek.DeepseekForCausalLM: (),
 }
 """The modules that the decoder knows, and what their forwards compute with besides tensors."""
 FORWARDS = {kind: kind.forward for kind in SUPPORTED_MODULES}
@@ -92,21 +80,14 @@ def signature_of(model: nn.Module) -> list[tuple[Any, ...]]:
     """All that the engine was built from, to be compared with what is there at a later call.
 
     It tells apart modules (also their names and order), replaced forwards, hooks, numbers in
-    modules and in the config, and which memory each tensor has. What an optimizer changes in that
-    memory leaves the signature as it is, because the engine reads it anew.
-
-    It names memory by its address. Whoever keeps a signature must keep the tensors too (see
-    `tensors_of`), or their addresses may be given to others. It keeps the modules itself.
+    modules and in the config, and the address of each tensor. What an optimizer changes in place
+    leaves it as it is, because the engine reads that anew. Whoever keeps a signature must keep the
+    tensors too, or their addresses may be given to others. It keeps the modules itself.
     """
     config = getattr(model, "config", None)
     numbers = tuple(getattr(config, field, None) for field in CONFIG_FIELDS)
     modules = [(name, *_signature_of_module(module)) for name, module in model.named_modules()]
     return [(numbers, _has_global_hooks()), *modules]
-
-
-def tensors_of(model: nn.Module) -> list[torch.Tensor]:
-    """The memory of all parameters and buffers, which stays allocated while this list is kept."""
-    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
 
 
 def _signature_of_module(module: nn.Module) -> Iterator[Any]:
@@ -137,7 +118,7 @@ def _has_global_hooks() -> bool:
 
 
 def _all_unsupported(model: PreTrainedModel) -> Iterator[str]:
-    if not isinstance(model, DeepseekForCausalLM):
+    if not isinstance(model, deepseek.DeepseekForCausalLM):
         yield f"it is a {type(model).__name__}"
     if _has_global_hooks():
         yield "torch has hooks for all modules"
@@ -160,22 +141,22 @@ def _all_unsupported(model: PreTrainedModel) -> Iterator[str]:
             yield f"{name} has numbers or memory that the engine does not take"
 
 
-def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
+def _is_as_assumed(module: nn.Module, model: deepseek.DeepseekForCausalLM) -> bool:
     config = model.config
     match module:
         case nn.Linear() | QuantizedLinear():
             return module.bias is None
         case nn.Embedding():
             return module.max_norm is None
-        case LlamaRMSNorm():
+        case llama.LlamaRMSNorm():
             return module.variance_epsilon == model.model.norm.variance_epsilon
-        case LlamaRotaryEmbedding():
+        case llama.LlamaRotaryEmbedding():
             return module.rope_type in ("default", "linear")
-        case DeepseekMoE():
+        case deepseek.DeepseekMoE():
             return module.shared_experts is not None
-        case DeepseekMLP():
+        case deepseek.DeepseekMLP():
             return _can_be_joined(module.gate_proj, module.up_proj)
-        case LlamaAttention():
+        case llama.LlamaAttention():
             q, k, v, width = module.q_proj, module.k_proj, module.v_proj, config.head_dim
             heads = [len(linear.weight) / width for linear in (q, k, v)]
             return (
@@ -187,11 +168,8 @@ def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
 
 
 def _can_be_joined(*linears: nn.Module) -> bool:
-    """Whether the decoder may lay their weights side by side in new memory.
-
-    It must not tear one out of a larger tensor. Such a tensor belongs to somebody who writes into
-    it, like DeepSpeed's ZeRO, whose steps would then not reach the model any more.
-    """
+    """Whether the decoder may lay their weights side by side in new memory. It must not tear one
+    out of a larger tensor, whose owner, like DeepSpeed's ZeRO, writes its steps there."""
     if len({(type(one), getattr(one, "bits", None)) for one in linears}) != 1:
         return False
     for name in ("weight", "weight_scale"):

@@ -2,6 +2,7 @@
 steps with the kernels themselves, in Triton's interpreter."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -44,19 +45,6 @@ def test_prompts_in_chunks_equal_prompts_at_once(
     sizes = [len(call.args[0]) for call in prefill.call_args_list]
     assert sum(sizes) == sum(map(len, prompts))
     assert max(sizes) == most
-
-
-def test_sequences_that_end_leave_the_batch(prompts: list[list[int]]) -> None:
-    plain = Generator(bundled_model(), fast=False)
-    whole = plain.generate(prompts, 16)
-    stops = {whole[1][3], whole[0][9]}
-    generator = with_engine(bundled_model())
-    with patch.object(generator.engine, "step", wraps=generator.engine.step) as step:
-        made = generator.generate(prompts, 16, stop_ids=stops)
-    assert made == plain.generate(prompts, 16, stop_ids=stops)
-    sizes = [call.args[0] for call in step.call_args_list]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) > 1
 
 
 def test_the_cache_grows_and_is_used_again(prompts: list[list[int]]) -> None:
@@ -136,7 +124,7 @@ def test_the_engine_is_refused_where_it_cannot_run() -> None:
 # ---- the decoder with the kernels ----
 
 
-def one_step(decoder: Decoder, cache: StaticCache, rows: int) -> torch.Tensor:
+def one_step(rows: int, decoder: Decoder, cache: StaticCache) -> torch.Tensor:
     """Logits of the rows that hold a token, which are not all, in slots of another order."""
     ids_T = torch.arange(rows) * 7 % 96
     slot_T = torch.arange(rows, dtype=torch.int32).flip(0)
@@ -146,14 +134,6 @@ def one_step(decoder: Decoder, cache: StaticCache, rows: int) -> torch.Tensor:
         cache.keys[:, slot, :, : max(position, 0)].normal_()
         cache.values[:, slot, :, : max(position, 0)].normal_()
     return decoder.step(ids_T, position_T, slot_T, cache)[position_T >= 0]
-
-
-def few(decoder: Decoder, cache: StaticCache) -> torch.Tensor:
-    return one_step(decoder, cache, 3)
-
-
-def many(decoder: Decoder, cache: StaticCache) -> torch.Tensor:
-    return one_step(decoder, cache, FEW + 3)
 
 
 def prompts_in_chunks(decoder: Decoder, cache: StaticCache) -> torch.Tensor:
@@ -169,7 +149,11 @@ def prompts_in_chunks(decoder: Decoder, cache: StaticCache) -> torch.Tensor:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu does it on a GPU")
-@pytest.mark.parametrize(("way", "bits"), [(few, 4), (many, 16), (prompts_in_chunks, 16)])
+@pytest.mark.parametrize(
+    ("way", "bits"),
+    [(partial(one_step, 3), 4), (partial(one_step, FEW + 3), 16), (prompts_in_chunks, 16)],
+    ids=["few", "many", "prompts"],
+)
 @torch.inference_mode()
 def test_whole_steps_with_kernels(
     way: Callable[[Decoder, StaticCache], torch.Tensor],

@@ -15,13 +15,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from deepseek_moe.decode.sampling import BROKEN, Sampling, draw, greedy, mark_broken, sum_rows
+from deepseek_moe.decode.sampling import BROKEN, Sampling, draw, mark_broken, sum_rows
 from deepseek_moe.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -31,7 +31,7 @@ def unseen(logits: torch.Tensor) -> torch.Tensor:
 
 # Against transformers
 
-B, V = 6, 300
+B, V = 6, 512
 PROCESSORS = {  # in the order of `generate`
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
     "temperature": TemperatureLogitsWarper,
@@ -56,19 +56,23 @@ PROCESSORS = {  # in the order of `generate`
     ids=str,
 )
 def test_the_distribution_is_that_of_transformers(options: dict[str, Any]) -> None:
-    logits = torch.randn(B, V, generator=seeded()) * 3
+    logits = torch.randn(B, V, generator=seeded(0)) * 3
     # Each row saw its likeliest ids, positive, and others, some twice; the next rows did not.
-    text = torch.cat([logits.topk(2).indices, torch.randint(V, (B, 40), generator=seeded())], -1)
+    text = torch.cat([logits.topk(2).indices, torch.randint(V, (B, 40), generator=seeded(0))], -1)
     seen = unseen(logits).scatter(1, text, True)
     processors = [make(options[name]) for name, make in PROCESSORS.items() if name in options]
     expected = LogitsProcessorList(processors)(text, logits.clone()).softmax(-1)
 
     weights, ids = Sampling(**options).distribution(logits, seen)
-    places = torch.arange(V).expand(B, V) if ids is None else ids
-    probs = torch.zeros(B, V).scatter(1, places, weights)
+    ids = torch.arange(V).expand(B, V) if ids is None else ids
+    probs = torch.zeros(B, V).scatter(1, ids, weights)
     probs /= probs.sum(-1, keepdim=True)
     assert ((probs > 0) == (expected > 0)).all()
     torch.testing.assert_close(probs, expected, rtol=1e-4, atol=1e-8)
+
+    drawn = ids.gather(1, torch.multinomial(weights, 1, generator=seeded(7))).squeeze(1)
+    assert Sampling(**options, seed=7)(logits, seen).equal(drawn)
+    assert Sampling(**options | {"temperature": 0.0})(logits, seen).equal(expected.argmax(-1))
 
 
 def test_no_more_than_top_k_stay_where_logits_are_equal() -> None:
@@ -76,17 +80,6 @@ def test_no_more_than_top_k_stay_where_logits_are_equal() -> None:
     weights, ids = Sampling(1.0, top_k=3).distribution(logits, unseen(logits))
     assert weights.tolist() == [pytest.approx([1 / 3] * 3)]
     assert len(set(ids[0].tolist())) == 3
-
-
-def test_the_penalty_is_applied_at_temperature_0() -> None:
-    logits = torch.tensor(
-        [[2.0, 1.5, -1.0], [2.0, 1.5, -1.0], [-1.0, -1.5, -2.5], [-1.0, -1.5, -9.0]]
-    )
-    seen = torch.tensor([[True, False, False], [False] * 3, [True, True, False], [True] * 3])
-    assert Sampling(repetition_penalty=2.0)(logits, seen).tolist() == [1, 0, 0, 0]
-    assert Sampling(repetition_penalty=3.0)(logits, seen).tolist() == [1, 0, 2, 0]
-    assert Sampling(repetition_penalty=0.5)(-logits, ~seen).tolist()[1] == 2
-    assert greedy(logits, seen).tolist() == [0, 0, 0, 0]
 
 
 # Extreme values
@@ -146,42 +139,7 @@ def test_rows_with_a_logit_that_is_no_number_are_marked() -> None:
     assert mark_broken(ids_B, sum_rows(logits_BV[:, :70001])) == [BROKEN] * 6 + [6, 7]
 
 
-# What is drawn
-
-
-def test_a_draw_is_that_of_multinomial() -> None:
-    probs = torch.rand(64, 500, generator=seeded())
-    expected = torch.multinomial(probs, 1, generator=seeded(3)).squeeze(-1)
-    assert draw(probs, seeded(3)).equal(expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"temperature": 0.5}, [0.007, 0.685, 0.062, 0.247]),
-        ({"top_k": 3}, [0, 0.526, 0.158, 0.316]),
-        ({"top_p": 0.6, "top_k": 2}, [0, 1, 0, 0]),  # 0.5 / 0.8, of what top_k leaves, is above 0.6
-        ({"min_p": 0.59}, [0, 0.625, 0, 0.375]),
-    ],
-)
-def test_what_is_kept_is_drawn_in_proportion(
-    options: dict[str, Any], expected: list[float]
-) -> None:
-    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log().expand(8000, -1)
-    ids = Sampling(**({"temperature": 1.0, "seed": 0} | options))(logits, unseen(logits))
-    assert (ids.shape, ids.dtype) == ((8000,), torch.int64)
-    shares = ids.bincount(minlength=4) / 8000
-    assert shares.tolist() == pytest.approx(expected, abs=0.02)
-    pairs = ids.view(-1, 2)  # of rows of one distribution, as many agree as chance says
-    agree = (pairs[:, 0] == pairs[:, 1]).float().mean().item()
-    assert agree == pytest.approx(sum(p * p for p in expected), abs=0.03)
-
-
-def test_each_row_is_drawn_from_its_own_logits() -> None:
-    own = torch.randint(50, (100,), generator=seeded())
-    logits = torch.zeros(100, 50).scatter(1, own[:, None], 100.0)
-    for limits in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.5}):
-        assert Sampling(1.0, **limits)(logits, unseen(logits)).equal(own)
+# Seeds
 
 
 def test_a_seed_makes_the_draws_repeatable() -> None:
@@ -214,19 +172,17 @@ def test_without_a_seed_the_draws_are_those_of_the_default_generator() -> None:
 # On a GPU
 
 
-class Recorded(TorchDispatchMode):
-    """The names of what runs; every tensor that takes part is on the device `meta`, which has no
-    values that anything could wait for."""
+class Recorder(TorchDispatchMode):
+    """Adds the names of what runs to `names`; every tensor that takes part is on the device
+    `meta`, which has no values that anything could wait for."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    names: set[str]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
         assert {x.device.type for x in tensors} == {"meta"}, func
-        self.names.append(func.overloadpacket.__name__)
+        self.names.add(func.overloadpacket.__name__)
         return out
 
 
@@ -246,8 +202,10 @@ def test_all_stays_on_the_device_and_orders_no_more_than_needed(
 ) -> None:
     logits = torch.empty(3, 200, device="meta")
     seen = torch.empty(3, 200, device="meta", dtype=torch.bool)
-    with Recorded() as recorded:
+    recorder = Recorder()
+    recorder.names = set()
+    with recorder:
         ids = Sampling(**options)(logits, seen)
     assert (ids.shape, ids.dtype) == ((3,), torch.int64)
-    assert {"sort", "topk"} & set(recorded.names) == ordered_by
-    assert "multinomial" not in recorded.names  # its checks cost more than the draw
+    assert {"sort", "topk"} & recorder.names == ordered_by
+    assert "multinomial" not in recorder.names  # its checks cost more than the draw

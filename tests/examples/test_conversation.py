@@ -3,17 +3,17 @@
 import json
 import os
 import re
-import shutil
-import subprocess
+import signal
 import sys
-import threading
-import time
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from example_fixtures import ENVIRONMENT, EXAMPLES, LONG, assert_error, run
-from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
+import torch
+from example_fixtures import EXAMPLES, LONG, assert_error, run
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from text_fixtures import BUNDLED, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
 from deepseek_moe.chat import NO_SYSTEM_PROMPT
@@ -108,77 +108,37 @@ def test_save_takes_the_name_of_a_new_file(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == []
 
 
-class Terminal:
-    """A process in a pseudo-terminal, which another Python makes, so that no fork is needed."""
-
-    SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
-
-    def __init__(self, *command: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.SPAWN, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env=ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
-        )
-        self.raw = b""
-        self.seen = 0
-        threading.Thread(target=self.read, daemon=True).start()
-
-    def read(self) -> None:
-        while new := os.read(self.process.stdout.fileno(), 4096):
-            self.raw += new
-
-    @property
-    def text(self) -> str:
-        """All that was printed, without colours and movements of the cursor."""
-        text = self.raw.decode(errors="ignore").replace("\r", "")
-        return re.sub(r"\x1b(\[[0-9;?]*([A-Za-z]|$)|[=>]|$)", "", text)
-
-    def wait(self, *patterns: str, seconds: float = 60) -> None:
-        """Returns when the patterns have been printed, in this order."""
-        for pattern in patterns:
-            end = time.monotonic() + seconds
-            while not (found := re.compile(pattern).search(self.text, self.seen)):
-                assert time.monotonic() < end, f"no {pattern} in:\n{self.text}"
-                assert self.process.poll() is None, f"left before {pattern}:\n{self.text}"
-                time.sleep(0.05)
-            self.seen = found.end()
-
-    def type(self, keys: str) -> None:
-        self.process.stdin.write(keys.encode())
-        self.process.stdin.flush()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_a_terminal(tmp_path: Path) -> None:
-    """Ctrl-C stops an answer and keeps the chat, Ctrl-D leaves."""
-    model, file = shutil.copytree(BUNDLED, tmp_path / "endless"), tmp_path / "chat.json"
-    fields = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
-    fields["eos_token"] = fields["bos_token"]  # which the model never writes: answers go on
-    (model / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
-    terminal = Terminal(
-        sys.executable, "examples/chat.py", "--model", str(model), "--max_new_tokens", "1000"
-    )
-    try:
-        terminal.wait("Ctrl-D leaves", "> ")
-        for question in ("Hello", "Again"):
-            terminal.type(f"{question}\r")
-            terminal.wait(question + r" *\n(\W*\w+){5}")
-            terminal.type("\x03")
-            terminal.wait(r"\(stopped\)", "> ")
-        terminal.type("/save\r")
-        terminal.wait("error: /save needs a file name", "> ")
-        terminal.type("half a line\x03")
-        terminal.wait("> ")
-        terminal.type(f"/save {file}\r")
-        terminal.wait("4 messages are in", "> ")
-        terminal.type("\x04")
-        assert terminal.process.wait(timeout=30) == 0, terminal.text
-    finally:
-        terminal.process.kill()
-    assert "Traceback" not in terminal.text
+    """Ctrl-C drops half a line and an error is only shown, while Ctrl-D leaves."""
+    file = tmp_path / "chat.json"
+    with create_pipe_input() as keys, create_app_session(input=keys):
+        keys.send_text(f"Hello\r/save\rhalf a line\x03/save {file}\r\x04")
+        done = run("chat.py", "--max_new_tokens", 6, terminal=True)
+    assert done.code == 0, done.err
+    said = ["Ctrl-D leaves", "error: /save needs a file name", "2 messages are in"]
+    assert re.search(".*".join(said), done.err, flags=re.DOTALL), done.err
     messages = json.loads(file.read_text(encoding="utf-8"))
-    assert [message["content"] for message in messages[::2]] == ["Hello", "Again"]
-    assert all(message["content"] for message in messages[1::2])
+    assert messages[0]["content"] == "Hello"
+    assert done.out == messages[1]["content"] + "\n"
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk("Again")
+    whole = conversation.messages.pop()["content"]
+    calls = []
+
+    def interrupted(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        calls.append(len(logits))
+        if len(calls) % 3 == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return greedy(logits, seen)
+
+    conversation.sample = interrupted
+    for _ in range(2):
+        conversation.messages.clear()
+        conversation.turn("Again")
+        answer = conversation.messages[-1]["content"]
+        assert answer and answer != whole and whole.startswith(answer)
+    out, err = capsys.readouterr()
+    assert err.count("(stopped)") == 2
+    assert out.splitlines() == [whole, answer, answer]
