@@ -1,7 +1,7 @@
 """Prompts that are continued together: what every way of doing so offers, and the plain way."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,13 +10,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .sampling import Sampler, mark_broken, seen_in, sum_rows
+from .sampling import Prompts, Sampler, mark_broken, seen_in, sum_rows
 
 
 class Batch(ABC):
     """Prompts that are continued together, a row each: row r continues prompt `numbers[r]`."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Prompts) -> None:
         self.numbers = list(range(len(prompts)))
 
     @abstractmethod
@@ -46,9 +46,7 @@ class PlainBatch(Batch):
     """With any model on any device: the model's own forward over a growing cache, with the prompts
     padded to the left."""
 
-    def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sample: Sampler
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, sample: Sampler) -> None:
         super().__init__(prompts)
         self.model, self.sample = model, sample
         ids = [torch.tensor(prompt, device=model.device) for prompt in prompts]

@@ -129,11 +129,8 @@ class Decoder:
         return self.ops.dense(x_BD, self.head, torch.float32)
 
     def _side_stream(self) -> AbstractContextManager:
-        """What is inside may run beside what follows, up to `_wait_side_stream`.
-
-        The products of the shared experts use the tensor cores, while the routing and its
-        permutations use the memory.
-        """
+        """What is inside may run beside what follows, up to `_wait_side_stream`: the products of
+        the shared experts use the tensor cores, while routing and permutations use the memory."""
         if self.side is None:
             return nullcontext()
         self.side.wait_stream(torch.cuda.current_stream())
@@ -178,11 +175,8 @@ class Decoder:
         attention: Attention,
         last_B: Tensor | None = None,
     ) -> Tensor:
-        """The normed hidden states [T, D] that the head takes.
-
-        With `last_B` only those of these tokens, [B, D]: the last layer has little to do then,
-        after it has filled the cache.
-        """
+        """The normed hidden states [T, D] that the head takes, or [B, D] of the tokens `last_B`.
+        In that case the last layer has little to do after it has filled the cache."""
         ops, eps = self.ops, self.eps
         norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         hidden_TD, x_TD = ops.add_norm(hidden_TD, None, self.layers[0].input_norm, eps)

@@ -11,7 +11,6 @@ Letters: B sequences, T tokens, V vocabulary.
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -23,7 +22,7 @@ from ..errors import UserError
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .batch import Batch
 from .decoder import Decoder, StaticCache, cache_shape
-from .sampling import Sampler, Sampling, mark_broken, seen_in, sum_rows
+from .sampling import Prompts, Sampler, Sampling, mark_broken, seen_in, sum_rows
 from .supported import find_unsupported, is_supported, signature_of
 
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
@@ -91,7 +90,7 @@ class Engine:
         self.held = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.signature = signature_of(model)
 
-    def start(self, prompts: Sequence[Sequence[int]], sample: Sampler, steps: int) -> "EngineBatch":
+    def start(self, prompts: Prompts, sample: Sampler, steps: int) -> "EngineBatch":
         """Begins to continue `prompts`, each by up to `steps` tokens.
 
         Raises:
@@ -127,18 +126,17 @@ class Engine:
         self.cache, self.rows = cache, rows  # if memory ran out, it has none of both
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(self, prompts: Prompts) -> torch.Tensor:
         """Logits [B, V] after each prompt. Fills the slots 0 to B - 1 of the cache."""
         logits = []
         for pieces in _chunks([len(prompt) for prompt in prompts], self.chunk):
-            ids = [np.array(prompts[b][start:end]) for b, start, end in pieces]
-            position = [np.arange(start, end) for _, start, end in pieces]
-            slot = [np.full(end - start, b) for b, start, end in pieces]
-            rows = np.stack(
-                [np.concatenate(part, dtype=np.int32) for part in (ids, position, slot)]
-            )
-            ids_T, position_T, slot_T = torch.from_numpy(rows).to(self.device)
-            ends = np.cumsum([len(piece) for piece in ids]).tolist()
+            parts = [
+                (prompts[b][start:end], np.arange(start, end), np.full(end - start, b))
+                for b, start, end in pieces
+            ]
+            rows = [np.concatenate(part, dtype=np.int32) for part in zip(*parts, strict=True)]
+            ids_T, position_T, slot_T = torch.from_numpy(np.stack(rows)).to(self.device)
+            ends = np.cumsum([end - start for _, start, end in pieces]).tolist()
             out_BV = self.decoder.prefill(ids_T, position_T, slot_T, self.cache, ends)
             whole = [i for i, (b, _, end) in enumerate(pieces) if end == len(prompts[b])]
             logits.append(out_BV[whole] if len(whole) < len(pieces) else out_BV)
@@ -219,14 +217,21 @@ Sent = tuple[list[int], torch.Tensor, torch.Tensor, torch.cuda.Event | None]
 class EngineBatch(Batch):
     """Prompts that an engine continues. `next` is refused once it has begun another batch."""
 
-    def __init__(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], sample: Sampler, steps: int
-    ) -> None:
+    def __init__(self, engine: Engine, prompts: Prompts, sample: Sampler, steps: int) -> None:
         super().__init__(prompts)
         self.engine, self.sample = engine, sample
         self.left = steps - 1  # after the one that the prompts themselves give
         self.under_way: deque[Sent] = deque()
-        self._prefill(prompts)
+        self.started = False
+        rows, count = engine.rows, len(prompts)
+        with torch.inference_mode():
+            logits_BV = engine.prefill(prompts)
+            rows.position.fill_(-1)
+            rows.position[:count] = torch.tensor([len(prompt) - 1 for prompt in prompts])
+            rows.slot[:count] = torch.arange(count, device=engine.device)
+            rows.seen[:count] = seen_in(prompts, rows.seen.shape[1], engine.device)
+            engine._advance(count, logits_BV, sample)
+            self._send(count)
 
     def next(self) -> dict[int, int]:
         if self.engine.batch is not self:
@@ -253,19 +258,6 @@ class EngineBatch(Batch):
     def close(self) -> None:
         if self.engine.batch is self:
             self.engine.batch = None
-
-    @torch.inference_mode()
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        engine, count = self.engine, len(prompts)
-        logits_BV = engine.prefill(prompts)
-        rows = engine.rows
-        rows.position.fill_(-1)
-        rows.position[:count] = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        rows.slot[:count] = torch.arange(count, device=engine.device)
-        rows.seen[:count] = seen_in(prompts, rows.seen.shape[1], engine.device)
-        engine._advance(count, logits_BV, self.sample)
-        self.started = False
-        self._send(count)
 
     def _launch(self) -> None:
         """Begins a step, if one is left."""

@@ -5,14 +5,14 @@ for step in generator.stream([[100000, 17464]], max_new_tokens=20):
     ...  # step holds one new id for each prompt, None where it has ended
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 
 from transformers import PreTrainedModel
 
 from ..errors import RunError, UserError
 from .batch import Batch, PlainBatch
 from .engine import Engine, UnsupportedModel, refusal_of
-from .sampling import BROKEN, Sampler, greedy
+from .sampling import BROKEN, Prompts, Sampler, greedy
 from .supported import is_supported
 
 
@@ -20,16 +20,14 @@ class Generator:
     """Continues batches of prompts of any lengths with a causal language model.
 
     This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else goes the
-    plain way: the model's own forward over a growing cache.
+    plain way: the model's own forward over a growing cache. Training mode is off in each step.
+    Afterwards every module is in the mode that it was in.
 
     Every call generates with the model as it is when its first token is asked for. Between two
     calls the model may be trained, cast, moved or resized, and get or lose adapters, hooks, heads
     or weights. The engine is then built anew, or the call goes the plain way if the engine does not
-    compute what the model has become. Finish a stream before such a change: the engine goes on with
-    the weights that it began with, while the plain way calls the model as it is at each step. Until
-    the next call the engine keeps the memory of weights that were replaced.
-
-    Training mode is off in each step. Afterwards every module is in the mode that it was in.
+    compute such a model. Finish a stream first: the engine goes on with the weights that it began
+    with, and keeps their memory until the next call; the plain way takes the model as it is.
 
     The engine lays the weights of q_proj, k_proj and v_proj of each layer side by side in new
     memory, and those of gate_proj and up_proj (of a dense layer, and of the shared experts). These
@@ -66,7 +64,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         max_new_tokens: int,
         sample: Sampler = greedy,
         stop_ids: Collection[int] = (),
@@ -76,7 +74,7 @@ class Generator:
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         max_new_tokens: int,
         sample: Sampler = greedy,
         stop_ids: Collection[int] = (),
@@ -96,11 +94,7 @@ class Generator:
         return self._steps(prompts, max_new_tokens, sample, stop_ids)
 
     def _steps(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sample: Sampler,
-        stop_ids: Collection[int],
+        self, prompts: Prompts, max_new_tokens: int, sample: Sampler, stop_ids: Collection[int]
     ) -> Iterator[list[int | None]]:
         batch = self._start(prompts, max_new_tokens, sample)
         try:
@@ -119,9 +113,7 @@ class Generator:
         finally:
             batch.close()
 
-    def _start(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sample: Sampler
-    ) -> Batch:
+    def _start(self, prompts: Prompts, max_new_tokens: int, sample: Sampler) -> Batch:
         """In the engine, if it can compute the model as it is now; else the plain way."""
         self._find_engine()
         if self.engine is not None:
@@ -132,7 +124,7 @@ class Generator:
                     raise
         return PlainBatch(self.model, prompts, sample)
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _check(self, prompts: Prompts, max_new_tokens: int) -> None:
         if not prompts or not all(prompts):
             raise UserError("the prompt is empty; give it at least one token")
         if max_new_tokens < 1:

@@ -22,10 +22,7 @@ from .int_quantizer import IntConfig, quantized_bytes
 
 
 def load(
-    model: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    quantization: str | None = None,
+    model: str, dtype: str = "auto", device: str = "auto", quantization: str | None = None
 ) -> tuple[DeepseekForCausalLM, DeepseekTokenizer]:
     """The model, ready to generate, and its tokenizer. Nothing of the checkpoint is executed.
 
@@ -54,7 +51,6 @@ def load(
         config = DeepseekConfig.from_pretrained(folder)
     tokenizer = own_tokenizer(folder)  # first, since the weights take longer
     number_type = _choose_dtype(dtype, place, config, numbers, quantization)
-    options = {"quantization_config": IntConfig(BITS[quantization])} if quantization else {}
     with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):
         network = DeepseekForCausalLM.from_pretrained(
             folder,
@@ -62,7 +58,7 @@ def load(
             dtype=number_type,
             device_map=place,
             use_safetensors=True,
-            **options,
+            quantization_config=IntConfig(BITS[quantization]) if quantization else None,
         )
     return network.eval(), tokenizer
 
@@ -82,7 +78,7 @@ def _count_numbers(folder: Path) -> int:
 
 def _device(device: str) -> torch.device:
     if device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
     except RuntimeError:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from .completion_file import CompletionFile
 from .generation import Generator, columns
-from .sampling import Sampler, Sampling
+from .sampling import Prompts, Sampler, Sampling
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
@@ -66,7 +66,7 @@ def check_prompt(prompt: str) -> str:
 
 def complete_in_batches(
     generator: Generator,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     sample: Sampler,
     stop_ids: Collection[int],

@@ -13,6 +13,8 @@ import torch
 
 from ..errors import UserError
 
+Prompts = Sequence[Sequence[int]]
+"""The ids of each prompt."""
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes the logits of the next position, fp32 [B, V], and which ids each row has in its prompt or
 answer so far, bool [B, V]. Returns ids, int64 [B].
@@ -40,9 +42,7 @@ def mark_broken(ids_B: torch.Tensor, sums_B: torch.Tensor) -> list[int]:
     return torch.where(sums_B.isfinite(), ids_B, BROKEN).tolist()
 
 
-def seen_in(
-    prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device
-) -> torch.Tensor:
+def seen_in(prompts: Prompts, vocabulary: int, device: torch.device) -> torch.Tensor:
     """Which ids each prompt holds, bool [B, V]."""
     seen_BV = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
     for row, prompt in zip(seen_BV, prompts, strict=True):
