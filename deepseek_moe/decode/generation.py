@@ -15,6 +15,12 @@ from .engine import Engine, UnsupportedModel, refusal_of
 from .sampling import BROKEN, Prompts, Sampler, greedy
 from .supported import is_supported
 
+BROKEN_LOGITS = (
+    "the model's logits for new token {made} of prompt {number} in the batch are NaN or infinite: "
+    "its weights are broken, or their products overflow float16; try --dtype bfloat16, or get the "
+    "checkpoint anew"
+)
+
 
 class Generator:
     """Continues batches of prompts of any lengths with a causal language model.
@@ -102,7 +108,9 @@ class Generator:
             running = set(range(len(prompts)))
             for made in range(1, max_new_tokens + 1):
                 new = {b: token for b, token in batch.next().items() if b in running}
-                _refuse_broken(new, made)
+                for number, token in new.items():
+                    if token == BROKEN:
+                        raise RunError(BROKEN_LOGITS.format(made=made, number=number + 1))
                 running = {b for b, token in new.items() if token not in stop_ids}
                 if running:
                     yield [new[b] if b in running else None for b in range(len(prompts))]
@@ -148,14 +156,3 @@ def columns(steps: Iterable[list[int | None]], prompts: int) -> list[list[int]]:
     """The ids of each of several prompts, from the steps of a stream."""
     steps = list(steps)
     return [[step[b] for step in steps if step[b] is not None] for b in range(prompts)]
-
-
-def _refuse_broken(new: dict[int, int], made: int) -> None:
-    """`new` has the id of each prompt by its number; each prompt has `made` ids with it."""
-    for number, token in new.items():
-        if token == BROKEN:
-            raise RunError(
-                f"the model's logits for new token {made} of prompt {number + 1} in the batch are "
-                "NaN or infinite: its weights are broken, or their products overflow float16; try "
-                "--dtype bfloat16, or get the checkpoint anew"
-            )

@@ -134,16 +134,9 @@ class IntQuantizer(HfQuantizer):
             if head and model.config.tie_word_embeddings:
                 continue
             if isinstance(module, nn.Linear):
-                quantized = QuantizedLinear(module, HEAD_BITS if head else bits)
+                model.set_submodule(name, QuantizedLinear(module, HEAD_BITS if head else bits))
             elif isinstance(module, DeepseekExperts):
-                quantized = QuantizedExperts(module, bits)
-            else:
-                continue
-            # transformers casts what it reads to the dtype of the parameter that is there, which
-            # must not be int32 yet.
-            for weight, parameter in module.named_parameters(recurse=False):
-                setattr(quantized, weight, parameter)
-            model.set_submodule(name, quantized)
+                model.set_submodule(name, QuantizedExperts(module, bits))
 
 
 class _Quantize(ConversionOps):

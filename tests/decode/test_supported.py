@@ -83,9 +83,9 @@ def wrap_forward(module: nn.Module) -> None:
     module.forward = MethodType(lambda self, *args, **kwargs: -own(self, *args, **kwargs), module)
 
 
-def lora() -> "peft.LoraConfig":
-    linears = ["q_proj", "v_proj", "gate_proj", "down_proj"]
-    return peft.LoraConfig(r=4, target_modules=linears, init_lora_weights=False)
+def add_lora(model: Model, **targets: list[str]) -> "peft.PeftModel":
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **targets)
+    return peft.get_peft_model(model, config)
 
 
 def replace_head(model: Model, bias: bool = False) -> None:
@@ -131,11 +131,8 @@ REBUILT: dict[str, Change] = {
 
 
 UNKNOWN: dict[str, Change] = {
-    "get_peft_model": lambda m: peft.get_peft_model(m, lora()),
-    "adapter on experts": lambda m: peft.get_peft_model(
-        m,
-        peft.LoraConfig(r=4, target_parameters=["mlp.experts.down_proj"], init_lora_weights=False),
-    ),
+    "adapter": lambda m: add_lora(m, target_modules=["q_proj", "gate_proj", "down_proj"]),
+    "adapter on experts": lambda m: add_lora(m, target_parameters=["mlp.experts.down_proj"]),
     "head with a bias": lambda m: replace_head(m, bias=True),
     "hook": lambda m: layer(m).mlp.register_forward_hook(lambda _, args, out: -out),
     "pre-hook": lambda m: layer(m).mlp.register_forward_pre_hook(lambda _, args: (-args[0],)),
@@ -164,10 +161,8 @@ def test_a_changed_model_is_computed(generator: Generator, model: Model, name: s
     assert (generator.engine.decoder is not None) == (name in REBUILT)
     if name in UNKNOWN:
         generator.fast = True
-        said = r"does not take this model: .* leave `fast` out"
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=r"does not take this model: .*`fast` out[^\n]*$"):
             generator.generate(PROMPTS, 2)
-        assert "\n" not in str(error.value)
         with pytest.raises(UnsupportedModel):
             Engine(model, ops=torch_ops)
 
@@ -270,7 +265,7 @@ def test_the_engine_comes_back_with_its_model(generator: Generator, model: Model
     before = check_equals_plain(generator)
     stream = generator.stream(PROMPTS, NEW)
     next(stream)
-    adapted = peft.get_peft_model(model, lora())
+    adapted = add_lora(model, target_modules=["q_proj", "down_proj"])
     assert "model.layers.0.self_attn.q_proj is a peft.tuners.lora" in find_unsupported(model)
     assert not torch.allclose(check_equals_plain(generator), before, atol=1e-2)
     assert generator.engine.decoder is generator.engine.cache is None  # no memory is kept for it
