@@ -9,7 +9,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ from .errors import RunError, UserError
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLED_MODEL = MODELS / "tiny-base"
+BUNDLED_CHAT_MODEL = MODELS / "tiny-chat"
 
 
 def check_writable(name: str | Path, overwrite: bool = True) -> Path:
@@ -52,23 +53,6 @@ def write_text(name: str | Path, text: str, overwrite: bool = False) -> Path:
         said = f"{name} cannot be written: {error.strerror}; choose another name"
         raise UserError(said) from error
     return file
-
-
-def describe_differences(
-    found: dict[str, Any], wanted: dict[str, Any], hashed: Collection[str]
-) -> dict[str, str]:
-    """The settings in which two commands differ, each with a phrase for a message.
-
-    Args:
-        hashed: names of settings whose values are hashes, which say nothing to a reader.
-    """
-    names = [name for name in found | wanted if found.get(name) != wanted.get(name)]
-    return {
-        name: f"other {name.replace('_', ' ')}"
-        if name in hashed
-        else f"{name}: {found.get(name)} there, {wanted.get(name)} now"
-        for name in names
-    }
 
 
 try:

@@ -15,7 +15,7 @@ from shared_options import add_model_options, add_sampling_options, ctrl_c_leave
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Talks with a DeepSeek-MoE chat model.")
-    add_model_options(parser, bundled="tiny-chat")
+    add_model_options(parser, bundled="models/tiny-chat")
     parser.add_argument("--prompt", help="ask this, print the answer, leave")
     add_sampling_options(parser, max_new_tokens=512)
     args = parser.parse_args()

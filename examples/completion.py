@@ -10,12 +10,11 @@ The text goes to stdout as it is made, everything else to stderr.
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared_options import (
-    SAMPLING,
     add_model_options,
     add_sampling_options,
     ctrl_c_leaves,
@@ -23,12 +22,6 @@ from shared_options import (
     sampling_arguments,
 )
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from deepseek_moe.chat import TextStream
-
-DECISIVE = ("dtype", "quantization", "max_new_tokens", *SAMPLING)
-"""The options that decide what is written, besides the model and the prompts."""
 
 
 def main() -> None:
@@ -38,29 +31,35 @@ def main() -> None:
         from deepseek_moe.chat import TextStream
         from deepseek_moe.decode.completion_file import CompletionFile, hash_inputs
         from deepseek_moe.decode.prompts import complete_in_batches, read_prompts
-        from deepseek_moe.decode.sampling import make_sampler
+        from deepseek_moe.decode.sampling import Sampling
         from deepseek_moe.errors import exit_on_user_error
+        from deepseek_moe.files import BUNDLED_MODEL
 
     with exit_on_user_error():
         prompts = read_prompts(args.prompt, args.prompts_file)
-        sample = make_sampler(**sampling_arguments(args))
-        output = None
+        sample = Sampling(**sampling_arguments(args))
+        name, output = args.model or str(BUNDLED_MODEL), None
         if args.output_file:
-            made_from = hash_inputs(args.model, prompts) | settings_of(args)
+            made_from = hash_inputs(name, prompts) | settings_of(args)
             output = CompletionFile(
                 args.output_file, prompts, made_from, args.batch_size, args.overwrite
             )
             if output.finished:
                 print(f"{output} already", file=sys.stderr)
                 return
-        model, tokenizer = load(args.model, args.dtype, args.device, args.quantization)
+        model, tokenizer = load(name, args.dtype, args.device, args.quantization)
         generator = Generator(model)
         encoded = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
         options = (args.max_new_tokens, sample, {tokenizer.eos_token_id})
         steps = generator.stream(encoded, *options)  # refuses a prompt that is too long
         start, made = time.perf_counter(), 0
         if len(prompts) == 1 and not output:
-            made = print_stream(prompts[0], steps, TextStream(tokenizer))
+            text = TextStream(tokenizer)
+            print(prompts[0], end="", flush=True)
+            for (token,) in steps:
+                print(text.add(token), end="", flush=True)
+                made += 1
+            print()
         else:
             batches = complete_in_batches(generator, encoded, *options, args.batch_size, output)
             for at, ids in batches:
@@ -76,24 +75,17 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continues text with DeepSeek-MoE.")
-    add_model_options(parser, bundled="tiny-base")
-    parser.add_argument(
-        "--prompt", action="append", default=[], help="text to continue; may be repeated"
-    )
-    parser.add_argument(
-        "--prompts_file", type=Path, help='one prompt a line: text, "text" or {"prompt": "text"}'
-    )
-    parser.add_argument(
-        "--output_file",
-        type=Path,
-        help="JSON lines of prompt and completion; repeating an interrupted command goes on in it",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="begin the output file anew, whatever is in it"
-    )
-    parser.add_argument(
-        "--batch_size", type=positive, default=16, help="prompts continued together"
-    )
+    add_model_options(parser, bundled="models/tiny-base")
+    says = "text to continue; may be repeated"
+    parser.add_argument("--prompt", action="append", default=[], help=says)
+    says = 'one prompt a line: text, "text" or {"prompt": "text"}'
+    parser.add_argument("--prompts_file", type=Path, help=says)
+    says = "JSON lines of prompt and completion; repeating an interrupted command goes on in it"
+    parser.add_argument("--output_file", type=Path, help=says)
+    says = "begin the output file anew, whatever is in it"
+    parser.add_argument("--overwrite", action="store_true", help=says)
+    says = "prompts continued together"
+    parser.add_argument("--batch_size", type=positive, default=16, help=says)
     add_sampling_options(parser, max_new_tokens=100)
     args = parser.parse_args()
     output, prompts = args.output_file, args.prompts_file
@@ -103,20 +95,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the completions. Where nothing is drawn, batches may be of any size."""
-    settings = {name: getattr(args, name) for name in DECISIVE}
+    """The options that decide what is written, besides the model and the prompts."""
+    settings = sampling_arguments(args)
+    settings |= {name: getattr(args, name) for name in ("dtype", "quantization", "max_new_tokens")}
+    # Where nothing is drawn, batches may be of any size.
     return settings | {"batch_size": args.batch_size if args.temperature else None}
-
-
-def print_stream(prompt: str, steps: Iterator[Sequence[int]], text: "TextStream") -> int:
-    """Prints one completion token by token, and returns how many tokens it has."""
-    print(prompt, end="", flush=True)
-    made = 0
-    for (token,) in steps:
-        print(text.add(token), end="", flush=True)
-        made += 1
-    print()
-    return made
 
 
 def print_batch(at: int, prompts: Sequence[str], completions: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -14,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from deepseek_moe import Generator, load
 from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, render_within
 from deepseek_moe.decode.prompts import check_prompt, noted_interrupts
-from deepseek_moe.decode.sampling import Sampler, make_sampler
+from deepseek_moe.decode.sampling import Sampler, Sampling
 from deepseek_moe.errors import UserError
-from deepseek_moe.files import write_text
+from deepseek_moe.files import BUNDLED_CHAT_MODEL, write_text
 
 HELP = """\
 /reset      forget the conversation
@@ -31,8 +32,9 @@ def talk(args: argparse.Namespace) -> None:
     """Answers the question of the command line, or each line of stdin."""
     if args.prompt is not None:
         check_prompt(args.prompt)
-    sample = make_sampler(**sampling_arguments(args))
-    model, tokenizer = load(args.model, args.dtype, args.device, args.quantization)
+    sample = Sampling(**sampling_arguments(args))
+    name = args.model or str(BUNDLED_CHAT_MODEL)
+    model, tokenizer = load(name, args.dtype, args.device, args.quantization)
     conversation = Conversation(Generator(model), tokenizer, args.max_new_tokens, sample)
     if args.prompt is not None:
         conversation.ask(args.prompt)
@@ -101,7 +103,7 @@ class Conversation:
             note(f"the context is full: the oldest {dropped} messages are no longer seen")
         self.dropped = dropped
         answer, text = "", TextStream(self.tokenizer)
-        with noted_interrupts() as interrupted:
+        with noted_interrupts(signal.SIGINT) as interrupted:
             for (token,) in steps:
                 piece = text.add(token)
                 piece = piece if answer else piece.lstrip()

@@ -8,16 +8,14 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def add_model_options(parser: argparse.ArgumentParser, bundled: str) -> None:
-    """Adds the options of `load`. The default is a model in the folder models/."""
-    says = f"a folder or a hub id; the default is models/{bundled}"
-    parser.add_argument("--model", default=str(MODELS / bundled), help=says)
+    """Adds the options of `load`. Without --model the caller takes the `bundled` model."""
+    says = f"a folder or a hub id; the default is {bundled}"
+    parser.add_argument("--model", help=says)
     says = "auto: the checkpoint's on a GPU; float32 on a CPU if it fits, else bfloat16"
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", default="auto", choices=dtypes, help=says)
@@ -27,7 +25,7 @@ def add_model_options(parser: argparse.ArgumentParser, bundled: str) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Adds --max_new_tokens and the arguments of `make_sampler`, whose defaults are greedy."""
+    """Adds --max_new_tokens and the arguments of `Sampling`, whose defaults are greedy."""
     penalty = "above 1 makes what is in the prompt or answer less likely, below 1 likelier"
     for name, kind, default, says in (
         ("max_new_tokens", positive, max_new_tokens, f"default {max_new_tokens}"),
@@ -42,7 +40,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, float | int | None]:
-    """The arguments of `make_sampler`."""
+    """The arguments of `Sampling`."""
     return {name: getattr(args, name) for name in SAMPLING}
 
 

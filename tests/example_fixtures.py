@@ -1,8 +1,12 @@
-"""What the tests of the example scripts share."""
+"""What the tests of the example scripts share: how a script is run, and how its error looks."""
 
+import io
 import os
-from collections.abc import Callable
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from text_fixtures import ROOT
 
@@ -24,7 +28,23 @@ class Run:
     err: str
 
 
-Runner = Callable[..., Run]
+def run(script: str, *args: object, stdin: bytes = b"", terminal: bool = False) -> Run:
+    """Runs an example as `python examples/...` does, but in this process, which is faster."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    given = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+    given.isatty = lambda: terminal
+    with (
+        patch("sys.argv", [script, *map(str, args)]),
+        patch("sys.path", [str(EXAMPLES), *sys.path]),
+        patch("sys.stdin", given),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as leave:
+            code = leave.code or 0
+    return Run(code, out.getvalue(), err.getvalue())
 
 
 def assert_error(done: Run, *said: str, code: int = 2) -> None:

@@ -1,21 +1,22 @@
 """Prompts that are continued together: what every way of doing so offers, and the plain way."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .sampling import Sampler, mark_broken, seen_in, sum_rows
+from .sampling import Prompts, Sampler, mark_broken, seen_in, sum_rows
 
 
 class Batch(ABC):
     """Prompts that are continued together, a row each: row r continues prompt `numbers[r]`."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Prompts) -> None:
         self.numbers = list(range(len(prompts)))
 
     @abstractmethod
@@ -45,29 +46,26 @@ class PlainBatch(Batch):
     """With any model on any device: the model's own forward over a growing cache, with the prompts
     padded to the left."""
 
-    def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sample: Sampler
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, sample: Sampler) -> None:
         super().__init__(prompts)
         self.model, self.sample = model, sample
-        lengths, device = [len(prompt) for prompt in prompts], model.device
-        longest = max(lengths)
-        ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self.ids_BL = torch.tensor(ids, device=device)
-        self.mask_BL = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
-        self.position_BL = (self.mask_BL.cumsum(dim=-1) - 1).clamp(min=0)
-        self.seen_BV = seen_in(prompts, model.config.vocab_size, device)
+        ids = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+        self.ids_BL = pad_sequence(ids, batch_first=True, padding_side="left")
+        ones = [torch.ones_like(prompt) for prompt in ids]
+        self.mask_BL = pad_sequence(ones, batch_first=True, padding_side="left")
+        self.seen_BV = seen_in(prompts, model.config.vocab_size, model.device)
         self.cache = DynamicCache(config=model.config)
 
     @torch.inference_mode()
     def next(self) -> dict[int, int]:
         # Training mode is turned off for this step only, because the model may be trained before
         # the next, or after a stream that nobody ends.
+        position_BL = (self.mask_BL.cumsum(dim=-1) - 1).clamp(min=0)
         with evaluating(self.model):
             logits_BV = self.model(
                 input_ids=self.ids_BL,
                 attention_mask=self.mask_BL,
-                position_ids=self.position_BL,
+                position_ids=position_BL[:, -self.ids_BL.shape[1] :],
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -78,15 +76,14 @@ class PlainBatch(Batch):
         self.seen_BV.scatter_(1, ids_B[:, None], True)
         self.ids_BL = ids_B[:, None]
         self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(ids_B), 1)], dim=-1)
-        self.position_BL = self.position_BL[:, -1:] + 1
         return dict(zip(self.numbers, mark_broken(ids_B, sums_B), strict=True))
 
     @torch.inference_mode()
     def _keep(self, rows: list[int]) -> None:
         index = torch.tensor(rows, device=self.ids_BL.device)
         self.cache.batch_select_indices(index)
-        for name in ("ids_BL", "mask_BL", "position_BL", "seen_BV"):
-            setattr(self, name, getattr(self, name)[index])
+        self.ids_BL, self.mask_BL = self.ids_BL[index], self.mask_BL[index]
+        self.seen_BV = self.seen_BV[index]
 
     def close(self) -> None:
         self.cache = None

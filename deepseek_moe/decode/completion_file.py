@@ -15,14 +15,13 @@ from typing import IO, Any
 
 from ..checkpoint import find_checkpoint, fingerprint
 from ..errors import RunError, UserError
-from ..files import check_writable, describe_differences, lock, write_aside
+from ..files import check_writable, lock, write_aside
 
 HASHED = ("model", "tokenizer", "prompts")
-"""Settings that are hashes, whose values say nothing to a reader."""
 
 
 def hash_inputs(model: str, prompts: Sequence[str]) -> dict[str, str]:
-    """The settings in HASHED. The model is a folder or a hub id."""
+    """The settings in HASHED, whose values say nothing to a reader. `model` is as for `load`."""
     folder = find_checkpoint(model)
     files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
     tokenizer = b"".join(file.read_bytes() for file in files if file.is_file())
@@ -58,11 +57,10 @@ class CompletionFile:
         self.note = self.file.with_name(f"{self.file.name}.run.json")
         self.prompts, self.settings, self.batch_size = prompts, settings, batch_size
         self.overwrite = overwrite
-        self.done = 0  # how many prompts have their completion in the file
-        self._size = 0  # bytes of these completions
+        self.done, self._size = 0, 0  # completions that are in the file, and their bytes
         self._stream: IO[bytes] | None = None
         if not overwrite:
-            self._find()
+            self._find(self.file.read_bytes() if self.file.exists() else b"")
 
     @property
     def finished(self) -> bool:
@@ -83,7 +81,8 @@ class CompletionFile:
             self._stream = self.file.open("a+b", buffering=0)
             lock(self._stream)
             if not self.overwrite:  # another process may have written since __init__
-                self._find()
+                self._stream.seek(0)  # the lock would end with a second stream of this process
+                self._find(self._stream.readall())
             self._stream.truncate(self._size)
             content = json.dumps({"settings": self.settings}, indent=2)
             write_aside(self.note, content + "\n")
@@ -104,8 +103,9 @@ class CompletionFile:
             RunError: they cannot be written. The completions before them stay.
         """
         pairs = zip(self.prompts[self.done :], completions, strict=False)
-        rows = [json.dumps(self._row(*pair), ensure_ascii=False) + "\n" for pair in pairs]
-        data = memoryview("".join(rows).encode())
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        data = memoryview("".join(lines).encode())
         left = data
         try:
             while left:  # a disk that becomes full takes a part before it fails
@@ -123,14 +123,9 @@ class CompletionFile:
     def __str__(self) -> str:
         return f"{self.done} of {len(self.prompts)} completions are in {self.file}"
 
-    @staticmethod
-    def _row(prompt: str, completion: str) -> dict[str, str]:
-        return {"prompt": prompt, "completion": completion}
-
-    def _find(self) -> None:
-        """Counts the completions that stay. Those after the last whole batch are made again, so
-        that the batches and their random draws equal those of an uninterrupted run."""
-        data = self._read()
+    def _find(self, data: bytes) -> None:
+        """Counts the completions of the file's `data` that stay. Those after the last whole batch
+        are made again, so that the batches and their draws equal those of an uninterrupted run."""
         if not data and not self.note.exists():
             return
         found = self._read_note()
@@ -148,13 +143,6 @@ class CompletionFile:
             self.done -= self.done % self.batch_size
         self._size = sum(len(line) + 1 for line in lines[: self.done])
 
-    def _read(self) -> bytes:
-        if self._stream is None:
-            return self.file.read_bytes() if self.file.exists() else b""
-        # Opening and closing the file once more would give up the lock of this process.
-        self._stream.seek(0)
-        return self._stream.readall()
-
     def _read_note(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self.note.read_text(encoding="utf-8"))["settings"])
@@ -166,19 +154,25 @@ class CompletionFile:
             ) from error
 
     def _refuse_others(self, found: dict[str, Any]) -> None:
-        differ = describe_differences(found, self.settings, HASHED)
+        now = self.settings
+        differ = [name for name in found | now if found.get(name) != now.get(name)]
         if differ:
+            shown = "; ".join(
+                f"other {name}"
+                if name in HASHED
+                else f"{name}: {found.get(name)} there, {now.get(name)} now"
+                for name in differ
+            )
             raise UserError(
-                f"{self.file} holds completions of another command ({'; '.join(differ.values())}); "
-                "repeat that one, give another --output_file, or add --overwrite"
+                f"{self.file} holds completions of another command ({shown}); repeat that one, "
+                "give another --output_file, or add --overwrite"
             )
 
     def _is_of(self, line: bytes, number: int) -> bool:
+        """Whether `line` is the row of the prompt with this number."""
         try:
             row = json.loads(line)
-        except ValueError:
+            same = row["prompt"] == self.prompts[number]
+            return same and isinstance(row["completion"], str) and len(row) == 2
+        except (ValueError, TypeError, LookupError):
             return False
-        if number >= len(self.prompts) or not isinstance(row, dict):
-            return False
-        completion = row.get("completion")
-        return isinstance(completion, str) and row == self._row(self.prompts[number], completion)

@@ -10,20 +10,19 @@ There are three ways through a layer, by how many tokens come at once:
 Letters: T tokens, D hidden, H heads, V vocabulary.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.int_weights import Weight
 from ..model.layout import EXPERT_STACKS
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
 
 FEW = 16  # tokens that take a kernel for each stage
-Attention = Callable[[int, torch.Tensor], torch.Tensor]
+Attention = Callable[[int, Tensor], Tensor]
 """(layer, queries [T, H * D]) -> [T, H * D]."""
 
 
@@ -31,23 +30,19 @@ class StaticCache:
     """Keys and values of `slots` sequences of at most `capacity` positions, at fixed addresses."""
 
     def __init__(self, model: DeepseekForCausalLM, slots: int, capacity: int) -> None:
-        shape = self._shape(model, slots, capacity)
+        shape = cache_shape(model, slots, capacity)
         self.slots, self.capacity = slots, capacity
         self.keys, self.values = torch.empty(shape, dtype=model.dtype, device=model.device)
 
-    @staticmethod
-    def _shape(model: DeepseekForCausalLM, slots: int, capacity: int) -> tuple[int, ...]:
-        config = model.config
-        heads, width = config.num_key_value_heads, config.head_dim
-        return 2, len(model.model.layers), slots, heads, capacity, width
-
-    @classmethod
-    def bytes(cls, model: DeepseekForCausalLM, slots: int, capacity: int) -> int:
-        return math.prod(cls._shape(model, slots, capacity)) * model.dtype.itemsize
-
-    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, i: int) -> tuple[Tensor, Tensor]:
         """Keys and values of layer `i`, each [slots, heads, capacity, width]."""
         return self.keys[i], self.values[i]
+
+
+def cache_shape(model: DeepseekForCausalLM, slots: int, capacity: int) -> tuple[int, ...]:
+    """2 (keys and values), layers, slots, heads, capacity, width."""
+    heads, width = model.config.num_key_value_heads, model.config.head_dim
+    return 2, len(model.model.layers), slots, heads, capacity, width
 
 
 class _Layer:
@@ -94,13 +89,7 @@ class Decoder:
         size = max(FEW * self.heads, config.hidden_size, 512)  # `attend` splits into 512 at most
         self.counters = torch.zeros(size, dtype=torch.int32, device=model.device)
 
-    def step(
-        self,
-        ids_T: torch.Tensor,
-        position_T: torch.Tensor,
-        slot_T: torch.Tensor,
-        cache: StaticCache,
-    ) -> torch.Tensor:
+    def step(self, ids_T: Tensor, position_T: Tensor, slot_T: Tensor, cache: StaticCache) -> Tensor:
         """Logits [T, V], fp32, after one token of each of T sequences.
 
         A token stands at its position of its slot. A row of position -1 holds no token.
@@ -109,7 +98,7 @@ class Decoder:
         if len(ids_T) <= FEW:
             return self._few(hidden_TD, position_T, slot_T, cache)
 
-        def attention(i: int, q_TD: torch.Tensor) -> torch.Tensor:
+        def attention(i: int, q_TD: Tensor) -> Tensor:
             cached = cache.layer(i)
             return self.ops.attend(q_TD, cached, position_T, slot_T, self.scale, self.counters)
 
@@ -117,13 +106,8 @@ class Decoder:
         return self.ops.dense(x_TD, self.head, torch.float32)
 
     def prefill(
-        self,
-        ids_T: torch.Tensor,
-        position_T: torch.Tensor,
-        slot_T: torch.Tensor,
-        cache: StaticCache,
-        ends: list[int],
-    ) -> torch.Tensor:
+        self, ids_T: Tensor, position_T: Tensor, slot_T: Tensor, cache: StaticCache, ends: list[int]
+    ) -> Tensor:
         """Logits [sequences, V] after the tokens of several sequences that are laid end to end.
 
         Sequence b ends before ends[b], and each goes into its slot. One sequence alone may begin at
@@ -134,7 +118,7 @@ class Decoder:
         ends_B, last_B = bounds[0].int(), bounds[1, 1:]
         last_position_B, slot_B = position_T[last_B], slot_T[last_B]
 
-        def attention(i: int, q_TD: torch.Tensor) -> torch.Tensor:
+        def attention(i: int, q_TD: Tensor) -> Tensor:
             bounds, most = ends_B, longest
             if len(q_TD) < len(ids_T):  # the last layer asks for the last tokens only
                 bounds, most = torch.arange(len(ends) + 1, device=q_TD.device).int(), 1
@@ -144,19 +128,13 @@ class Decoder:
         x_BD = self._many(self.embedding[ids_T], position_T, slot_T, cache, attention, last_B)
         return self.ops.dense(x_BD, self.head, torch.float32)
 
-    @contextmanager
-    def _side_stream(self) -> Iterator[None]:
-        """What is inside may run beside what follows, up to `_wait_side_stream`.
-
-        The products of the shared experts use the tensor cores, while the routing and its
-        permutations use the memory.
-        """
+    def _side_stream(self) -> AbstractContextManager:
+        """What is inside may run beside what follows, up to `_wait_side_stream`: the products of
+        the shared experts use the tensor cores, while routing and permutations use the memory."""
         if self.side is None:
-            yield
-            return
+            return nullcontext()
         self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            yield
+        return torch.cuda.stream(self.side)
 
     def _wait_side_stream(self) -> None:
         # Before this no tensor that one of the two streams reads may be freed or reused.
@@ -164,12 +142,8 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(self.side)
 
     def _few(
-        self,
-        hidden_TD: torch.Tensor,
-        position_T: torch.Tensor,
-        slot_T: torch.Tensor,
-        cache: StaticCache,
-    ) -> torch.Tensor:
+        self, hidden_TD: Tensor, position_T: Tensor, slot_T: Tensor, cache: StaticCache
+    ) -> Tensor:
         ops, eps = self.ops, self.eps
         for i, layer in enumerate(self.layers):
             place = (self.cos_sin, position_T, slot_T, cache.layer(i), self.heads)
@@ -194,18 +168,15 @@ class Decoder:
 
     def _many(
         self,
-        hidden_TD: torch.Tensor,
-        position_T: torch.Tensor,
-        slot_T: torch.Tensor,
+        hidden_TD: Tensor,
+        position_T: Tensor,
+        slot_T: Tensor,
         cache: StaticCache,
         attention: Attention,
-        last_B: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The normed hidden states [T, D] that the head takes.
-
-        With `last_B` only those of these tokens, [B, D]: the last layer has little to do then,
-        after it has filled the cache.
-        """
+        last_B: Tensor | None = None,
+    ) -> Tensor:
+        """The normed hidden states [T, D] that the head takes, or [B, D] of the tokens `last_B`.
+        In that case the last layer has little to do after it has filled the cache."""
         ops, eps = self.ops, self.eps
         norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         hidden_TD, x_TD = ops.add_norm(hidden_TD, None, self.layers[0].input_norm, eps)
@@ -266,7 +237,7 @@ def _lay_side_by_side(linears: list[nn.Module]) -> Weight:
     return Weight(joined["weight"], joined.get("weight_scale"), getattr(linears[0], "bits", 16))
 
 
-def joined_view(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+def joined_view(tensors: list[Tensor]) -> Tensor | None:
     """All rows of `tensors` [R, C] as one view, if they follow each other in one memory."""
     first = tensors[0]
     place = first.data_ptr()

@@ -9,8 +9,8 @@ Without a GPU the same steps run one by one, without graphs. So the tests of thi
 Letters: B sequences, T tokens, V vocabulary.
 """
 
+import math
 from collections import deque
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .batch import Batch
-from .decoder import Decoder, StaticCache
-from .sampling import Sampler, Sampling, greedy, mark_broken, seen_in, sum_rows
-from .supported import find_unsupported, is_supported, signature_of, tensors_of
+from .decoder import Decoder, StaticCache, cache_shape
+from .sampling import Prompts, Sampler, Sampling, mark_broken, seen_in, sum_rows
+from .supported import find_unsupported, is_supported, signature_of
 
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """Sizes of batches for which graphs are made. A batch takes the next that holds it; above these are
@@ -39,38 +39,30 @@ class UnsupportedModel(UserError):
 class Engine:
     """A model and what its batches share: the static cache, the state of their rows, the graphs.
 
-    It holds one batch at a time. Another takes the place of the one before.
-
-    A new batch is computed with the model as it is when the batch begins: the engine is built anew
-    if the model has changed since (supported.py says what is noticed). A batch that has begun goes
-    on with the weights that it began with, since to look for new ones at every token would take as
-    long as a token does. Numbers that are changed in place, as an optimizer does it, count at once.
-
-    An engine can also be made of a model that `is_supported` refuses, to try it.
+    It holds one batch at a time. Another takes the place of the one before. When a batch begins,
+    the engine is built anew if the model has changed (supported.py says what is noticed). The batch
+    then goes on with these weights, since to look for new ones at every token would take as long as
+    a token does. Numbers that are changed in place, as an optimizer does it, count at once.
 
     Args:
         chunk: tokens of prompts that go through the layers at once.
-        ops: what computes the stages, by default the kernels of triton_ops.py. With their slow
-            twins of torch_ops.py an engine can be tried on a CPU.
+        ops: what computes the stages. By default it is triton_ops, for models that `is_supported`
+            takes. If it is given, nobody asks that: with torch_ops an engine runs on a CPU.
 
     Raises:
-        UnsupportedModel: the model holds something that the decoder does not compute, or `ops` are
-            the kernels and it is not on a GPU.
+        UnsupportedModel: the model holds something that the decoder does not compute, or the
+            kernels do not run with it where it is.
     """
 
     def __init__(
         self, model: DeepseekForCausalLM, chunk: int = CHUNK, ops: ModuleType | None = None
     ) -> None:
         self.model, self.chunk, self.ops = model, chunk, ops
-        self.on_trial = not is_supported(model)  # if so, no later build asks either
         self._build()
 
     def _build(self) -> None:
-        """Reads the model as it is now.
-
-        First it releases what was built for the model as it was: the references to its weights, the
-        cache, and the graphs, which hold the addresses of both.
-        """
+        """Reads the model as it is now, after it has released what was built for the model as it
+        was: the references to its weights, the cache, and the graphs, which hold addresses."""
         self.signature = self.decoder = None
         self.cache: StaticCache | None = None
         self.rows: Rows | None = None
@@ -81,10 +73,9 @@ class Engine:
         model = self.model
         self.device = model.device
         self.fast = self.device.type == "cuda"
-        possible = self.on_trial and (self.fast or self.ops)
-        if find_unsupported(model) or not (possible or is_supported(model)):
-            raise UnsupportedModel(refusal_of(model))
         ops = self.ops
+        if find_unsupported(model) or (ops is None and not is_supported(model)):
+            raise UnsupportedModel(refusal_of(model))
         if ops is None:
             from ..kernels.decode import triton_ops as ops
         # Not torch's own stream for captures, which is on the GPU of the process's first capture.
@@ -94,10 +85,12 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             self.decoder = Decoder(model, ops)
         self.context = model.config.max_position_embeddings
-        self.held = tensors_of(model)
-        self.signature = signature_of(model)  # last, because the decoder moves weights
+        # Last, because the decoder moves weights. While they are held, nothing new gets the
+        # addresses by which the signature knows them.
+        self.held = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+        self.signature = signature_of(model)
 
-    def start(self, prompts: Sequence[Sequence[int]], sample: Sampler, steps: int) -> "EngineBatch":
+    def start(self, prompts: Prompts, sample: Sampler, steps: int) -> "EngineBatch":
         """Begins to continue `prompts`, each by up to `steps` tokens.
 
         Raises:
@@ -124,8 +117,8 @@ class Engine:
         self.graphs.clear()  # they hold the addresses of what is replaced
         self.cache = self.rows = None
         if self.fast:  # for the whole context, if there is room, so that longer texts fit too
-            whole = StaticCache.bytes(self.model, slots, self.context)
-            if whole < torch.cuda.mem_get_info(self.device)[0] // 4:
+            whole = math.prod(cache_shape(self.model, slots, self.context))
+            if whole * self.model.dtype.itemsize < torch.cuda.mem_get_info(self.device)[0] // 4:
                 positions = self.context
         blocks = -(-(positions + 1) // CACHE_BLOCK)
         cache = StaticCache(self.model, slots, blocks * CACHE_BLOCK)
@@ -133,18 +126,17 @@ class Engine:
         self.cache, self.rows = cache, rows  # if memory ran out, it has none of both
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(self, prompts: Prompts) -> torch.Tensor:
         """Logits [B, V] after each prompt. Fills the slots 0 to B - 1 of the cache."""
         logits = []
         for pieces in _chunks([len(prompt) for prompt in prompts], self.chunk):
-            ids = [np.array(prompts[b][start:end]) for b, start, end in pieces]
-            position = [np.arange(start, end) for _, start, end in pieces]
-            slot = [np.full(end - start, b) for b, start, end in pieces]
-            rows = np.stack(
-                [np.concatenate(part, dtype=np.int32) for part in (ids, position, slot)]
-            )
-            ids_T, position_T, slot_T = torch.from_numpy(rows).to(self.device)
-            ends = np.cumsum([len(piece) for piece in ids]).tolist()
+            parts = [
+                (prompts[b][start:end], np.arange(start, end), np.full(end - start, b))
+                for b, start, end in pieces
+            ]
+            rows = [np.concatenate(part, dtype=np.int32) for part in zip(*parts, strict=True)]
+            ids_T, position_T, slot_T = torch.from_numpy(np.stack(rows)).to(self.device)
+            ends = np.cumsum([end - start for _, start, end in pieces]).tolist()
             out_BV = self.decoder.prefill(ids_T, position_T, slot_T, self.cache, ends)
             whole = [i for i, (b, _, end) in enumerate(pieces) if end == len(prompts[b])]
             logits.append(out_BV[whole] if len(whole) < len(pieces) else out_BV)
@@ -153,7 +145,7 @@ class Engine:
     @torch.inference_mode()
     def step(self, size: int, sample: Sampler) -> None:
         """Replaces the ids of the first `size` rows by their next ones."""
-        captured = self.fast and (sample is greedy or isinstance(sample, Sampling))
+        captured = self.fast and isinstance(sample, Sampling)
         key = (size, sample if captured else None)
         if not self.fast or key not in self.graphs:  # the first step compiles the kernels
             self.graphs[key] = None
@@ -218,20 +210,28 @@ class Rows:
         self.position[len(kept) :] = -1
 
 
+Sent = tuple[list[int], torch.Tensor, torch.Tensor, torch.cuda.Event | None]
+"""What is on its way to the CPU: prompts, their ids, the sums of their logits, the arrival."""
+
+
 class EngineBatch(Batch):
     """Prompts that an engine continues. `next` is refused once it has begun another batch."""
 
-    def __init__(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], sample: Sampler, steps: int
-    ) -> None:
+    def __init__(self, engine: Engine, prompts: Prompts, sample: Sampler, steps: int) -> None:
         super().__init__(prompts)
         self.engine, self.sample = engine, sample
         self.left = steps - 1  # after the one that the prompts themselves give
-        # What was sent to the CPU: which prompts, their ids, the sums of their logits.
-        self.under_way: deque[
-            tuple[list[int], torch.Tensor, torch.Tensor, torch.cuda.Event | None]
-        ] = deque()
-        self._prefill(prompts)
+        self.under_way: deque[Sent] = deque()
+        self.started = False
+        rows, count = engine.rows, len(prompts)
+        with torch.inference_mode():
+            logits_BV = engine.prefill(prompts)
+            rows.position.fill_(-1)
+            rows.position[:count] = torch.tensor([len(prompt) - 1 for prompt in prompts])
+            rows.slot[:count] = torch.arange(count, device=engine.device)
+            rows.seen[:count] = seen_in(prompts, rows.seen.shape[1], engine.device)
+            engine._advance(count, logits_BV, sample)
+            self._send(count)
 
     def next(self) -> dict[int, int]:
         if self.engine.batch is not self:
@@ -258,19 +258,6 @@ class EngineBatch(Batch):
     def close(self) -> None:
         if self.engine.batch is self:
             self.engine.batch = None
-
-    @torch.inference_mode()
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        engine, count = self.engine, len(prompts)
-        logits_BV = engine.prefill(prompts)
-        rows = engine.rows
-        rows.position.fill_(-1)
-        rows.position[:count] = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        rows.slot[:count] = torch.arange(count, device=engine.device)
-        rows.seen[:count] = seen_in(prompts, rows.seen.shape[1], engine.device)
-        engine._advance(count, logits_BV, self.sample)
-        self.started = False
-        self._send(count)
 
     def _launch(self) -> None:
         """Begins a step, if one is left."""

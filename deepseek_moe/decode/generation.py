@@ -5,45 +5,46 @@ for step in generator.stream([[100000, 17464]], max_new_tokens=20):
     ...  # step holds one new id for each prompt, None where it has ended
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 
 from transformers import PreTrainedModel
 
 from ..errors import RunError, UserError
 from .batch import Batch, PlainBatch
 from .engine import Engine, UnsupportedModel, refusal_of
-from .sampling import BROKEN, Sampler, greedy
+from .sampling import BROKEN, Prompts, Sampler, greedy
 from .supported import is_supported
+
+BROKEN_LOGITS = (
+    "the model's logits for new token {made} of prompt {number} in the batch are NaN or infinite: "
+    "its weights are broken, or their products overflow float16; try --dtype bfloat16, or get the "
+    "checkpoint anew"
+)
 
 
 class Generator:
     """Continues batches of prompts of any lengths with a causal language model.
 
-    This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else, or all
-    with `fast` False, goes the plain way: the model's own forward over a growing cache.
+    This architecture on an NVIDIA GPU goes through the engine (engine.py); everything else goes the
+    plain way: the model's own forward over a growing cache. Training mode is off in each step.
+    Afterwards every module is in the mode that it was in.
 
     Every call generates with the model as it is when its first token is asked for. Between two
     calls the model may be trained, cast, moved or resized, and get or lose adapters, hooks, heads
-    or weights. The engine notices. It is built anew, or, if it does not compute what the model has
-    become, the call goes the plain way (with `fast` True it is refused). Finish a stream before
-    such a change: the engine goes on with the weights that it began with, while the plain way calls
-    the model as it is at each step. Until the next call the engine keeps the memory of weights that
-    were replaced.
+    or weights. The engine is then built anew, or the call goes the plain way if the engine does not
+    compute such a model. Finish a stream first: the engine goes on with the weights that it began
+    with, and keeps their memory until the next call; the plain way takes the model as it is.
 
-    Training mode is off in each step. Afterwards every module is in the mode that it was in.
-
-    The engine moves some of the model's weights. It lays those of q_proj, k_proj and v_proj of each
-    layer side by side in new memory, and those of gate_proj and up_proj (of a dense layer, and of
-    the shared experts), and makes these parameters views of it. Their names, shapes and values
-    stay. A second Generator finds them side by side and moves nothing. Weights that are parts of a
+    The engine lays the weights of q_proj, k_proj and v_proj of each layer side by side in new
+    memory, and those of gate_proj and up_proj (of a dense layer, and of the shared experts). These
+    parameters become views of it; their names, shapes and values stay. Weights that are parts of a
     larger tensor, as DeepSpeed's ZeRO lays them, are not moved; if they are not side by side there,
     the call goes the plain way.
 
     Args:
         fast: None takes the engine where it can run, True refuses to go without it, and False
             never takes it.
-        engine: one that was made of this model, to take in place of the Generator's own. So an
-            engine can be tried on a CPU, where it is slow.
+        engine: one that was made of this model, to take in place of the Generator's own.
 
     Raises:
         UserError: `fast` is True where the engine cannot run (here, or at a later call).
@@ -69,22 +70,17 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         max_new_tokens: int,
         sample: Sampler = greedy,
         stop_ids: Collection[int] = (),
     ) -> list[list[int]]:
         """The new ids of each prompt, without the stop id. The arguments are those of `stream`."""
-        new: list[list[int]] = [[] for _ in prompts]
-        for step in self.stream(prompts, max_new_tokens, sample, stop_ids):
-            for ids, token in zip(new, step, strict=True):
-                if token is not None:
-                    ids.append(token)
-        return new
+        return columns(self.stream(prompts, max_new_tokens, sample, stop_ids), len(prompts))
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         max_new_tokens: int,
         sample: Sampler = greedy,
         stop_ids: Collection[int] = (),
@@ -92,8 +88,8 @@ class Generator:
         """Step by step, the next id of every prompt; None for those that have ended.
 
         A sequence ends at one of `stop_ids` (which is not yielded), after `max_new_tokens`, or when
-        it fills the context. The engine runs `greedy` and a `Sampling` inside its CUDA graph, and
-        any other function on the logits that the graph leaves.
+        it fills the context. The engine runs a `Sampling` inside its CUDA graph, and any other
+        function on the logits that the graph leaves.
 
         Raises:
             UserError: there is no prompt, an empty one, one that fills the context, one with an id
@@ -104,11 +100,7 @@ class Generator:
         return self._steps(prompts, max_new_tokens, sample, stop_ids)
 
     def _steps(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sample: Sampler,
-        stop_ids: Collection[int],
+        self, prompts: Prompts, max_new_tokens: int, sample: Sampler, stop_ids: Collection[int]
     ) -> Iterator[list[int | None]]:
         batch = self._start(prompts, max_new_tokens, sample)
         try:
@@ -116,7 +108,9 @@ class Generator:
             running = set(range(len(prompts)))
             for made in range(1, max_new_tokens + 1):
                 new = {b: token for b, token in batch.next().items() if b in running}
-                _refuse_broken(new, made)
+                for number, token in new.items():
+                    if token == BROKEN:
+                        raise RunError(BROKEN_LOGITS.format(made=made, number=number + 1))
                 running = {b for b, token in new.items() if token not in stop_ids}
                 if running:
                     yield [new[b] if b in running else None for b in range(len(prompts))]
@@ -127,9 +121,7 @@ class Generator:
         finally:
             batch.close()
 
-    def _start(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sample: Sampler
-    ) -> Batch:
+    def _start(self, prompts: Prompts, max_new_tokens: int, sample: Sampler) -> Batch:
         """In the engine, if it can compute the model as it is now; else the plain way."""
         self._find_engine()
         if self.engine is not None:
@@ -140,7 +132,7 @@ class Generator:
                     raise
         return PlainBatch(self.model, prompts, sample)
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _check(self, prompts: Prompts, max_new_tokens: int) -> None:
         if not prompts or not all(prompts):
             raise UserError("the prompt is empty; give it at least one token")
         if max_new_tokens < 1:
@@ -160,12 +152,7 @@ class Generator:
             )
 
 
-def _refuse_broken(new: dict[int, int], made: int) -> None:
-    """`new` has the id of each prompt by its number; each prompt has `made` ids with it."""
-    for number, token in new.items():
-        if token == BROKEN:
-            raise RunError(
-                f"the model's logits for new token {made} of prompt {number + 1} in the batch are "
-                "NaN or infinite: its weights are broken, or their products overflow float16; try "
-                "--dtype bfloat16, or get the checkpoint anew"
-            )
+def columns(steps: Iterable[list[int | None]], prompts: int) -> list[list[int]]:
+    """The ids of each of several prompts, from the steps of a stream."""
+    steps = list(steps)
+    return [[step[b] for step in steps if step[b] is not None] for b in range(prompts)]

@@ -21,7 +21,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import UserError
 from ..kernels.int_weights import GROUP, HEAD_BITS, shifts, words_and_groups
 from ..model.configuration_deepseek import DeepseekConfig
-from ..model.layout import EXPERT_STACKS
 from ..model.modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
 from .quantized import QuantizedExperts, QuantizedLinear
 
@@ -31,13 +30,11 @@ METHOD = "deepseek_int"  # the name under which transformers knows it
 # error is kept: the bundled model then loses 0.018 nats a token, not 0.023.
 STEPS = {8: (128.0,), 4: (8.0, 7.5, 8.5)}
 NUMBERS_AT_ONCE = 2**22
-"""`quantize` works on this many numbers at once, because it makes several copies in fp32."""
+"""`quantize` makes several copies in fp32, of this many numbers at once: 200 MB at most."""
 
 
 def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The words [..., O, W] and scales [..., O, G] of a weight [..., O, I].
-
-    Beside the result it takes some 200 MB at most, however large the weight is.
 
     Raises:
         ValueError: I is no multiple of P.
@@ -93,8 +90,7 @@ def quantized_bytes(numbers: int, config: DeepseekConfig, bits: int, dtype: torc
 
 @register_quantization_config(METHOD)
 class IntConfig(QuantizationConfigMixin):
-    """For `from_pretrained(quantization_config=)` of an original checkpoint of this architecture;
-    `bits` is 4 or 8."""
+    """For `from_pretrained(quantization_config=)` of an original checkpoint; `bits` is 4 or 8."""
 
     def __init__(self, bits: int) -> None:
         self.quant_method = METHOD
@@ -138,17 +134,9 @@ class IntQuantizer(HfQuantizer):
             if head and model.config.tie_word_embeddings:
                 continue
             if isinstance(module, nn.Linear):
-                quantized = QuantizedLinear(module, HEAD_BITS if head else bits)
+                model.set_submodule(name, QuantizedLinear(module, HEAD_BITS if head else bits))
             elif isinstance(module, DeepseekExperts):
-                quantized = QuantizedExperts(module, bits)
-            else:
-                continue
-            # transformers casts what it reads to the dtype of the parameter that is there, which
-            # must not be int32 yet.
-            for weight in ("weight", *EXPERT_STACKS):
-                if hasattr(quantized, weight):
-                    setattr(quantized, weight, getattr(module, weight))
-            model.set_submodule(name, quantized)
+                model.set_submodule(name, QuantizedExperts(module, bits))
 
 
 class _Quantize(ConversionOps):
@@ -160,10 +148,8 @@ class _Quantize(ConversionOps):
         [(name, value)] = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
         words, scale = quantize(weight, _bits_of(model, name))
-        return {
-            name: nn.Parameter(words, requires_grad=False),
-            f"{name}_scale": nn.Parameter(scale, requires_grad=False),
-        }
+        new = {name: words, f"{name}_scale": scale}
+        return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in new.items()}
 
 
 def _bits_of(model: PreTrainedModel, param_name: str) -> int:

@@ -22,10 +22,7 @@ from .int_quantizer import IntConfig, quantized_bytes
 
 
 def load(
-    model: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    quantization: str | None = None,
+    model: str, dtype: str = "auto", device: str = "auto", quantization: str | None = None
 ) -> tuple[DeepseekForCausalLM, DeepseekTokenizer]:
     """The model, ready to generate, and its tokenizer. Nothing of the checkpoint is executed.
 
@@ -52,16 +49,8 @@ def load(
         "use a checkpoint of this architecture, or mend the field",
     ):
         config = DeepseekConfig.from_pretrained(folder)
-
-    def size(number_type: torch.dtype) -> int:
-        if quantization is None:
-            return numbers * number_type.itemsize
-        return quantized_bytes(numbers, config, BITS[quantization], number_type)
-
     tokenizer = own_tokenizer(folder)  # first, since the weights take longer
-    number_type = DTYPES.get(dtype) or _auto_dtype(place, size(torch.float32), config.dtype)
-    _refuse_too_little_memory(size(number_type), quantization or str(number_type), place)
-    options = {"quantization_config": IntConfig(BITS[quantization])} if quantization else {}
+    number_type = _choose_dtype(dtype, place, config, numbers, quantization)
     with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):
         network = DeepseekForCausalLM.from_pretrained(
             folder,
@@ -69,7 +58,7 @@ def load(
             dtype=number_type,
             device_map=place,
             use_safetensors=True,
-            **options,
+            quantization_config=IntConfig(BITS[quantization]) if quantization else None,
         )
     return network.eval(), tokenizer
 
@@ -89,7 +78,7 @@ def _count_numbers(folder: Path) -> int:
 
 def _device(device: str) -> torch.device:
     if device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
     except RuntimeError:
@@ -103,11 +92,35 @@ def _device(device: str) -> torch.device:
     return torch.device("cuda", place.index or 0) if place.type == "cuda" else place
 
 
-def _auto_dtype(device: torch.device, need: int, stored: torch.dtype | None) -> torch.dtype:
-    """float32 on a CPU that has `need` bytes free for it, else bfloat16; on a GPU as `stored`."""
-    if device.type != "cpu":
-        return stored or torch.bfloat16
-    return torch.float32 if need < _free_memory(device) else torch.bfloat16
+def _choose_dtype(
+    dtype: str, device: torch.device, config: DeepseekConfig, numbers: int, quantization: str | None
+) -> torch.dtype:
+    """The dtype of that name, or what `load` says of auto.
+
+    Raises:
+        UserError: the weights, `numbers` in all, do not fit into the free memory of `device`.
+    """
+
+    def size(number_type: torch.dtype) -> int:
+        if quantization is None:
+            return numbers * number_type.itemsize
+        return quantized_bytes(numbers, config, BITS[quantization], number_type)
+
+    free = _free_memory(device)
+    if dtype != "auto":
+        chosen = DTYPES[dtype]
+    elif device.type == "cpu":
+        chosen = torch.float32 if size(torch.float32) < free else torch.bfloat16
+    else:
+        chosen = config.dtype or torch.bfloat16
+    if size(chosen) > free:
+        smaller = "" if quantization else "--dtype bfloat16, --quantization int4, "
+        stored_as = quantization or str(chosen).removeprefix("torch.")
+        raise UserError(
+            f"the weights need {size(chosen) / 1e9:.1f} GB as {stored_as}, but {device} has "
+            f"{free / 1e9:.1f} GB free; use {smaller}another device, or a smaller model"
+        )
+    return chosen
 
 
 def _free_memory(device: torch.device) -> int:
@@ -115,14 +128,3 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def _refuse_too_little_memory(need: int, stored_as: str, device: torch.device) -> None:
-    free = _free_memory(device)
-    if need > free:
-        smaller = "" if stored_as in BITS else "--dtype bfloat16, --quantization int4, "
-        raise UserError(
-            f"the weights need {need / 1e9:.1f} GB as {stored_as.removeprefix('torch.')}, but "
-            f"{device} has {free / 1e9:.1f} GB free; use {smaller}"
-            "another device, or a smaller model"
-        )

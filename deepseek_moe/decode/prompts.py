@@ -6,14 +6,15 @@ import signal
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..errors import UserError
 from .completion_file import CompletionFile
-from .generation import Generator
-from .sampling import Sampler, Sampling
+from .generation import Generator, columns
+from .sampling import Prompts, Sampler, Sampling
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
@@ -65,7 +66,7 @@ def check_prompt(prompt: str) -> str:
 
 def complete_in_batches(
     generator: Generator,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     sample: Sampler,
     stop_ids: Collection[int],
@@ -87,15 +88,13 @@ def complete_in_batches(
     with noted_interrupts(signal.SIGINT, signal.SIGTERM) as stopped, bar:
         for at in range(begin, len(prompts), batch_size):
             if isinstance(sample, Sampling) and sample.seed is not None:
-                seed = _seed_of_batch(sample.seed, at // batch_size)
+                # A seed for each batch, so that its draws do not depend on the batches before.
+                digest = hashlib.sha256(f"{sample.seed} {at // batch_size}".encode()).digest()
+                seed = int.from_bytes(digest[:8], "big") >> 1
                 sample.generator(generator.model.device).manual_seed(seed)
             batch = prompts[at : at + batch_size]
-            new: list[list[int]] = [[] for _ in batch]
-            for step in generator.stream(batch, max_new_tokens, sample, stop_ids):
-                if stopped:
-                    break
-                for ids, token in zip(new, step, strict=True):
-                    ids.extend([] if token is None else [token])
+            steps = generator.stream(batch, max_new_tokens, sample, stop_ids)
+            new = columns(takewhile(lambda _: not stopped, steps), len(batch))
             if stopped:
                 break
             yield at, new
@@ -107,21 +106,12 @@ def complete_in_batches(
     sys.exit(128 + stopped[0])
 
 
-def _seed_of_batch(seed: int, number: int) -> int:
-    """A seed of its own for each batch, so that its draws do not depend on the batches before."""
-    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @contextmanager
 def noted_interrupts(*numbers: int) -> Iterator[list[int]]:
-    """Appends signals to the list that it yields, to be looked at between two tokens.
+    """Appends signals of these numbers to the list that it yields, to be looked at between tokens.
 
     A second signal raises KeyboardInterrupt. The first one does not, because an exception may come
     at any place, and Python drops one that comes in a destructor.
-
-    Args:
-        numbers: the signals; without any, Ctrl-C (SIGINT).
     """
     noted: list[int] = []
 
@@ -130,7 +120,7 @@ def noted_interrupts(*numbers: int) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    before = {number: signal.signal(number, note) for number in numbers or (signal.SIGINT,)}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield noted
     finally:

@@ -15,19 +15,19 @@ from ..model.modeling_deepseek import DeepseekExperts, loop_over_experts
 
 
 class _Quantized(nn.Module):
-    """Takes the place of `module`, whose `weights` become words [..., O, W], each with a parameter
-    of its scales [..., O, G] beside it. Both are empty until the checkpoint is read."""
+    """Takes the place of `module`, whose `weights` become words [..., O, W] when the checkpoint is
+    read. Beside each is a parameter of its scales [..., O, G]."""
 
     def __init__(self, module: nn.Module, weights: tuple[str, ...], bits: int) -> None:
         super().__init__()
         self.bits = bits
         for name in weights:
             weight = getattr(module, name)
-            *stack, columns = weight.shape
-            W, G = words_and_groups(columns, bits)
-            words = torch.empty(*stack, W, dtype=torch.int32, device=weight.device)
-            scale = torch.empty(*stack, G, dtype=weight.dtype, device=weight.device)
-            setattr(self, name, nn.Parameter(words, requires_grad=False))
+            _, groups = words_and_groups(weight.shape[-1], bits)
+            scale = weight.new_empty(*weight.shape[:-1], groups)
+            # transformers casts what it reads to the dtype of the parameter that is there, which
+            # must not be int32 yet.
+            setattr(self, name, weight)
             setattr(self, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
 
 

@@ -13,6 +13,8 @@ import torch
 
 from ..errors import UserError
 
+Prompts = Sequence[Sequence[int]]
+"""The ids of each prompt."""
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes the logits of the next position, fp32 [B, V], and which ids each row has in its prompt or
 answer so far, bool [B, V]. Returns ids, int64 [B].
@@ -37,18 +39,10 @@ def sum_rows(logits_BV: torch.Tensor, out: torch.Tensor | None = None) -> torch.
 
 def mark_broken(ids_B: torch.Tensor, sums_B: torch.Tensor) -> list[int]:
     """The ids of a step, `BROKEN` where the sum of a row's logits is NaN or infinite."""
-    finite_B = sums_B.isfinite()
-    return torch.where(finite_B, ids_B, BROKEN).tolist()
+    return torch.where(sums_B.isfinite(), ids_B, BROKEN).tolist()
 
 
-def greedy(logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
-    """The likeliest id of each row."""
-    return largest(logits_BV)
-
-
-def seen_in(
-    prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device
-) -> torch.Tensor:
+def seen_in(prompts: Prompts, vocabulary: int, device: torch.device) -> torch.Tensor:
     """Which ids each prompt holds, bool [B, V]."""
     seen_BV = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
     for row, prompt in zip(seen_BV, prompts, strict=True):
@@ -64,23 +58,6 @@ def largest(x_BV: torch.Tensor) -> torch.Tensor:
     best_BN, place_BN = x_BV.unflatten(-1, (V // 256, 256)).max(dim=-1)
     part_B1 = best_BN.argmax(dim=-1, keepdim=True)
     return (part_B1 * 256 + place_BN.gather(-1, part_B1)).squeeze(-1)
-
-
-def make_sampler(
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-) -> Sampler:
-    """A sampler: greedy at temperature 0 without a penalty, else a `Sampling` (its arguments).
-
-    Raises:
-        UserError: a value that no distribution has.
-    """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    return greedy if temperature == 0 and repetition_penalty == 1 else sampling
 
 
 @dataclass(frozen=True, eq=False)  # two of the same options and seed may be at different draws
@@ -114,19 +91,17 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        penalty = self.repetition_penalty
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or above")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p is {self.min_p}; it must be from 0 (off) to 1")
-        if not 0 < penalty < float("inf"):
-            raise UserError(f"repetition_penalty is {penalty}; it must be finite and above 0")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
+        inf = float("inf")
+        for name, fits, wanted in (
+            ("temperature", 0 <= self.temperature < inf, "0 (greedy) or above"),
+            ("top_k", self.top_k >= 0, "0 (off) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < inf, "finite and above 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
+        ):
+            if not fits:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {wanted}")
 
     def __call__(self, logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
         if self.temperature == 0:
@@ -155,7 +130,11 @@ class Sampling:
         logits_BV = self._penalised(logits_BV, seen_BV)
         # The largest logit becomes 0 first, so that a small temperature cannot overflow.
         logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / _fp32(self.temperature)
-        logits_BK, ids_BK = self._candidates(logits_BV)
+        logits_BK, ids_BK = logits_BV, None
+        if 0 < self.top_k < logits_BV.shape[-1]:
+            logits_BK, ids_BK = logits_BV.topk(self.top_k, dim=-1)
+        elif self.top_p < 1:  # only then, since an order costs more than everything else here
+            logits_BK, ids_BK = logits_BV.sort(dim=-1, descending=True)
         weights_BK = logits_BK.softmax(dim=-1)
         if self.top_p < 1:
             # 0 for the likeliest, which always stays.
@@ -173,14 +152,9 @@ class Sampling:
         less_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
         return torch.where(seen_BV, less_BV, logits_BV)
 
-    def _candidates(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The logits that top_k leaves, and their ids. They are put in descending order only if
-        top_p needs it, since that costs more than everything else here."""
-        if 0 < self.top_k < logits_BV.shape[-1]:
-            return logits_BV.topk(self.top_k, dim=-1)
-        if self.top_p < 1:
-            return logits_BV.sort(dim=-1, descending=True)
-        return logits_BV, None
+
+greedy = Sampling()
+"""Takes the likeliest id of each row."""
 
 
 def draw(weights_BK: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

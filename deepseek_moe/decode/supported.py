@@ -13,22 +13,11 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama import modeling_llama as llama
 
 from ..kernels import has_triton
-from ..model.modeling_deepseek import (
-    DeepseekDecoderLayer,
-    DeepseekExperts,
-    DeepseekForCausalLM,
-    DeepseekGate,
-    DeepseekMLP,
-    DeepseekModel,
-    DeepseekMoE,
-)
+from ..model import modeling_deepseek as deepseek
+from ..model.configuration_deepseek import DeepseekConfig
 from .decoder import joined_view
 from .quantized import QuantizedExperts, QuantizedLinear
 
@@ -40,16 +29,16 @@ SUPPORTED_MODULES: dict[type[nn.Module], tuple[str, ...]] = {
     SiLUActivation: (),
     QuantizedLinear: ("bits",),
     QuantizedExperts: ("bits",),
-    LlamaAttention: ("head_dim", "scaling", "is_causal"),
-    LlamaRMSNorm: ("variance_epsilon",),
-    LlamaRotaryEmbedding: ("rope_type", "attention_scaling"),
-    DeepseekGate: ("top_k", "norm_topk_prob"),
-    DeepseekExperts: (),
-    DeepseekMLP: (),
-    DeepseekMoE: (),
-    DeepseekDecoderLayer: (),
-    DeepseekModel: (),
-    DeepseekForCausalLM: (),
+    llama.LlamaAttention: ("head_dim", "scaling", "is_causal"),
+    llama.LlamaRMSNorm: ("variance_epsilon",),
+    llama.LlamaRotaryEmbedding: ("rope_type", "attention_scaling"),
+    deepseek.DeepseekGate: ("top_k", "norm_topk_prob"),
+    deepseek.DeepseekExperts: (),
+    deepseek.DeepseekMLP: (),
+    deepseek.DeepseekMoE: (),
+    deepseek.DeepseekDecoderLayer: (),
+    deepseek.DeepseekModel: (),
+    deepseek.DeepseekForCausalLM: (),
 }
 """The modules that the decoder knows, and what their forwards compute with besides tensors."""
 FORWARDS = {kind: kind.forward for kind in SUPPORTED_MODULES}
@@ -70,27 +59,20 @@ def is_supported(model: PreTrainedModel) -> bool:
         and has_triton()
         and torch.cuda.get_device_capability(model.device) >= (8, 0)
         and model.dtype in (torch.bfloat16, torch.float16)
-        and fits_kernels(model)
+        and find_unsupported(model) is None
+        and fits_kernels(model.config)
     )
 
 
-def fits_kernels(model: PreTrainedModel) -> bool:
-    """Whether the kernels compute all that `model` does, wherever it is: the decoder does, and the
-    sizes are some that the kernels take."""
-    config = model.config
-    return (
-        find_unsupported(model) is None
-        and config.head_dim in (32, 64, 128)
-        and config.hidden_size % 64 == config.moe_intermediate_size % 8 == 0
-    )
+def fits_kernels(config: DeepseekConfig) -> bool:
+    """Whether the kernels take these sizes."""
+    aligned = config.hidden_size % 64 == config.moe_intermediate_size % 8 == 0
+    return aligned and config.head_dim in (32, 64, 128)
 
 
 def find_unsupported(model: PreTrainedModel) -> str | None:
-    """Describes the first thing in `model` that the decoder does not compute.
-
-    Returns None if there is nothing: no adapter, hook, replaced forward, sharded or otherwise
-    quantised weight, and all sizes fit each other.
-    """
+    """The first thing in `model` that the decoder does not compute, such as an adapter, a hook, a
+    replaced forward, a sharded weight, or sizes that do not fit each other. None without any."""
     return next(_all_unsupported(model), None)
 
 
@@ -98,21 +80,14 @@ def signature_of(model: nn.Module) -> list[tuple[Any, ...]]:
     """All that the engine was built from, to be compared with what is there at a later call.
 
     It tells apart modules (also their names and order), replaced forwards, hooks, numbers in
-    modules and in the config, and which memory each tensor has. The engine reads numbers in the
-    same memory anew, so a change of these, as an optimizer makes it, leaves the signature as it is.
-
-    It names memory by its address. Whoever keeps a signature must keep the tensors too (see
-    `tensors_of`), or their addresses may be given to others. It keeps the modules itself.
+    modules and in the config, and the address of each tensor. What an optimizer changes in place
+    leaves it as it is, because the engine reads that anew. Whoever keeps a signature must keep the
+    tensors too, or their addresses may be given to others. It keeps the modules itself.
     """
     config = getattr(model, "config", None)
     numbers = tuple(getattr(config, field, None) for field in CONFIG_FIELDS)
     modules = [(name, *_signature_of_module(module)) for name, module in model.named_modules()]
     return [(numbers, _has_global_hooks()), *modules]
-
-
-def tensors_of(model: nn.Module) -> list[torch.Tensor]:
-    """The memory of all parameters and buffers, which stays allocated while this list is kept."""
-    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
 
 
 def _signature_of_module(module: nn.Module) -> Iterator[Any]:
@@ -121,8 +96,7 @@ def _signature_of_module(module: nn.Module) -> Iterator[Any]:
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         yield type(tensor)
         if type(tensor) in (nn.Parameter, torch.Tensor):  # other kinds may have no address
-            yield from (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            yield tensor.device
+            yield (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     for buffer in module.buffers(recurse=False):
         if not buffer.is_inference():  # the decoder keeps what it has computed from its numbers
             yield buffer._version
@@ -144,7 +118,7 @@ def _has_global_hooks() -> bool:
 
 
 def _all_unsupported(model: PreTrainedModel) -> Iterator[str]:
-    if not isinstance(model, DeepseekForCausalLM):
+    if not isinstance(model, deepseek.DeepseekForCausalLM):
         yield f"it is a {type(model).__name__}"
     if _has_global_hooks():
         yield "torch has hooks for all modules"
@@ -167,22 +141,22 @@ def _all_unsupported(model: PreTrainedModel) -> Iterator[str]:
             yield f"{name} has numbers or memory that the engine does not take"
 
 
-def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
+def _is_as_assumed(module: nn.Module, model: deepseek.DeepseekForCausalLM) -> bool:
     config = model.config
     match module:
         case nn.Linear() | QuantizedLinear():
             return module.bias is None
         case nn.Embedding():
             return module.max_norm is None
-        case LlamaRMSNorm():
+        case llama.LlamaRMSNorm():
             return module.variance_epsilon == model.model.norm.variance_epsilon
-        case LlamaRotaryEmbedding():
+        case llama.LlamaRotaryEmbedding():
             return module.rope_type in ("default", "linear")
-        case DeepseekMoE():
+        case deepseek.DeepseekMoE():
             return module.shared_experts is not None
-        case DeepseekMLP():
+        case deepseek.DeepseekMLP():
             return _can_be_joined(module.gate_proj, module.up_proj)
-        case LlamaAttention():
+        case llama.LlamaAttention():
             q, k, v, width = module.q_proj, module.k_proj, module.v_proj, config.head_dim
             heads = [len(linear.weight) / width for linear in (q, k, v)]
             return (
@@ -194,11 +168,8 @@ def _is_as_assumed(module: nn.Module, model: DeepseekForCausalLM) -> bool:
 
 
 def _can_be_joined(*linears: nn.Module) -> bool:
-    """Whether the decoder may lay their weights side by side in new memory.
-
-    It must not tear one out of a larger tensor. Such a tensor belongs to somebody who writes into
-    it, like DeepSpeed's ZeRO, whose steps would then not reach the model any more.
-    """
+    """Whether the decoder may lay their weights side by side in new memory. It must not tear one
+    out of a larger tensor, whose owner, like DeepSpeed's ZeRO, writes its steps there."""
     if len({(type(one), getattr(one, "bits", None)) for one in linears}) != 1:
         return False
     for name in ("weight", "weight_scale"):

@@ -1,11 +1,10 @@
 """What the tests of decoding share: prompts of several lengths, on CPUs both ways of decoding."""
 
 import pytest
+from gpu_fixtures import with_engine
 from text_fixtures import BUNDLED, bundled_model, tokenizer_of
 
-from deepseek_moe.decode.engine import Engine
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.kernels.decode import torch_ops
 
 TEXTS = ["Once upon a time", "The", "It was a cold night, and nobody in the house could sleep. He"]
 
@@ -20,6 +19,5 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(params=["plain", "engine"])
 def generator(request: pytest.FixtureRequest) -> Generator:
     """Of the bundled model: the plain way, and the engine on the plain twins of its kernels."""
-    model = bundled_model()
-    engine = Engine(model, ops=torch_ops) if request.param == "engine" else None
-    return Generator(model, engine=engine)
+    make = with_engine if request.param == "engine" else Generator
+    return make(bundled_model())

@@ -25,7 +25,7 @@ from gpu_fixtures import (
 
 from deepseek_moe.decode.engine import Rows, size_for
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.sampling import Sampler, greedy, make_sampler
+from deepseek_moe.decode.sampling import Sampler, Sampling, greedy
 from deepseek_moe.files import BUNDLED_MODEL
 
 TIES = 0.02
@@ -174,7 +174,7 @@ def assert_ignores_unwritten_memory(pair: TwoWays, batches: Sequence[int]) -> No
 def test_sampling(options: dict[str, float], pair: TwoWays, new_tokens: int) -> None:
     """A seed draws the same ids in a graph and outside; without one, only ids that can be drawn."""
     prompts = pair.prompts(3)
-    inside, outside, unseeded = (make_sampler(**options, seed=seed) for seed in (7, 7, None))
+    inside, outside, unseeded = (Sampling(**options, seed=seed) for seed in (7, 7, None))
     ids = pair.fast.generate(prompts, new_tokens, inside)
     assert_captured(pair.fast, len(prompts), inside)
     possible = Possible(unseeded, pair.fast.generate(prompts, new_tokens, unseeded))
