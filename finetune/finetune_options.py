@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
 
 
@@ -276,10 +276,8 @@ class _Parser(argparse.ArgumentParser):
 def _same(one: str, other: str) -> bool:
     """Whether two texts are the same value: False is 0, and 0 is 0.0."""
     for read in (true_or_false, float):
-        try:
+        with suppress(ValueError):
             return read(one) == read(other)
-        except ValueError:
-            continue
     return one == other
 
 

@@ -35,16 +35,10 @@ class GuardedReporters(TrainerCallback):
             except Exception as error:  # many libraries raise errors of many classes
                 del self.reporters[name]
                 folder = getattr(reporter, "logging_dir", None)
-                warn(
-                    f"{name} cannot report any more{f' to {folder}' if folder else ''} "
-                    f"({first_words(error)}); the run goes on without it"
-                )
-
-
-def warn(message: str) -> None:
-    """Prints one line on stderr beside a progress bar, unless stderr cannot be written."""
-    with suppress(OSError):
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+                said = f"warning: {name} cannot report any more{f' to {folder}' if folder else ''} "
+                said += f"({first_words(error)}); the run goes on without it"
+                with suppress(OSError):  # stderr may be a file on a full disk
+                    tqdm.write(said, file=sys.stderr)
 
 
 @contextmanager

@@ -130,10 +130,8 @@ def find_damage(checkpoint: Path, layout: Layout) -> str | None:
 
 def count_processes(checkpoint: Path) -> int | None:
     """Counts the processes that saved a checkpoint by their random states; None without any."""
-    ranks = [int(file.stem[10:]) for file in checkpoint.glob("rng_state_*.pth")]
-    if ranks:
-        return 1 + max(ranks)
-    return 1 if (checkpoint / "rng_state.pth").is_file() else None
+    ranks = [int(file.stem[10:] or 0) for file in checkpoint.glob("rng_state*.pth")]
+    return 1 + max(ranks) if ranks else None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import errno
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,26 +104,6 @@ def publish_checkpoint(output: Path, name: str, limit: int | None) -> None:
         for old in sort_checkpoints(str(output))[:-limit]:
             os.replace(old, aside / Path(old).name)
     shutil.rmtree(aside)
-
-
-def save_sparingly(save: Callable[[int], None], aside: Path, alone: bool) -> None:
-    """Calls `save(SHARD_BYTES)`, and `save(ONE_TENSOR)` if memory runs out.
-
-    Args:
-        aside: the folder that `save` fills. It is emptied between the two tries.
-        alone: whether this is the only process. Others would never join the second try.
-    """
-    release_gpu_memory()
-    try:
-        save(SHARD_BYTES)
-        return
-    except Exception as error:
-        if not (alone and is_out_of_memory(error)):
-            raise
-    # Inside of `except`, the traceback of the error would keep tensors alive.
-    shutil.rmtree(aside, ignore_errors=True)
-    release_gpu_memory()
-    save(ONE_TENSOR)
 
 
 def release_gpu_memory() -> None:

@@ -9,6 +9,7 @@
 """
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,9 +40,6 @@ from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
 from .trainable import weights_passed
 
-LOADER_OPTIONS = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "in_order")
-LOADER_OPTIONS += ("prefetch_factor", "multiprocessing_context")
-
 
 class FineTuner(Trainer):
     """transformers' Trainer for batches of `examples.Collator`."""
@@ -52,11 +50,10 @@ class FineTuner(Trainer):
         self.base_quantization = quantization
         self.stopper = StopAtSignal()
         self.progress = ProgressWithoutBars() if self.args.disable_tqdm else Progress()
+        self.pop_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         names = self.args.report_to
         found = map(self.pop_callback, get_reporting_integration_callbacks(names))
-        reporters = dict(zip(names, found, strict=True))
-        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
-            reporters["the progress bar"] = self.progress
+        reporters = dict(zip(names, found, strict=True)) | {"the progress bar": self.progress}
         guarded = GuardedReporters(reporters)
         for callback in (self.stopper, StopAfterLastStep(), guarded, saving.RehearseSave()):
             self.add_callback(callback)
@@ -226,17 +223,18 @@ class FineTuner(Trainer):
         args = self.args
         if args.train_sampling_strategy == "sequential":
             return super().get_train_dataloader()
-        grouped = args.train_sampling_strategy == "group_by_length"
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = EpochSampler(self.train_dataset["length"], seed, step if grouped else 1)
+        if args.train_sampling_strategy == "random":
+            step = 1
+        sampler = EpochSampler(self.train_dataset["length"], args.seed, step)
         self.add_callback(SetEpoch(sampler))
         loader = DataLoader(
             self.train_dataset,
             args.train_batch_size,
             sampler=sampler,
             collate_fn=self.data_collator,
-            **{name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS},
+            drop_last=args.dataloader_drop_last,
+            pin_memory=args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
 
@@ -248,14 +246,21 @@ class FineTuner(Trainer):
     # ---- saving ----
 
     def save_sparingly(self, save: Callable[[], None]) -> None:
-        """Calls `save` as `saving.save_sparingly` does; `save` fills the folder INCOMPLETE."""
-
-        def save_in_shards(shard_bytes: int) -> None:
-            self.shard_bytes = shard_bytes
+        """Calls `save`, which fills the folder INCOMPLETE. If memory runs out, it is called again
+        with a file for each tensor, but not on several processes: the others would never join."""
+        saving.release_gpu_memory()
+        self.shard_bytes = saving.SHARD_BYTES
+        try:
             save()
-
-        aside = Path(self.args.output_dir) / saving.INCOMPLETE
-        saving.save_sparingly(save_in_shards, aside, alone=self.args.world_size == 1)
+            return
+        except Exception as error:
+            if self.args.world_size > 1 or not saving.is_out_of_memory(error):
+                raise
+        # Inside of `except`, the traceback of the error would keep tensors alive.
+        shutil.rmtree(Path(self.args.output_dir) / saving.INCOMPLETE, ignore_errors=True)
+        saving.release_gpu_memory()
+        self.shard_bytes = saving.ONE_TENSOR
+        save()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves without the copy of all weights that Trainer makes on the host of every process."""
