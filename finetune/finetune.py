@@ -115,13 +115,8 @@ def load_data(
     options, data, args = settings
 
     def load(paths: list[str]) -> Dataset:
-        rows, report = examples.load_examples(
-            paths,
-            tokenizer,
-            data.model_max_length,
-            skip_bad_rows=data.skip_bad_rows,
-            cache_dir=options.cache_dir,
-        )
+        how = {"skip_bad_rows": data.skip_bad_rows, "cache_dir": options.cache_dir}
+        rows, report = examples.load_examples(paths, tokenizer, data.model_max_length, **how)
         say(report)
         return rows
 

@@ -18,9 +18,6 @@ class EpochSampler(Sampler[int]):
     of fifty steps, and each piece is sorted by length. Then the steps are shuffled, except for the
     one with the longest example: it comes first, and shows at once if memory is too small.
 
-    accelerate's SeedableRandomSampler draws a random order from seed and epoch too, but does not
-    group by length.
-
     Args:
         lengths: the number of tokens of each example.
         step: the number of examples in a step of all processes; 1 only shuffles.

@@ -105,8 +105,10 @@ def refuse_damaged(checkpoint: Path, layout: Layout) -> None:
     """
     if not (damage := find_damage(checkpoint, layout)):
         return
-    saved_by = count_processes(checkpoint)
-    if saved_by not in (None, layout.processes):
+    # One process saves its random states to rng_state.pth, each of several to rng_state_N.pth.
+    ranks = [int(file.stem[10:] or 0) for file in checkpoint.glob("rng_state*.pth")]
+    saved_by = 1 + max(ranks, default=layout.processes - 1)
+    if saved_by != layout.processes:
         raise CollectiveRunError(
             f"{checkpoint} was saved by {saved_by} processes, and this run has {layout.processes}; "
             f"repeat the command with {saved_by}, or give another --output_dir"
@@ -126,12 +128,6 @@ def find_damage(checkpoint: Path, layout: Layout) -> str | None:
         except Exception as error:  # Libraries raise errors of any class.
             return f"{file} is damaged ({first_words(error)})"
     return None
-
-
-def count_processes(checkpoint: Path) -> int | None:
-    """Counts the processes that saved a checkpoint by their random states; None without any."""
-    ranks = [int(file.stem[10:] or 0) for file in checkpoint.glob("rng_state*.pth")]
-    return 1 + max(ranks) if ranks else None
 
 
 @contextmanager

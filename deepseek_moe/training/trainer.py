@@ -13,13 +13,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
@@ -30,12 +31,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import Checkpoint
 from ..errors import CollectiveRunError, as_user_error
-from . import saving
+from . import callbacks, saving
 from .arguments import zero_stage
-from .callbacks import Progress, ProgressWithoutBars, StopAfterLastStep, StopAtSignal
 from .compute.adamw_in_backward import StepInBackward
 from .epoch_sampler import EpochSampler, SetEpoch
-from .guarded_reporters import GuardedReporters, silent_writer_threads
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
 from .trainable import weights_passed
@@ -48,23 +47,21 @@ class FineTuner(Trainer):
         """`quantization` is that of the base under the adapters; all else is transformers'."""
         super().__init__(*args, **kwargs)
         self.base_quantization = quantization
-        self.stopper = StopAtSignal()
-        self.progress = ProgressWithoutBars() if self.args.disable_tqdm else Progress()
-        self.pop_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
-        names = self.args.report_to
+        quiet, names = self.args.disable_tqdm, self.args.report_to
+        self.pop_callback(PrinterCallback if quiet else ProgressCallback)
+        self.progress = callbacks.ProgressWithoutBars() if quiet else callbacks.Progress()
         found = map(self.pop_callback, get_reporting_integration_callbacks(names))
         reporters = dict(zip(names, found, strict=True)) | {"the progress bar": self.progress}
-        guarded = GuardedReporters(reporters)
-        for callback in (self.stopper, StopAfterLastStep(), guarded, saving.RehearseSave()):
-            self.add_callback(callback)
+        self.stopper = callbacks.StopAtSignal()
+        self.add_callback(self.stopper)
+        self.add_callback(callbacks.StopAfterLastStep())
+        self.add_callback(callbacks.GuardedReporters(reporters))
+        self.add_callback(saving.RehearseSave())
         self.resumed_from: Path | None = None
         self.own_optimizer: torch.optim.Optimizer | None = None  # accelerate wraps it
         self.shard_bytes = saving.SHARD_BYTES
         self._in_step = False  # whether the first step has begun
-        self._sources: list[str] = []  # the rows of the running step
-        self._sequences_in_step = 0
         self._broken_loss: float | None = None
-        self._evaluated = torch.zeros(2)  # nats, tokens
         self._weights_passed = 0.0
         self._reset_counters()
 
@@ -75,15 +72,14 @@ class FineTuner(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
             self.resumed_from = Path(resume_from_checkpoint)
-        adapter = isinstance(self.model, PeftModel)
-        layout = Layout.of(self.args, adapter, quantized=self.base_quantization is not None)
+        adapts, quantized = isinstance(self.model, PeftModel), self.base_quantization is not None
+        layout = Layout.of(self.args, adapts, quantized)
         reading = report_unreadable(self.resumed_from, layout, is_read=lambda: self._in_step)
         try:
-            with silent_writer_threads(), reading:
+            with callbacks.silent_writer_threads(), reading:
                 return super().train(resume_from_checkpoint, **kwargs)
         finally:
-            with suppress(OSError):
-                self.progress.close()
+            self.progress.close()
 
     def leave_if_stopped(self) -> None:
         """Ends the process with the exit code of the signal that ended the training, if any did."""
@@ -199,7 +195,7 @@ class FineTuner(Trainer):
 
         The random numbers of training stay untouched, so that they go on the same after a stop.
         """
-        start, self._evaluated = time.perf_counter(), torch.zeros(2)
+        start, self._evaluated = time.perf_counter(), torch.zeros(2)  # nats, tokens
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -248,17 +244,16 @@ class FineTuner(Trainer):
     def save_sparingly(self, save: Callable[[], None]) -> None:
         """Calls `save`, which fills the folder INCOMPLETE. If memory runs out, it is called again
         with a file for each tensor, but not on several processes: the others would never join."""
-        saving.release_gpu_memory()
+        clear_device_cache(garbage_collection=True)
         self.shard_bytes = saving.SHARD_BYTES
         try:
-            save()
-            return
+            return save()
         except Exception as error:
             if self.args.world_size > 1 or not saving.is_out_of_memory(error):
                 raise
         # Inside of `except`, the traceback of the error would keep tensors alive.
         shutil.rmtree(Path(self.args.output_dir) / saving.INCOMPLETE, ignore_errors=True)
-        saving.release_gpu_memory()
+        clear_device_cache(garbage_collection=True)
         self.shard_bytes = saving.ONE_TENSOR
         save()
 
@@ -279,7 +274,6 @@ class FineTuner(Trainer):
         return None
 
     # ---- private methods of Trainer ----
-    #
     # These overrides follow transformers/trainer.py from 5.17 to 5.23; the line numbers are those
     # of 5.23. A test fails when Trainer changes their signatures or calls.
 

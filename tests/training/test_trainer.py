@@ -24,10 +24,9 @@ from transformers import Trainer, TrainerCallback
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import CollectiveRunError, RunError, UserError, rank_zero_reports
-from deepseek_moe.training.callbacks import StopAtSignal
+from deepseek_moe.training.callbacks import GuardedReporters, StopAtSignal
 from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
 from deepseek_moe.training.examples import Collator, load_examples, pack
-from deepseek_moe.training.guarded_reporters import GuardedReporters
 from deepseek_moe.training.trainable import add_lora, weights_passed
 from deepseek_moe.training.trainer import FineTuner
 
