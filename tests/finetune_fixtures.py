@@ -32,6 +32,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "bird", "of", "gold", "which"]
 
 USED_PORTS: list[int] = []
+Before = Callable[[], None] | None
+"""Called in the process of the script before it starts, so it must be possible to pickle."""
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["deepseek_moe.training.build", "deepseek_moe.training.run"])
 
@@ -86,24 +88,15 @@ def options(**values: Any) -> list[str]:
 
 
 def start(
-    argv: Sequence[str],
-    log: Path,
-    before: Callable[[], None] | None = None,
-    script: Path = SCRIPT,
+    argv: Sequence[str], log: Path, before: Before = None, script: Path = SCRIPT
 ) -> BaseProcess:
-    """Starts the script in a process of its own, which writes to `log`.out and `log`.err.
-
-    Args:
-        before: called in that process before the script, with what can be pickled.
-    """
+    """Starts the script in a process of its own, which writes to `log`.out and `log`.err."""
     process = FORKS.Process(target=_run_script, args=(script, list(argv), log, before), daemon=True)
     process.start()
     return process
 
 
-def _run_script(
-    script: Path, argv: list[str], log: Path, before: Callable[[], None] | None
-) -> None:
+def _run_script(script: Path, argv: list[str], log: Path, before: Before) -> None:
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.setsid()  # so that it can be ended together with all that it starts
@@ -130,28 +123,24 @@ def kill_group(process: BaseProcess) -> None:
         process.kill()
 
 
-def run(
-    argv: Sequence[str],
-    log: Path,
-    before: Callable[[], None] | None = None,
-    script: Path = SCRIPT,
-) -> Ended:
+def run(argv: Sequence[str], log: Path, before: Before = None, script: Path = SCRIPT) -> Ended:
     return end(start(argv, log, before, script), log)
 
 
-def succeed(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> Ended:
+def succeed(argv: Sequence[str], log: Path, before: Before = None) -> Ended:
     done = run(argv, log, before)
     assert done.code == 0, done.err
     return done
 
 
-def run_ranks(
-    argv: Sequence[str], log: Path, count: int, before: Callable[[], None] | None = None
-) -> list[Ended]:
+def run_ranks(argv: Sequence[str], log: Path, count: int, before: Before = None) -> list[Ended]:
     """Runs the script in `count` processes that find each other as a launcher's do."""
-    shared = (count, free_port(), os.environ["TORCH_EXTENSIONS_DIR"], before)
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = free_port()
+    shared["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
     logs = [Path(f"{log}{rank}") for rank in range(count)]
-    started = [start(argv, logs[rank], partial(_be_rank, rank, *shared)) for rank in range(count)]
+    ranks = [partial(_be_rank, rank, shared, before) for rank in range(count)]
+    started = [start(argv, log, rank) for log, rank in zip(logs, ranks, strict=True)]
     try:
         return [end(process, log) for process, log in zip(started, logs, strict=True)]
     finally:
@@ -159,11 +148,8 @@ def run_ranks(
             kill_group(process)
 
 
-def _be_rank(
-    rank: int, count: int, port: int, extensions: str, before: Callable[[], None] | None
-) -> None:
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_EXTENSIONS_DIR": extensions}
+def _be_rank(rank: int, shared: dict[str, Any], before: Before) -> None:
+    values = shared | {"RANK": rank, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in values.items()}
     if before:
         before()

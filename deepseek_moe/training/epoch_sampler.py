@@ -51,8 +51,7 @@ class SetEpoch(TrainerCallback):
     """Tells the sampler its epoch.
 
     accelerate would do this for a sampler with a `set_epoch`, but not if several processes resume
-    inside of an epoch: DataLoaderShard.set_epoch (accelerate/data_loader.py) does not look through
-    a SkipBatchSampler around a BatchSamplerShard.
+    inside of an epoch: its DataLoaderShard.set_epoch does not look through a SkipBatchSampler.
     """
 
     def __init__(self, sampler: EpochSampler) -> None:

@@ -237,9 +237,7 @@ def _load(file: Path) -> Any:
 
 def _check_schedule(file: Path, step: int) -> None:
     _check_archive(file)
-    state = _load(file)
-    if not isinstance(state, dict):
-        raise ValueError("it holds no state of a schedule")
+    state = dict(_load(file))
     if "lr_lambdas" in state and state["last_epoch"] != step:  # Other schedules count evaluations.
         raise ValueError(f"it is of step {state['last_epoch']}")
 
@@ -247,9 +245,8 @@ def _check_schedule(file: Path, step: int) -> None:
 def _check_optimizer(file: Path) -> None:
     _check_archive(file)
     found = _load(file)
-    for name, kind in (("state", dict), ("param_groups", list)):
-        if not isinstance(found[name], kind):
-            raise ValueError(f"its {name} is no {kind.__name__}")
+    if not (isinstance(found["state"], dict) and isinstance(found["param_groups"], list)):
+        raise ValueError("it holds no states of an optimizer")
 
 
 def _check_latest(file: Path) -> None:

@@ -82,21 +82,16 @@ class Run:
                 ) from error
             if self.checkpoint or self.finished:  # Else there is nothing to go on from.
                 self._refuse_others(settings)
-        else:
-            self._refuse_files_of_others()
+        elif there := [file.name for pattern in WRITTEN for file in self.folder.glob(pattern)]:
+            raise UserError(
+                f"{self.folder} holds {first_few(there)}, which a run writes too, but no "
+                f"{RUN_FILE} that says of which run; give another --output_dir"
+            )
 
     @property
     def steps(self) -> int:
         """The steps that its last checkpoint has taken; 0 without one."""
         return int(self.checkpoint.rpartition("-")[2]) if self.checkpoint else 0
-
-    def _refuse_files_of_others(self) -> None:
-        there = [file for pattern in WRITTEN for file in self.folder.glob(pattern)]
-        if there:
-            raise UserError(
-                f"{self.folder} holds {first_few([file.name for file in there])}, which a run "
-                f"writes too, but no {RUN_FILE} that says of which run; give another --output_dir"
-            )
 
     def _refuse_others(self, found: dict[str, Any]) -> None:
         there, now = DEFAULTS | found, DEFAULTS | self.settings
@@ -151,7 +146,8 @@ class Run:
             UserError: the adapter cannot be merged. It stays.
         """
         with report_failed_write(self.folder, trainer.is_world_process_zero()):
-            trainer.save_sparingly(partial(self._save_result, trainer, base, merge))
+            save = partial(self._save_result, trainer, base, merge)
+            trainer.save_sparingly(save, self.folder / INCOMPLETE)
         trainer.accelerator.wait_for_everyone()
 
     def _save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:

@@ -165,14 +165,11 @@ class RehearseSave(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
         trained = [p for p in kwargs["model"].parameters() if p.requires_grad and p.numel()]
-        if not trained:  # ZeRO-3 has divided every parameter.
+        if not trained or not state.is_world_process_zero:  # ZeRO-3 leaves every parameter empty.
             return
         largest = max(trained, key=lambda parameter: parameter.nbytes)
-        optimizer = kwargs.get("optimizer")
-        states = getattr(optimizer, "state", {}).get(largest, {})
+        states = getattr(kwargs.get("optimizer"), "state", {}).get(largest, {})
         output = Path(args.output_dir)
         aside = output / INCOMPLETE
         with report_failed_write(output, main=True):

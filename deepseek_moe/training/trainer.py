@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +242,9 @@ class FineTuner(Trainer):
 
     # ---- saving ----
 
-    def save_sparingly(self, save: Callable[[], None]) -> None:
-        """Calls `save`, which fills the folder INCOMPLETE. If memory runs out, it is called again
-        with a file for each tensor, but not on several processes: the others would never join."""
+    def save_sparingly(self, save: Callable[[], None], aside: Path) -> None:
+        """Calls `save`, which fills the folder `aside`. If memory runs out, it is called again with
+        a file for each tensor, but not on several processes: the others would never join."""
         clear_device_cache(garbage_collection=True)
         self.shard_bytes = saving.SHARD_BYTES
         try:
@@ -252,7 +253,7 @@ class FineTuner(Trainer):
             if self.args.world_size > 1 or not saving.is_out_of_memory(error):
                 raise
         # Inside of `except`, the traceback of the error would keep tensors alive.
-        shutil.rmtree(Path(self.args.output_dir) / saving.INCOMPLETE, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         clear_device_cache(garbage_collection=True)
         self.shard_bytes = saving.ONE_TENSOR
         save()
@@ -295,15 +296,11 @@ class FineTuner(Trainer):
 
         No callback comes before a save. The one after it comes when the folder has its name.
         """
-        start, save = time.perf_counter(), super()._save_checkpoint
+        start, save = time.perf_counter(), partial(super()._save_checkpoint, model, trial)
         output, main = Path(self.args.output_dir), self.is_world_process_zero()
-
-        def save_aside() -> None:
-            with changed(self.args, output_dir=str(output / saving.INCOMPLETE)):
-                save(model, trial)
-
-        with saving.report_failed_write(output, main):
-            self.save_sparingly(save_aside)
+        aside = output / saving.INCOMPLETE
+        with saving.report_failed_write(output, main), changed(self.args, output_dir=str(aside)):
+            self.save_sparingly(save, aside)
         self.state.best_model_checkpoint = None  # It would name a folder that has been renamed.
         self.accelerator.wait_for_everyone()
         if main:

@@ -27,7 +27,6 @@ from finetune_fixtures import (
     weights,
     write_base,
 )
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from deepseek_moe.training.resume import Layout, find_damage
@@ -90,16 +89,14 @@ def test_the_published_full_fine_tuning(place: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert done.out.splitlines().count(str(output)) == 1
     assert "MISSING" not in done.out + done.err
-    rates = [2e-5 * step / 10 for step in range(9)]
-    assert logged(output, "learning_rate") == pytest.approx(rates)
+    assert logged(output, "learning_rate") == pytest.approx([2e-6 * step for step in range(9)])
     trained, base = weights(output), weights(place / "base")
     assert {name: x.dtype for name, x in trained.items()} == {n: x.dtype for n, x in base.items()}
     # The rate is small and the weights are bf16, so most of them do not move.
     changed = {name for name in base if not torch.equal(trained[name], base[name])}
     assert any(".experts." in name for name in changed) and "lm_head.weight" in changed
     assert all((trained[name] - x).abs().max() < 0.01 for name, x in base.items())
-    model = AutoModelForCausalLM.from_pretrained(output)
-    assert model(torch.tensor([[4094, 5]])).logits.isfinite().all()
+    AutoModelForCausalLM.from_pretrained(output)
 
 
 @slow
@@ -109,19 +106,12 @@ def test_the_published_qlora(place: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     config = json.loads((output / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 16)
-    quantization = json.loads((output / "base_quantization.json").read_text())
-    assert (quantization["bits"], quantization["quant_type"]) == (4, "nf4")
-    assert quantization["double_quant"] is True
+    note = json.loads((output / "base_quantization.json").read_text())
+    assert (note["bits"], note["quant_type"], note["double_quant"]) == (4, "nf4", True)
     assert all(norm > 0.3 for norm in logged(output, "grad_norm"))  # before it is clipped
-    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(base, output).eval()
-    learnt = {n for n, p in adapted.named_parameters() if "lora_B" in n and p.abs().max() > 0}
+    learnt = {name for name, x in weights(output).items() if "lora_B" in name and x.any()}
     assert any("mlp.experts" in name for name in learnt)
     assert any("self_attn" in name for name in learnt)
-    ids = torch.tensor([[4094, 17, 5]])
-    with torch.no_grad(), adapted.disable_adapter():
-        before = adapted(ids).logits
-    assert not torch.equal(adapted(ids).logits, before)
 
 
 # --- Forked processes
@@ -199,7 +189,7 @@ def assert_equal_experts(found: Path, wanted: Path, base: Path) -> None:
 
 
 def be_alone_on_a_machine() -> None:
-    """Two machines with one folder: each has a first process, but only one of them writes."""
+    """Two machines share a folder: each has a first process, but only one of them writes."""
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -228,13 +218,11 @@ def test_several_processes_take_the_steps_of_one(
     zero, processes, changes, before = (CASES | SLOW_CASES)[case]
     wanted, output = one_process(**changes), tmp_path / "out"
     succeed(steps(output, zero, processes, **changes), tmp_path / "log", processes, before)
-    if changes is FIFTY:
-        losses = logged(wanted, "loss")
-        assert losses[-1] < 0.75 * losses[0]
-        assert_equal_curves(output, wanted, 50, 1e-3)
-        return
-    assert_equal_curves(output, wanted)
-    assert checkpoints(output) == [3]
+    count = changes.get("max_steps", 3)
+    assert checkpoints(output) == [count]
+    assert_equal_curves(output, wanted, count, 1e-4 if count == 3 else 1e-3)
+    losses = logged(wanted, "loss")
+    assert count == 3 or losses[-1] < 0.75 * losses[0]
     if changes is EXPERTS:
         assert_equal_experts(output, wanted, place / "base")
 

@@ -1,8 +1,9 @@
-"""The script end to end: killed, stopped and repeated, out of disk, and what it leaves."""
+"""The script end to end: killed, stopped and repeated, what it leaves, says and refuses."""
 
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,19 @@ from accident_fixtures import (
     limit_file_size,
     stop_in_step,
 )
-from finetune_fixtures import assert_same, checkpoints, logged, run, succeed, weights, write_rows
+from finetune_fixtures import (
+    assert_same,
+    checkpoints,
+    history,
+    logged,
+    run,
+    succeed,
+    weights,
+    write_rows,
+)
+from finetune_options import parse_options
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -159,24 +170,11 @@ def test_a_finished_run_says_so_and_touches_nothing(
 def test_other_settings_are_refused_with_the_difference(
     finished: dict[str, Path], argv: MakeArgv, place: Path, tmp_path: Path
 ) -> None:
-    base = shutil.copytree(place / "base", tmp_path / "base")
-    same = {"model_name_or_path": base, "logging_steps": 2}  # decide nothing
-    succeed(argv(finished["lora"], **(LORA | same)), tmp_path / "log")
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.layers.1.mlp.experts.5.down_proj.weight"].zero_()
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    changes = {
-        "learning_rate: 0.01 there, 0.02 now": {"learning_rate": 0.02},
-        "other data": {"data_path": write_rows(tmp_path / "rows.jsonl", 25)},
-        "lora_rank: 3 there, 4 now": {"lora_rank": 4},
-        "other model": {"model_name_or_path": base},
-        "batch_size: 4 there, 8 now": {"gradient_accumulation_steps": 2},
-    }
-    changed = LORA.copy()
-    for change in changes.values():
-        changed |= change
-    error = run(argv(finished["lora"], **changed), tmp_path / "log").refusal
-    assert all(shown in error for shown in changes) and "--output_dir" in error
+    same = {"model_name_or_path": shutil.copytree(place / "base", tmp_path / "base")}
+    succeed(argv(finished["lora"], **LORA, **same), tmp_path / "log")
+    other = {"data_path": write_rows(tmp_path / "rows.jsonl", 25), "gradient_accumulation_steps": 2}
+    error = run(argv(finished["lora"], **LORA, **other), tmp_path / "log").refusal
+    assert "(batch_size: 4 there, 8 now; other data); repeat its command" in error
 
 
 def test_every_file_of_a_result_is_known_as_one_that_a_run_writes(
@@ -215,11 +213,10 @@ def test_a_full_disk_is_one_line_and_the_repeat_goes_on(
 
 def test_the_result_is_a_model_that_learnt(finished: dict[str, Path], place: Path) -> None:
     full = AutoModelForCausalLM.from_pretrained(finished["full"])
-    assert full.dtype == torch.bfloat16
     base = AutoModelForCausalLM.from_pretrained(place / "base")
+    assert full.dtype == torch.bfloat16
     assert not torch.equal(full.lm_head.weight, base.lm_head.weight)
-    adapted = PeftModel.from_pretrained(base, finished["lora"])
-    assert adapted.peft_config["default"].r == 3
+    assert PeftModel.from_pretrained(base, finished["lora"]).peft_config["default"].r == 3
     for folder in finished.values():
         losses = logged(folder, "loss")
         assert len(losses) == 12
@@ -255,3 +252,83 @@ def test_an_adapter_that_cannot_be_merged_is_kept(argv: MakeArgv, tmp_path: Path
     assert done.code == 2 and "changes nothing" in done.error
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     assert not (output / "config.json").exists()
+
+
+# --- What it says, and wrong use
+
+
+def test_a_run_takes_the_steps_of_its_dry_run_and_logs_perplexity(
+    argv: MakeArgv, place: Path, tmp_path: Path
+) -> None:
+    """Of 24 rows to train on, five at a time, the last four are dropped; all are evaluated."""
+    output, log = tmp_path / "out", tmp_path / "log"
+    whole = {"per_device_train_batch_size": 5, "dataloader_drop_last": True}
+    whole |= {"eval_strategy": "epoch", "eval_data_path": place / "rows.jsonl"}
+    whole |= {"per_device_eval_batch_size": 25}
+    planned = succeed(argv(output, dry_run=True, show_examples=2, **whole), log)
+    assert "8 of 5 rows" in planned.out
+    shown = [line for line in planned.err.splitlines() if "⟦" in line]
+    assert len(shown) == 2  # with the answer and its end marked
+    assert all(line.startswith("Assistant:⟦ ") for line in shown)
+    assert all(line.endswith("<｜end▁of▁sentence｜>⟧") for line in shown)
+    done = succeed(argv(output, save_steps=8, **whole), log)
+    assert "step 8/8" in done.err and "evaluation: loss" in done.err and "perplexity" in done.err
+    evaluations = [line for line in history(output) if "eval_loss" in line]
+    assert evaluations
+    for line in evaluations:
+        assert line["eval_perplexity"] == pytest.approx(torch.tensor(line["eval_loss"]).exp())
+
+
+def test_wrong_use_is_found_before_the_model_is_loaded(
+    argv: MakeArgv, place: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    save_file({"other": torch.zeros(1)}, base / "model.safetensors")  # not such a model's weights
+    (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"output": "b"}]')
+    (tmp_path / "file").write_text("")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a", "output": "b " * 300}))
+
+    def wrong(**changes: Any) -> str:
+        words = argv(tmp_path / "out", **({"model_name_or_path": base} | changes))
+        return run(words, tmp_path / "log").refusal
+
+    assert "bad.json row 2: no instruction" in wrong(data_path=tmp_path / "bad.json")
+    assert "file is no folder" in wrong(output_dir=tmp_path / "file")
+    assert "cannot be written to" in wrong(output_dir=tmp_path / "file" / "below")
+    long = {"model_max_length": 5000, "data_path": tmp_path / "long.jsonl"}
+    assert "the model's context is" in wrong(**long) == wrong(**long, dry_run=True)
+    dropped = {"dataloader_drop_last": True, "per_device_train_batch_size": 25}
+    assert "24 rows are less than a batch of 25" in wrong(**dropped)
+    assert "--modules_to_save mlp has in it" in wrong(use_lora=True, modules_to_save="mlp")
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(fields | {"vocab_size": 4000}))
+    assert "ids up to 4095" in wrong()  # The tokenizer is of another model.
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistaken_option_is_reported_by_the_first_process_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for rank, said in (
+        ("0", "error: there is no option --x; --help lists the options\n"),
+        ("1", ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            parse_options(["--x", "3"])
+        assert capsys.readouterr() == ("", said)
+
+
+def print_attention(*_: Any) -> None:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    print(f"deterministic {deterministic}, cudnn {torch.backends.cuda.cudnn_sdp_enabled()}")
+
+
+def test_full_determinism_leaves_out_what_adds_in_no_fixed_order(
+    argv: MakeArgv, tmp_path: Path
+) -> None:
+    """cuDNN's attention does so on a GPU even when torch is asked for deterministic ways."""
+    words = argv(tmp_path / "out", max_steps=2, full_determinism=True)
+    in_step = partial(before_call, TUNER, "compute_loss", 1, print_attention)
+    assert "deterministic True, cudnn False" in succeed(words, tmp_path / "log", in_step).out
