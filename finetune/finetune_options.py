@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, NoReturn
 
 
 def true_or_false(text: str) -> bool:
-    words = {"1": True, "true": True, "t": True, "yes": True, "y": True}
-    words |= {"0": False, "false": False, "f": False, "no": False, "n": False}
-    if text.lower() not in words:
-        raise ValueError(text)
-    return words[text.lower()]
+    if text.lower() in ("1", "true", "t", "yes", "y"):
+        return True
+    if text.lower() in ("0", "false", "f", "no", "n"):
+        return False
+    raise ValueError(text)
 
 
 class Option(NamedTuple):

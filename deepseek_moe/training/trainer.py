@@ -58,7 +58,6 @@ class FineTuner(Trainer):
         self.add_callback(callbacks.StopAfterLastStep())
         self.add_callback(callbacks.GuardedReporters(reporters))
         self.add_callback(saving.RehearseSave())
-        self.resumed_from: Path | None = None
         self.own_optimizer: torch.optim.Optimizer | None = None  # accelerate wraps it
         self.shard_bytes = saving.SHARD_BYTES
         self._in_step = False  # whether the first step has begun
@@ -71,8 +70,7 @@ class FineTuner(Trainer):
         self._balance = torch.zeros((), device=self.args.device)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        if resume_from_checkpoint:
-            self.resumed_from = Path(resume_from_checkpoint)
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         adapts, quantized = isinstance(self.model, PeftModel), self.base_quantization is not None
         layout = Layout.of(self.args, adapts, quantized)
         reading = report_unreadable(self.resumed_from, layout, is_read=lambda: self._in_step)

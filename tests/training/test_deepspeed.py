@@ -13,6 +13,7 @@ import pytest
 import torch
 from accident_fixtures import before_call, die, stop_in_step
 from finetune_fixtures import (
+    ROOT,
     SCRIPT,
     USED_PORTS,
     Ended,
@@ -35,19 +36,6 @@ MakeArgv = Callable[..., list[str]]
 slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("deepspeed_extensions")
 
-FULL = """
-deepspeed finetune.py --model_name_or_path $MODEL_PATH --data_path $DATA_PATH --output_dir $OUTPUT_PATH \
-  --num_train_epochs 3 --model_max_length 1024 --per_device_train_batch_size 16 --per_device_eval_batch_size 1 \
-  --gradient_accumulation_steps 4 --evaluation_strategy "no" --save_strategy "steps" --save_steps 100 --save_total_limit 100 \
-  --learning_rate 2e-5 --warmup_steps 10 --logging_steps 1 --lr_scheduler_type "cosine" --gradient_checkpointing True \
-  --report_to "tensorboard" --deepspeed configs/ds_config_zero3.json --bf16 True --use_lora False
-"""  # noqa: E501 - as published
-QLORA = FULL.replace(
-    "--deepspeed configs/ds_config_zero3.json --bf16 True --use_lora False",
-    "--deepspeed configs/ds_config_zero2_no_offload.json --bf16 True --use_lora True --bits 4 "
-    "--max_grad_norm 0.3 --double_quant --lora_r 64 --lora_alpha 16 --quant_type nf4",
-)
-
 
 @pytest.fixture(autouse=True)
 def free_buffers() -> Iterator[None]:
@@ -61,17 +49,17 @@ def free_buffers() -> Iterator[None]:
 # --- The published commands
 
 
-def run_published(text: str, place: Path, output: Path) -> Ended:
-    """Runs a published command with a smaller batch and length, and with a free port."""
+def run_published(option: str, place: Path, output: Path) -> Ended:
+    """Runs the README's command that has `option`, with a smaller batch and length."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    [text] = [line for line in lines if line.startswith("deepspeed ") and option in line]
     values = {"MODEL_PATH": place / "base", "DATA_PATH": place / "rows.jsonl"}
     for name, value in (values | {"OUTPUT_PATH": output}).items():
         text = text.replace(f"${name}", shlex.quote(str(value)))
-    words = shlex.split(text)
-    assert words.pop(0) == "deepspeed"
-    for option, value in (("model_max_length", "128"), ("per_device_train_batch_size", "1")):
-        words[words.index(f"--{option}") + 1] = value
+    _, _, *words = shlex.split(text)
+    words += ["--model_max_length", "128", "--per_device_train_batch_size", "1"]
     words += ["--cache_dir", str(place / "cache")]
-    words = ["--num_gpus", "2", "--master_port", str(free_port()), *words]
+    words = ["--num_gpus", "2", "--master_port", str(free_port()), "finetune.py", *words]
     prepare = partial(stand_beside_the_script, os.environ["TORCH_EXTENSIONS_DIR"])
     launcher = Path(sys.executable).with_name("deepspeed")
     return run(words, output.with_name("log"), prepare, launcher)
@@ -85,7 +73,7 @@ def stand_beside_the_script(extensions: str) -> None:
 @slow
 def test_the_published_full_fine_tuning(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    done = run_published(FULL, place, output)
+    done = run_published("--use_lora False", place, output)
     assert done.code == 0, done.err
     assert done.out.splitlines().count(str(output)) == 1
     assert "MISSING" not in done.out + done.err
@@ -102,7 +90,7 @@ def test_the_published_full_fine_tuning(place: Path, tmp_path: Path) -> None:
 @slow
 def test_the_published_qlora(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    done = run_published(QLORA, place, output)
+    done = run_published("--bits 4", place, output)
     assert done.code == 0, done.err
     config = json.loads((output / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 16)
