@@ -156,15 +156,11 @@ def test_a_finished_run_says_so_and_touches_nothing(
     finished: dict[str, Path], argv: MakeArgv, tmp_path: Path
 ) -> None:
     folder = finished["full"]
-
-    def seen() -> dict[str, int]:
-        return {name: (folder / name).stat().st_mtime_ns for name in [".", *files_of(folder)]}
-
-    before = seen()
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     again = succeed(argv(folder), tmp_path / "log")
     assert "finished" in again.err
     assert again.out == f"{folder}\n"
-    assert seen() == before
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
 def test_other_settings_are_refused_with_the_difference(
