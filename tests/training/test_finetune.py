@@ -170,7 +170,7 @@ def test_other_settings_are_refused_with_the_difference(
     succeed(argv(finished["lora"], **LORA, **same), tmp_path / "log")
     other = {"data_path": write_rows(tmp_path / "rows.jsonl", 25), "gradient_accumulation_steps": 2}
     error = run(argv(finished["lora"], **LORA, **other), tmp_path / "log").refusal
-    assert "(batch_size: 4 there, 8 now; other data); repeat its command" in error
+    assert "(other data; batch_size: 4 there, 8 now); repeat its command" in error
 
 
 def test_every_file_of_a_result_is_known_as_one_that_a_run_writes(
