@@ -12,16 +12,16 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
 
 
 def true_or_false(text: str) -> bool:
-    words = {"1": True, "true": True, "t": True, "yes": True, "y": True}
-    words |= {"0": False, "false": False, "f": False, "no": False, "n": False}
-    if text.lower() not in words:
-        raise ValueError(text)
-    return words[text.lower()]
+    if text.lower() in ("1", "true", "t", "yes", "y"):
+        return True
+    if text.lower() in ("0", "false", "f", "no", "n"):
+        return False
+    raise ValueError(text)
 
 
 class Option(NamedTuple):
@@ -192,6 +192,7 @@ def parse_options(argv: Sequence[str] | None = None) -> dict[str, Any]:
         near = difflib.get_close_matches(name, [f"--{known}" for known in OPTIONS], 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists the options"
         parser.error(f"there is no option {name}; {hint}")
+    _refuse_other_values(parser, given)
     for name, remedy in REQUIRED.items():
         if not given.get(name):
             parser.error(f"--{name} is {'empty' if name in given else 'missing'}; {remedy}")
@@ -241,11 +242,23 @@ def _parser() -> "_Parser":
     parser.add_argument("--local_rank", type=int, help=hidden)  # DeepSpeed's launcher adds it
     for name in WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", nargs="?", help=hidden)
-    others = {name: (off, "") for off, names in UNUSED.items() for name in names.split()}
-    for name, (taken, why) in (REFUSED | others).items():
-        refusal = {"action": _RefuseAction, "nargs": "*", "help": hidden}
-        parser.add_argument(f"--{name}", taken=taken, why=why, **refusal)
+    for name in (*REFUSED, *" ".join(UNUSED.values()).split()):
+        parser.add_argument(f"--{name}", nargs="*", help=hidden)
     return parser
+
+
+def _refuse_other_values(parser: "_Parser", given: dict[str, Any]) -> None:
+    """Takes the options of REFUSED and UNUSED out of `given`, at the one value that they have."""
+    others = {name: (value, "") for value, names in UNUSED.items() for name in names.split()}
+    for name, (taken, why) in (REFUSED | others).items():
+        if name not in given:
+            continue
+        value = " ".join(given.pop(name)) or ("" if taken == "" else "True")
+        if _same(value, taken):
+            continue
+        if why:
+            parser.error(f"--{name} {value} is not supported; {why}")
+        parser.error(f"there is no option --{name}; --help lists the options")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -260,31 +273,11 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-class _RefuseAction(argparse.Action):
-    """Refuses an option unless its value is `taken`."""
-
-    def __init__(self, *args: Any, taken: str, why: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.taken, self.why = taken, why
-
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        value = " ".join(values) or ("" if self.taken == "" else "True")
-        if _same(value, self.taken):
-            return
-        if self.why:
-            parser.error(f"{option_string} {value} is not supported; {self.why}")
-        parser.error(f"there is no option {option_string}; --help lists the options")
-
-
 def _same(one: str, other: str) -> bool:
     """Whether two texts are the same value: False is 0, and 0 is 0.0."""
     for read in (true_or_false, float):
-        try:
+        with suppress(ValueError):
             return read(one) == read(other)
-        except ValueError:
-            continue
     return one == other
 
 

@@ -8,7 +8,6 @@ import pkgutil
 import resource
 import signal
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,12 +45,12 @@ def die_in_step(number: int) -> None:
 
 def stop_in_step(number: int, kind: int = signal.SIGTERM) -> None:
     """Sends this process a signal in a step, twice: a launcher passes it on."""
-    before_call(TUNER, "compute_loss", number, partial(raise_twice, kind))
 
+    def raise_twice(*_: Any) -> None:
+        signal.raise_signal(kind)
+        signal.raise_signal(kind)
 
-def raise_twice(kind: int, *_: Any) -> None:
-    signal.raise_signal(kind)
-    signal.raise_signal(kind)
+    before_call(TUNER, "compute_loss", number, raise_twice)
 
 
 def die_in_file(number: int) -> None:
@@ -81,10 +80,6 @@ def die_after_training() -> None:
     before_call("deepseek_moe.training.run.Run", "_publish", 1, die)
 
 
-def fill_disk_at_save(number: int, size: int) -> None:
-    """From the checkpoint `number` of this process on, no file can grow over `size` bytes."""
-
-    def limit(*_: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    before_call(TUNER, "_save_checkpoint", number, limit)
+def limit_file_size(size: int, *_: Any) -> None:
+    """Lets no file of this process grow over `size` bytes from now on, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -1,7 +1,7 @@
 """What the tests of fine-tuning share: a small base model, rows, and runs of the script.
 
 `run` forks the script from a server process that has imported its libraries already, which takes a
-second instead of seven. `command` and `launch` start it as a person would.
+second instead of seven.
 """
 
 import json
@@ -11,7 +11,6 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,8 +31,9 @@ IDS = {"vocab_size": 4096, "bos_token_id": 4094, "eos_token_id": 4095, "pad_toke
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "bird", "of", "gold", "which"]
 
-THREADS = os.cpu_count() or 1
 USED_PORTS: list[int] = []
+Before = Callable[[], None] | None
+"""Called in the process of the script before it starts, so it must be possible to pickle."""
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["deepseek_moe.training.build", "deepseek_moe.training.run"])
 
@@ -50,6 +50,12 @@ class Ended(NamedTuple):
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.err
         return lines[0].removeprefix("error: ")
+
+    @property
+    def refusal(self) -> str:
+        """The line of an error that is the user's, which comes before anything is done."""
+        assert (self.code, self.out) == (2, ""), self.err
+        return self.error
 
 
 def write_base(folder: Path, **changes: Any) -> Path:
@@ -81,29 +87,27 @@ def options(**values: Any) -> list[str]:
 # --- Ways to run the script
 
 
-def start(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> BaseProcess:
-    """Starts the script in a process of its own, which writes to `log`.out and `log`.err.
-
-    Args:
-        before: called in that process before the script, with what can be pickled.
-    """
-    process = FORKS.Process(target=_script, args=(list(argv), log, before), daemon=True)
+def start(
+    argv: Sequence[str], log: Path, before: Before = None, script: Path = SCRIPT
+) -> BaseProcess:
+    """Starts the script in a process of its own, which writes to `log`.out and `log`.err."""
+    process = FORKS.Process(target=_run_script, args=(script, list(argv), log, before), daemon=True)
     process.start()
     return process
 
 
-def _script(argv: list[str], log: Path, before: Callable[[], None] | None) -> None:
+def _run_script(script: Path, argv: list[str], log: Path, before: Before) -> None:
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.setsid()  # so that it can be ended together with all that it starts
-    torch.set_num_threads(THREADS)  # A single thread would always add in the same order.
+    torch.set_num_threads(os.cpu_count() or 1)  # A single thread would always add in one order.
     if before:
         before()
-    sys.argv = [str(SCRIPT), *argv]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = [str(script), *argv]
+    runpy.run_path(str(script), run_name="__main__")
 
 
-def end(process: BaseProcess, log: Path, timeout: float = 120) -> Ended:
+def end(process: BaseProcess, log: Path, timeout: float = 240) -> Ended:
     process.join(timeout)
     if process.exitcode is None:
         kill_group(process)
@@ -119,17 +123,24 @@ def kill_group(process: BaseProcess) -> None:
         process.kill()
 
 
-def run(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> Ended:
-    return end(start(argv, log, before), log)
+def run(argv: Sequence[str], log: Path, before: Before = None, script: Path = SCRIPT) -> Ended:
+    return end(start(argv, log, before, script), log)
 
 
-def run_ranks(
-    argv: Sequence[str], log: Path, count: int, before: Callable[[], None] | None = None
-) -> list[Ended]:
+def succeed(argv: Sequence[str], log: Path, before: Before = None) -> Ended:
+    done = run(argv, log, before)
+    assert done.code == 0, done.err
+    return done
+
+
+def run_ranks(argv: Sequence[str], log: Path, count: int, before: Before = None) -> list[Ended]:
     """Runs the script in `count` processes that find each other as a launcher's do."""
-    shared = (count, free_port(), os.environ["TORCH_EXTENSIONS_DIR"], before)
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = free_port()
+    shared["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
     logs = [Path(f"{log}{rank}") for rank in range(count)]
-    started = [start(argv, logs[rank], partial(_be_rank, rank, *shared)) for rank in range(count)]
+    ranks = [partial(_be_rank, rank, shared, before) for rank in range(count)]
+    started = [start(argv, log, rank) for log, rank in zip(logs, ranks, strict=True)]
     try:
         return [end(process, log) for process, log in zip(started, logs, strict=True)]
     finally:
@@ -137,11 +148,8 @@ def run_ranks(
             kill_group(process)
 
 
-def _be_rank(
-    rank: int, count: int, port: int, extensions: str, before: Callable[[], None] | None
-) -> None:
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_EXTENSIONS_DIR": extensions}
+def _be_rank(rank: int, shared: dict[str, Any], before: Before) -> None:
+    values = shared | {"RANK": rank, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in values.items()}
     if before:
         before()
@@ -149,33 +157,6 @@ def _be_rank(
 
 def read(log: Path, kind: str) -> str:
     return Path(f"{log}.{kind}").read_text(encoding="utf-8").replace("\r", "\n")
-
-
-def command(
-    argv: Sequence[str], folder: Path = ROOT, timeout: float = 240, threads: int = 1
-) -> Ended:
-    """Runs a command as a person types it in `folder`. A hang is an error and leaves nothing."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(
-        list(argv), cwd=folder, env=environment, start_new_session=True, **pipes
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    return Ended(process.returncode, out, err.replace("\r", "\n"))
-
-
-def launch(processes: int, argv: Sequence[str]) -> Ended:
-    """Runs the script through DeepSpeed's launcher, in the script's folder."""
-    return command([*launcher(processes), str(SCRIPT), *argv], SCRIPT.parent)
-
-
-def launcher(processes: int) -> list[str]:
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    return [deepspeed, "--num_gpus", str(processes), "--master_port", str(free_port())]
 
 
 def free_port() -> int:
@@ -273,7 +254,3 @@ def use_fused_forwards_on_a_cpu() -> None:
         return model
 
     build.build_model = build_for_a_gpu
-
-
-def be_process(rank: str) -> None:
-    os.environ["RANK"] = rank

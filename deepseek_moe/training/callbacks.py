@@ -1,15 +1,21 @@
-"""What a run shows on stderr, and when it stops."""
+"""What a run shows and reports, whose errors never end it, and when it stops."""
 
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import distributed
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
+
+from ..errors import first_words
 
 
 class Progress(ProgressCallback):
@@ -30,7 +36,8 @@ class Progress(ProgressCallback):
         """Ends the line of a bar, so that an error message starts on a new one."""
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
-                bar.close()
+                with suppress(OSError):  # stderr may be a file on a full disk
+                    bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = [form.format(logs[key]) for key, form in self.SHOWN.items() if key in logs]
@@ -46,6 +53,53 @@ class ProgressWithoutBars(Progress):
         """Makes no bar. The other events below do nothing either."""
 
     on_step_end = on_prediction_step = on_evaluate = on_predict = on_train_end = on_train_begin
+
+
+class GuardedReporters(TrainerCallback):
+    """Passes every event on to `reporters`, and drops a reporter that fails, with one warning.
+
+    Args:
+        reporters: callbacks by the names that the user knows them by.
+    """
+
+    def __init__(self, reporters: dict[str, TrainerCallback]) -> None:
+        self.reporters = reporters
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("on_"):  # whichever events this version of transformers has
+            return partial(self.pass_on, name)
+        return super().__getattribute__(name)
+
+    def pass_on(self, event: str, *args: Any, **kwargs: Any) -> None:
+        for name, reporter in list(self.reporters.items()):
+            try:
+                getattr(reporter, event)(*args, **kwargs)
+            except Exception as error:  # many libraries raise errors of many classes
+                del self.reporters[name]
+                folder = getattr(reporter, "logging_dir", None)
+                said = f"warning: {name} cannot report any more{f' to {folder}' if folder else ''} "
+                said += f"({first_words(error)}); the run goes on without it"
+                with suppress(OSError):
+                    tqdm.write(said, file=sys.stderr)
+
+
+@contextmanager
+def silent_writer_threads() -> Iterator[None]:
+    """Keeps Python from printing the tracebacks of TensorBoard's writer thread.
+
+    The next call of the writer raises such an error once more, and GuardedReporters reports it.
+    """
+    before = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        if not type(found.thread).__module__.startswith(("tensorboard.", "tensorboardX.")):
+            before(found)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class StopAtSignal(TrainerCallback):

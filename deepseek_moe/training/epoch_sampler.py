@@ -18,9 +18,6 @@ class EpochSampler(Sampler[int]):
     of fifty steps, and each piece is sorted by length. Then the steps are shuffled, except for the
     one with the longest example: it comes first, and shows at once if memory is too small.
 
-    accelerate's SeedableRandomSampler draws a random order from seed and epoch too, but does not
-    group by length.
-
     Args:
         lengths: the number of tokens of each example.
         step: the number of examples in a step of all processes; 1 only shuffles.
@@ -54,8 +51,7 @@ class SetEpoch(TrainerCallback):
     """Tells the sampler its epoch.
 
     accelerate would do this for a sampler with a `set_epoch`, but not if several processes resume
-    inside of an epoch: DataLoaderShard.set_epoch (accelerate/data_loader.py) does not look through
-    a SkipBatchSampler around a BatchSamplerShard.
+    inside of an epoch: its DataLoaderShard.set_epoch does not look through a SkipBatchSampler.
     """
 
     def __init__(self, sampler: EpochSampler) -> None:

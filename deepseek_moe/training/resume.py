@@ -105,8 +105,10 @@ def refuse_damaged(checkpoint: Path, layout: Layout) -> None:
     """
     if not (damage := find_damage(checkpoint, layout)):
         return
-    saved_by = count_processes(checkpoint)
-    if saved_by not in (None, layout.processes):
+    # One process saves its random states to rng_state.pth, each of several to rng_state_N.pth.
+    ranks = [int(file.stem[10:] or 0) for file in checkpoint.glob("rng_state*.pth")]
+    saved_by = 1 + max(ranks, default=layout.processes - 1)
+    if saved_by != layout.processes:
         raise CollectiveRunError(
             f"{checkpoint} was saved by {saved_by} processes, and this run has {layout.processes}; "
             f"repeat the command with {saved_by}, or give another --output_dir"
@@ -126,14 +128,6 @@ def find_damage(checkpoint: Path, layout: Layout) -> str | None:
         except Exception as error:  # Libraries raise errors of any class.
             return f"{file} is damaged ({first_words(error)})"
     return None
-
-
-def count_processes(checkpoint: Path) -> int | None:
-    """Counts the processes that saved a checkpoint by their random states; None without any."""
-    ranks = [int(file.stem[10:]) for file in checkpoint.glob("rng_state_*.pth")]
-    if ranks:
-        return 1 + max(ranks)
-    return 1 if (checkpoint / "rng_state.pth").is_file() else None
 
 
 @contextmanager
@@ -243,9 +237,7 @@ def _load(file: Path) -> Any:
 
 def _check_schedule(file: Path, step: int) -> None:
     _check_archive(file)
-    state = _load(file)
-    if not isinstance(state, dict):
-        raise ValueError("it holds no state of a schedule")
+    state = dict(_load(file))
     if "lr_lambdas" in state and state["last_epoch"] != step:  # Other schedules count evaluations.
         raise ValueError(f"it is of step {state['last_epoch']}")
 
@@ -253,9 +245,8 @@ def _check_schedule(file: Path, step: int) -> None:
 def _check_optimizer(file: Path) -> None:
     _check_archive(file)
     found = _load(file)
-    for name, kind in (("state", dict), ("param_groups", list)):
-        if not isinstance(found[name], kind):
-            raise ValueError(f"its {name} is no {kind.__name__}")
+    if not (isinstance(found["state"], dict) and isinstance(found["param_groups"], list)):
+        raise ValueError("it holds no states of an optimizer")
 
 
 def _check_latest(file: Path) -> None:

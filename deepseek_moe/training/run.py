@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from dataclasses import MISSING, fields
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..checkpoint import fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
 from ..errors import UserError
-from ..files import lock
+from ..files import describe_differences, lock, write_aside
 from ..model.layout import first_few
 from . import examples
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
@@ -37,28 +36,18 @@ WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
 WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
 WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUANTIZATION_FILE)
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "layout.py")
+WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "balance_loss.py", "layout.py")
 """Patterns of the names that a run writes into its folder, or removes from it, beside RUN_FILE."""
 HASHED = ("model", "data", "eval_data")
 """Settings that are stored as hashes, so that messages only name them."""
-DECIDE_NOTHING = (
-    # The hashes of model and data stand for these,
-    "model_name_or_path cache_dir data_path eval_data_path skip_bad_rows "
-    # and batch_size, zero_stage and optim for these.
-    "per_device_train_batch_size gradient_accumulation_steps deepspeed single_gpu_full "
-    # The same numbers, up to rounding, computed in another way or on other devices.
-    "attn_implementation recompute_experts gradient_checkpointing* activation_checkpointing* "
-    "torch_* *liger_kernel* use_c[ap]* auto_find_batch_size local_rank ddp_* fsdp* "
-    "accelerator_config parallelism_config dataloader_[!d]* remove_unused_columns label_names "
-    "length_column_name "
-    # What is saved, evaluated, shown and logged, where and when.
-    "output_dir merge_on_save save_* enable_jit_checkpoint push_to_hub hub_* do_* eval_[!f]* "
-    "per_device_eval_batch_size *_full_eval batch_eval_metrics include_* prediction_loss_only "
-    "load_best_model_at_end *_best_model greater_is_better show_examples dry_run log_* logging_* "
-    "debug report_to run_name project trackio_* disable_tqdm skip_memory_metrics *_from_checkpoint"
+DECIDE = (
+    "use_lora trainable lora_rank lora_alpha lora_dropout modules_to_save bits quant_type "
+    "double_quant eval_fraction model_max_length packing train_sampling_strategy "
+    "dataloader_drop_last num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps "
+    "optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed full_determinism bf16"
 )
-"""Patterns of the settings that do not decide the result. All others do, those of a newer
-transformers, dataloader_drop_last and eval_fraction included."""
+"""Options that decide the result. Others say where and when something is saved or shown, or how
+the same numbers are computed. Model, rows and batch size count too, however they are given."""
 DEFAULTS = {
     one.name: one.default
     for kind in (ModelArguments, DataArguments, FineTuningArguments)
@@ -93,60 +82,42 @@ class Run:
                 ) from error
             if self.checkpoint or self.finished:  # Else there is nothing to go on from.
                 self._refuse_others(settings)
-        else:
-            self._refuse_files_of_others()
+        elif there := [file.name for pattern in WRITTEN for file in self.folder.glob(pattern)]:
+            raise UserError(
+                f"{self.folder} holds {first_few(there)}, which a run writes too, but no "
+                f"{RUN_FILE} that says of which run; give another --output_dir"
+            )
 
     @property
     def steps(self) -> int:
         """The steps that its last checkpoint has taken; 0 without one."""
         return int(self.checkpoint.rpartition("-")[2]) if self.checkpoint else 0
 
-    def _refuse_files_of_others(self) -> None:
-        there = [file for pattern in WRITTEN for file in self.folder.glob(pattern)]
-        if there:
-            raise UserError(
-                f"{self.folder} holds {first_few([file.name for file in there])}, which a run "
-                f"writes too, but no {RUN_FILE} that says of which run; give another --output_dir"
-            )
-
     def _refuse_others(self, found: dict[str, Any]) -> None:
         there, now = DEFAULTS | found, DEFAULTS | self.settings
-        # None, False, 0 and what is empty all mean off.
-        differ = [
-            key
-            for key in found | self.settings
-            if (there.get(key) or None) != (now.get(key) or None)
-        ]
+        for name in there | now:  # None, False, 0 and what is empty all mean off.
+            if not there.get(name) and not now.get(name):
+                there[name] = now[name] = None
+        differ = describe_differences(there, now, HASHED)
         if "model" in differ and is_outdated(found.get("model")):
             raise UserError(
                 f"{self.folder} holds a run of an older version of this code, which noted its base "
                 "model in another way; finish it with that version, or give another --output_dir"
             )
         if differ:
-            shown = "; ".join(
-                f"another {key.replace('_', ' ')}"
-                if key in HASHED
-                else f"{key}: {there.get(key)} there, {now.get(key)} now"
-                for key in differ
-            )
             raise UserError(
-                f"{self.folder} holds a run with other settings ({shown}); repeat its command, or "
-                "give another --output_dir"
+                f"{self.folder} holds a run with other settings ({'; '.join(differ.values())}); "
+                "repeat its command, or give another --output_dir"
             )
 
     def start(self) -> None:
         """Claims the folder for this process, and clears away what an interrupted save left.
 
         Raises:
-            UserError: the folder cannot be made, or another process is running in it.
+            UserError: the folder cannot be written to, or another process is running in it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be made ({error.strerror}); give another --output_dir"
-            ) from error
-        try:
             self._lock = (self.folder / ".lock").open("a")
             lock(self._lock)
         except BlockingIOError as error:
@@ -175,32 +146,32 @@ class Run:
             UserError: the adapter cannot be merged. It stays.
         """
         with report_failed_write(self.folder, trainer.is_world_process_zero()):
-            trainer.save_sparingly(partial(self._save_result, trainer, base, merge))
+            save = partial(self._save_result, trainer, base, merge)
+            trainer.save_sparingly(save, self.folder / INCOMPLETE)
         trainer.accelerator.wait_for_everyone()
 
     def _save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
         aside = self.folder / INCOMPLETE
         result, adapter = aside / "result", aside / "adapter"
-        if not isinstance(trainer.model, PeftModel):
-            state = trainer.whole_parameters()
-            if trainer.is_world_process_zero():
-                tensors = tensors_on_host(trainer.model, state)
-                write_checkpoint(tensors, base, result, None, trainer.shard_bytes)
-                self._publish(result)
-            return
-        trainer.save_model(str(adapter))
+        adapts = isinstance(trainer.model, PeftModel)
+        if adapts:
+            trainer.save_model(str(adapter))
+        else:
+            tensors = tensors_on_host(trainer.model, trainer.whole_parameters())
         if not trainer.is_world_process_zero():
             return
-        (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form, which nobody has filled in.
-        for file in adapter.glob("*.safetensors"):
-            file.chmod(0o644)
-        if not merge:
-            self._publish(adapter)
-            return
-        kept = self.folder / "adapter"  # It stays if the merge is refused.
-        shutil.rmtree(kept, ignore_errors=True)
-        os.replace(adapter, kept)
-        write_checkpoint(merged_tensors(base, kept), base, result, None, trainer.shard_bytes)
+        if adapts:
+            (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
+            for file in adapter.glob("*.safetensors"):
+                file.chmod(0o644)
+            if not merge:
+                self._publish(adapter)
+                return
+            kept = self.folder / "adapter"  # It stays if the merge is refused.
+            shutil.rmtree(kept, ignore_errors=True)
+            os.replace(adapter, kept)
+            tensors = merged_tensors(base, kept)
+        write_checkpoint(tensors, base, result, None, trainer.shard_bytes)
         self._publish(result)
 
     def _publish(self, result: Path) -> None:
@@ -216,9 +187,7 @@ class Run:
             "settings": self.settings,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        aside = self.folder / f".{RUN_FILE}.tmp"  # The lock keeps other processes from this name.
-        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, self.folder / RUN_FILE)
+        write_aside(self.folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def settings_of(
@@ -231,12 +200,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """All settings that decide the result of a run, as JSON has them; `folder` holds the base."""
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    chosen = {
-        one.name: getattr(getattr(group, one.name), "value", getattr(group, one.name))
-        for group in (model, data, training)
-        for one in fields(group)
-        if not any(fnmatch(one.name, pattern) for pattern in DECIDE_NOTHING.split())
-    }
+    given = vars(model) | vars(data) | vars(training)
+    chosen = {name: getattr(given[name], "value", given[name]) for name in DECIDE.split()}
     return chosen | {
         "model": fingerprint(folder),
         "data": examples.fingerprint(train),

@@ -6,15 +6,15 @@ saved once as a trial.
 
 import copy
 import errno
-import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
@@ -106,33 +106,6 @@ def publish_checkpoint(output: Path, name: str, limit: int | None) -> None:
     shutil.rmtree(aside)
 
 
-def save_sparingly(save: Callable[[int], None], aside: Path, alone: bool) -> None:
-    """Calls `save(SHARD_BYTES)`, and `save(ONE_TENSOR)` if memory runs out.
-
-    Args:
-        aside: the folder that `save` fills. It is emptied between the two tries.
-        alone: whether this is the only process. Others would never join the second try.
-    """
-    release_gpu_memory()
-    try:
-        save(SHARD_BYTES)
-        return
-    except Exception as error:
-        if not (alone and is_out_of_memory(error)):
-            raise
-    # Inside of `except`, the traceback of the error would keep tensors alive.
-    shutil.rmtree(aside, ignore_errors=True)
-    release_gpu_memory()
-    save(ONE_TENSOR)
-
-
-def release_gpu_memory() -> None:
-    """Gives back what PyTorch has cached, to libraries that allocate GPU memory by themselves."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Tells whether `error`, or an error that it was raised from, is of a full GPU or host."""
     while error is not None:
@@ -148,7 +121,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def report_failed_write(output: str | Path, main: bool) -> Iterator[None]:
+def report_failed_write(output: Path, main: bool) -> Iterator[None]:
     """Turns an error of writing into one line, and removes what is half written.
 
     Args:
@@ -163,22 +136,23 @@ def report_failed_write(output: str | Path, main: bool) -> Iterator[None]:
         yield
     except Exception as error:  # Libraries raise errors of any class when a disk is full.
         if main:
-            shutil.rmtree(Path(output) / INCOMPLETE, ignore_errors=True)
+            shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         if isinstance(error, UserError) and not isinstance(error, RunError):
             raise
         found = first_words(error)
-        last = f"the last complete checkpoint is {get_last_checkpoint(str(output)) or 'none'}"
         if is_out_of_memory(error):
-            raise RunError(
-                f"saving to {output} ran out of memory ({found}); {last}: end other programs, or "
-                "lower --per_device_train_batch_size, and repeat the command to go on from it"
-            ) from error
-        if isinstance(error, RunError):
-            found = found.partition("; ")[0]  # Its own remedy is one for exports.
-        free = shutil.disk_usage(output).free / 1e9
+            what = f"saving to {output} ran out of memory ({found})"
+            remedy = "end other programs, or lower --per_device_train_batch_size,"
+        else:
+            if isinstance(error, RunError):
+                found = found.partition("; ")[0]  # Its own remedy is one for exports.
+            free = shutil.disk_usage(output).free / 1e9
+            what = f"{output} could not be written to ({found}; {free:.1f} GB free there)"
+            remedy = "make room"
+        last = get_last_checkpoint(str(output)) or "none"
         raise RunError(
-            f"{output} could not be written to ({found}; {free:.1f} GB free there); {last}: make "
-            "room and repeat the command to go on from it"
+            f"{what}; the last complete checkpoint is {last}: {remedy} and repeat the command to "
+            "go on from it"
         ) from error
 
 
@@ -191,17 +165,15 @@ class RehearseSave(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
         trained = [p for p in kwargs["model"].parameters() if p.requires_grad and p.numel()]
-        if not trained:  # ZeRO-3 has divided every parameter.
+        if not trained or not state.is_world_process_zero:  # ZeRO-3 leaves every parameter empty.
             return
         largest = max(trained, key=lambda parameter: parameter.nbytes)
-        optimizer = kwargs.get("optimizer")
-        states = getattr(optimizer, "state", {}).get(largest, {})
-        aside = Path(args.output_dir) / INCOMPLETE
-        with report_failed_write(args.output_dir, main=True):
-            release_gpu_memory()
+        states = getattr(kwargs.get("optimizer"), "state", {}).get(largest, {})
+        output = Path(args.output_dir)
+        aside = output / INCOMPLETE
+        with report_failed_write(output, main=True):
+            clear_device_cache(garbage_collection=True)
             kwargs["model"].config.save_pretrained(aside)
             write_shards(iter([("largest", largest.detach().cpu())]), aside, SHARD_BYTES)
             torch.save(states, aside / "optimizer.pt")

@@ -9,16 +9,19 @@
 """
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
@@ -29,18 +32,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import Checkpoint
 from ..errors import CollectiveRunError, as_user_error
-from . import saving
+from . import callbacks, saving
 from .arguments import zero_stage
-from .callbacks import Progress, ProgressWithoutBars, StopAfterLastStep, StopAtSignal
 from .compute.adamw_in_backward import StepInBackward
 from .epoch_sampler import EpochSampler, SetEpoch
-from .guarded_reporters import GuardedReporters, silent_writer_threads
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
 from .trainable import weights_passed
-
-LOADER_OPTIONS = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "in_order")
-LOADER_OPTIONS += ("prefetch_factor", "multiprocessing_context")
 
 
 class FineTuner(Trainer):
@@ -50,24 +48,20 @@ class FineTuner(Trainer):
         """`quantization` is that of the base under the adapters; all else is transformers'."""
         super().__init__(*args, **kwargs)
         self.base_quantization = quantization
-        self.stopper = StopAtSignal()
-        self.progress = ProgressWithoutBars() if self.args.disable_tqdm else Progress()
-        names = self.args.report_to
+        quiet, names = self.args.disable_tqdm, self.args.report_to
+        self.pop_callback(PrinterCallback if quiet else ProgressCallback)
+        self.progress = callbacks.ProgressWithoutBars() if quiet else callbacks.Progress()
         found = map(self.pop_callback, get_reporting_integration_callbacks(names))
-        reporters = dict(zip(names, found, strict=True))
-        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
-            reporters["the progress bar"] = self.progress
-        guarded = GuardedReporters(reporters)
-        for callback in (self.stopper, StopAfterLastStep(), guarded, saving.RehearseSave()):
-            self.add_callback(callback)
-        self.resumed_from: Path | None = None
+        reporters = dict(zip(names, found, strict=True)) | {"the progress bar": self.progress}
+        self.stopper = callbacks.StopAtSignal()
+        self.add_callback(self.stopper)
+        self.add_callback(callbacks.StopAfterLastStep())
+        self.add_callback(callbacks.GuardedReporters(reporters))
+        self.add_callback(saving.RehearseSave())
         self.own_optimizer: torch.optim.Optimizer | None = None  # accelerate wraps it
         self.shard_bytes = saving.SHARD_BYTES
         self._in_step = False  # whether the first step has begun
-        self._sources: list[str] = []  # the rows of the running step
-        self._sequences_in_step = 0
         self._broken_loss: float | None = None
-        self._evaluated = torch.zeros(2)  # nats, tokens
         self._weights_passed = 0.0
         self._reset_counters()
 
@@ -76,17 +70,15 @@ class FineTuner(Trainer):
         self._balance = torch.zeros((), device=self.args.device)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        if resume_from_checkpoint:
-            self.resumed_from = Path(resume_from_checkpoint)
-        adapter = isinstance(self.model, PeftModel)
-        layout = Layout.of(self.args, adapter, quantized=self.base_quantization is not None)
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        adapts, quantized = isinstance(self.model, PeftModel), self.base_quantization is not None
+        layout = Layout.of(self.args, adapts, quantized)
         reading = report_unreadable(self.resumed_from, layout, is_read=lambda: self._in_step)
         try:
-            with silent_writer_threads(), reading:
+            with callbacks.silent_writer_threads(), reading:
                 return super().train(resume_from_checkpoint, **kwargs)
         finally:
-            with suppress(OSError):
-                self.progress.close()
+            self.progress.close()
 
     def leave_if_stopped(self) -> None:
         """Ends the process with the exit code of the signal that ended the training, if any did."""
@@ -202,7 +194,7 @@ class FineTuner(Trainer):
 
         The random numbers of training stay untouched, so that they go on the same after a stop.
         """
-        start, self._evaluated = time.perf_counter(), torch.zeros(2)
+        start, self._evaluated = time.perf_counter(), torch.zeros(2)  # nats, tokens
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -226,17 +218,18 @@ class FineTuner(Trainer):
         args = self.args
         if args.train_sampling_strategy == "sequential":
             return super().get_train_dataloader()
-        grouped = args.train_sampling_strategy == "group_by_length"
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = EpochSampler(self.train_dataset["length"], seed, step if grouped else 1)
+        if args.train_sampling_strategy == "random":
+            step = 1
+        sampler = EpochSampler(self.train_dataset["length"], args.seed, step)
         self.add_callback(SetEpoch(sampler))
         loader = DataLoader(
             self.train_dataset,
             args.train_batch_size,
             sampler=sampler,
             collate_fn=self.data_collator,
-            **{name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS},
+            drop_last=args.dataloader_drop_last,
+            pin_memory=args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
 
@@ -247,15 +240,21 @@ class FineTuner(Trainer):
 
     # ---- saving ----
 
-    def save_sparingly(self, save: Callable[[], None]) -> None:
-        """Calls `save` as `saving.save_sparingly` does; `save` fills the folder INCOMPLETE."""
-
-        def save_in_shards(shard_bytes: int) -> None:
-            self.shard_bytes = shard_bytes
-            save()
-
-        aside = Path(self.args.output_dir) / saving.INCOMPLETE
-        saving.save_sparingly(save_in_shards, aside, alone=self.args.world_size == 1)
+    def save_sparingly(self, save: Callable[[], None], aside: Path) -> None:
+        """Calls `save`, which fills the folder `aside`. If memory runs out, it is called again with
+        a file for each tensor, but not on several processes: the others would never join."""
+        clear_device_cache(garbage_collection=True)
+        self.shard_bytes = saving.SHARD_BYTES
+        try:
+            return save()
+        except Exception as error:
+            if self.args.world_size > 1 or not saving.is_out_of_memory(error):
+                raise
+        # Inside of `except`, the traceback of the error would keep tensors alive.
+        shutil.rmtree(aside, ignore_errors=True)
+        clear_device_cache(garbage_collection=True)
+        self.shard_bytes = saving.ONE_TENSOR
+        save()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves without the copy of all weights that Trainer makes on the host of every process."""
@@ -274,7 +273,6 @@ class FineTuner(Trainer):
         return None
 
     # ---- private methods of Trainer ----
-    #
     # These overrides follow transformers/trainer.py from 5.17 to 5.23; the line numbers are those
     # of 5.23. A test fails when Trainer changes their signatures or calls.
 
@@ -296,15 +294,11 @@ class FineTuner(Trainer):
 
         No callback comes before a save. The one after it comes when the folder has its name.
         """
-        start, save = time.perf_counter(), super()._save_checkpoint
+        start, save = time.perf_counter(), partial(super()._save_checkpoint, model, trial)
         output, main = Path(self.args.output_dir), self.is_world_process_zero()
-
-        def save_aside() -> None:
-            with changed(self.args, output_dir=str(output / saving.INCOMPLETE)):
-                save(model, trial)
-
-        with saving.report_failed_write(output, main):
-            self.save_sparingly(save_aside)
+        aside = output / saving.INCOMPLETE
+        with saving.report_failed_write(output, main), changed(self.args, output_dir=str(aside)):
+            self.save_sparingly(save, aside)
         self.state.best_model_checkpoint = None  # It would name a folder that has been renamed.
         self.accelerator.wait_for_everyone()
         if main:

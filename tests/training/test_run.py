@@ -22,7 +22,7 @@ def test_a_run_is_new_or_goes_on_from_its_last_checkpoint(tmp_path: Path) -> Non
     assert again.checkpoint == str(run.folder / "checkpoint-10")
     again.start()
     assert not (run.folder / "incomplete").exists()
-    with pytest.raises(UserError, match=r"other settings \(another data\)"):
+    with pytest.raises(UserError, match=r"other settings \(other data\)"):
         Run(str(run.folder), settings | {"data": "y"})
     with pytest.raises(UserError, match="extra: None there, 1 now"):
         Run(str(run.folder), settings | {"extra": 1})
@@ -48,15 +48,19 @@ def test_a_new_run_refuses_a_folder_whose_files_it_would_overwrite(
 def test_a_folder_in_which_another_process_runs_is_refused(tmp_path: Path) -> None:
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
     hold += "print(flush=True); input()"
-    lock = tmp_path / ".lock"
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    command = [sys.executable, "-c", hold, tmp_path / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match="another process is running"):
             Run(str(tmp_path), {}).start()
         other.communicate(b"\n")
     Run(str(tmp_path), {}).start()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()  # root may write anywhere else
+    with pytest.raises(UserError, match="cannot be written to"):
+        Run(str(tmp_path), {}).start()
 
 
 def test_a_broken_run_file_is_refused(tmp_path: Path) -> None:
@@ -68,13 +72,11 @@ def test_a_broken_run_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_of_an_older_version_is_named_as_one(tmp_path: Path) -> None:
     """It noted its base model by a fingerprint of another kind."""
-    Run(str(tmp_path), {"model": "0123456789abcdef"}).start()
-    (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match=r"of an older version of this code.*; finish it with"):
-        Run(str(tmp_path), {"model": "tensors:0123"})
-    (tmp_path / RUN_FILE).unlink()
-    (tmp_path / "checkpoint-5").rmdir()
-    Run(str(tmp_path), {"model": "tensors:0123"}).start()
-    (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match=r"other settings \(another model\)"):
-        Run(str(tmp_path), {"model": "tensors:4567"})
+    for noted, found in (
+        ("0123456789abcdef", r"of an older version of this code.*; finish it with"),
+        ("tensors:4567", r"other settings \(other model\)"),
+    ):
+        Run(str(tmp_path / noted), {"model": noted}).start()
+        (tmp_path / noted / "checkpoint-5").mkdir()
+        with pytest.raises(UserError, match=found):
+            Run(str(tmp_path / noted), {"model": "tensors:0123"})
