@@ -98,11 +98,8 @@ def by_hand(weight: torch.Tensor, way: Quantization) -> torch.Tensor:
 
 def as_stored(weight: nn.Parameter) -> torch.Tensor:
     """The numbers that the stored codes and scales of a 4-bit weight mean, in fp32."""
-    state, scales = weight.quant_state, (None, None, None)
-    if state.nested:
-        scales = state.state2.code, state.state2.absmax, state.offset
-    packed = weight.detach().as_subclass(torch.Tensor)
-    return unpack_4bit(packed, state.code, state.absmax, *scales, state.shape, torch.float32)
+    assert weight.quant_state.dtype == torch.float32
+    return unpack_4bit(weight.detach().as_subclass(torch.Tensor), weight.quant_state)
 
 
 # Rows that are no multiple of 64 share scales with the next ones.

@@ -1,10 +1,16 @@
 """What each kernel of fine-tuning computes, in torch. The experts use it where no GPU is."""
 
+from typing import Any
+
 import torch
+from bitsandbytes.functional import QuantState
 from torch.nn import functional as F
 
 from ..torch_ops import sort_picks as sort_picks
 from ..torch_ops import swiglu
+
+ADAMW_BLOCK = 256
+"""Weights that share a scale of each of AdamW's averages."""
 
 # Between the products of the experts in training.
 
@@ -80,28 +86,102 @@ def sum_picks(
 # The frozen base of QLoRA.
 
 
-def unpack_4bit(
-    packed: torch.Tensor,
-    code: torch.Tensor,
-    absmax: torch.Tensor,
-    code2: torch.Tensor | None,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    blocksize: int = 64,
-    blocksize2: int = 256,
-) -> torch.Tensor:
-    """A 4-bit weight of bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314) in `dtype`.
+def unpack_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """A 4-bit weight of bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314) in state.dtype.
 
-    The high half of each `packed` byte, then the low half, is an index into `code` [16].
+    The high half of each `packed` byte, then the low half, is an index into state.code [16].
     `blocksize` weights share a scale. The scales are `absmax` in fp32. With double quantisation
-    `absmax` has one byte for each and the scales are code2[absmax] * absmax2 + offset, where
-    `blocksize2` of them share an `absmax2`. The product is computed in fp32 and rounded once.
+    `absmax` has one byte for each scale, which is state2.code[absmax] * state2.absmax + offset, and
+    state2.blocksize of them share a state2.absmax. The product of code and scale is computed in
+    fp32 and rounded once.
     """
+    numel, scale = state.shape.numel(), state.absmax
     index = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()
-    scale = absmax
-    if code2 is not None:
-        scale = code2[absmax.int()] * absmax2.repeat_interleave(blocksize2)[: len(absmax)] + offset
-    scale = scale.repeat_interleave(blocksize)[: shape.numel()]
-    return (code[index[: shape.numel()].int()] * scale).to(dtype).view(shape)
+    if state.nested:
+        scale2 = state.state2.absmax.repeat_interleave(state.state2.blocksize)
+        scale = state.state2.code[scale.int()] * scale2[: len(scale)] + state.offset
+    scale = scale.repeat_interleave(state.blocksize)[:numel]
+    return (state.code[index[:numel].int()] * scale).to(state.dtype).view(state.shape)
+
+
+# The optimizer of --single_gpu_full, with the random numbers of its kernel.
+
+
+def adamw(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    seed: int,
+) -> torch.Tensor:
+    """A step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in place.
+
+    `weight` is bf16. `state` has the number of this step, from 1, and the averages: `m` and `v`,
+    one byte a weight, with a scale for each ADAMW_BLOCK in `m_scale` and `v_scale`. All are rounded
+    stochastically by `seed`, 31 random bits. `options` are those of torch's AdamW: lr, betas, eps
+    and weight_decay. Returns the sum of the squared gradients in fp32.
+    """
+    rate, step = options["lr"], int(state["step"])
+    m, v = read_averages(state)
+    x, g = weight.flatten().float(), grad.flatten().float()
+    (beta1, beta2), numel = options["betas"], weight.numel()
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    times = [1 / (1 - beta**step) for beta in options["betas"]]
+    change = (m * times[0]) / ((v * times[1]).sqrt() + options["eps"])
+    x = x * (1 - rate * options["weight_decay"]) - rate * change
+
+    random = _mixed(torch.arange(numel, device=x.device) ^ seed)
+    bits = (x.view(torch.int32).long() + (random & 0xFFFF)) & 0xFFFF0000
+    rounded = torch.where(x.isnan(), x, _float(bits))
+    weight.copy_(rounded.view(weight.shape))
+    state["m_scale"].copy_(_largest(m.abs()))
+    state["v_scale"].copy_(_largest(v))
+    m_part, v_part = _over(m.abs(), state["m_scale"]), _over(v, state["v_scale"])
+    more = (random * 0x9E3779B1 & 0xFFFFFFFF) >> 12
+    m_code = _stored(m_part, more, 4) + 128 * (m < 0)
+    state["m"].copy_(m_code.view(weight.shape))
+    state["v"].copy_(_stored(v_part, random >> 12, 5).view(weight.shape))
+    return g.square().sum()
+
+
+def read_averages(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and v, [numel], in fp32."""
+    code, numel = state["m"].flatten().long(), state["m"].numel()
+    size = _read(code & 127, 4) * _each(state["m_scale"], numel)
+    v = _read(state["v"].flatten().long(), 5) * _each(state["v_scale"], numel)
+    return torch.where(code > 127, -size, size).masked_fill(code & 127 == 0, 0.0), v
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _float(bits: torch.Tensor) -> torch.Tensor:
+    signed = torch.where(bits >= 2**31, bits - 2**32, bits)
+    return signed.to(torch.int32).view(torch.float32)
+
+
+def _stored(x: torch.Tensor, random: torch.Tensor, exponent: int) -> torch.Tensor:
+    lowest = (128 - (1 << exponent)) << 3
+    code = ((x.view(torch.int32).long() + random) >> 20) - lowest
+    return code.clamp(0, (1 << (exponent + 3)) - 1)
+
+
+def _read(code: torch.Tensor, exponent: int) -> torch.Tensor:
+    lowest = (128 - (1 << exponent)) << 3
+    return _float((code + lowest) << 20)
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    return F.pad(x, (0, -len(x) % ADAMW_BLOCK)).view(-1, ADAMW_BLOCK).amax(1)
+
+
+def _each(scale: torch.Tensor, numel: int) -> torch.Tensor:
+    return scale.repeat_interleave(ADAMW_BLOCK)[:numel]
+
+
+def _over(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * _each(1 / scale.masked_fill(scale == 0, 1.0), len(x))

@@ -1,7 +1,4 @@
-"""What the experts compute between their products in training, each in one pass over memory.
-
-Plain twins in torch_ops.py: `weighted_swiglu`, `weighted_swiglu_backward`, `sum_picks`.
-"""
+"""What the experts compute between their products in training, each in one pass over memory."""
 
 import torch
 import triton
