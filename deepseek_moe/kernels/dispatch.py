@@ -8,11 +8,17 @@ PICKS = 128  # that one program places
 
 
 @triton.jit
-def _count(index_ptr, counts_ptr, picks, BLOCK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr):
+def _read_picks(index_ptr, picks, e_E, BLOCK, E):
+    """The numbers of a program's picks, their experts, and for each expert whether it is that."""
     n_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     index_N = tl.load(index_ptr + n_N, mask=n_N < picks, other=E)
+    return n_N, index_N, ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
+
+
+@triton.jit
+def _count(index_ptr, counts_ptr, picks, BLOCK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr):
     e_E = tl.arange(0, EP)
-    mine_NE = ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
+    _, _, mine_NE = _read_picks(index_ptr, picks, e_E, BLOCK, E)
     tl.store(counts_ptr + tl.program_id(0) * EP + e_E, tl.sum(mine_NE, 0))
 
 
@@ -41,9 +47,7 @@ def _place(
     ends_E = tl.cumsum(total_E, 0)
     if pid == 0:
         tl.store(ends_ptr + e_E, ends_E, mask=e_E < E)
-    n_N = pid * BLOCK + tl.arange(0, BLOCK)
-    index_N = tl.load(index_ptr + n_N, mask=n_N < picks, other=E)
-    mine_NE = ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
+    n_N, index_N, mine_NE = _read_picks(index_ptr, picks, e_E, BLOCK, E)
     rank_NE = tl.cumsum(mine_NE, 0) - 1
     first_E = ends_E - total_E + before_E
     place_N = tl.sum(mine_NE * (rank_NE + first_E[None, :]), 1)  # 0 for picks of no expert

@@ -14,9 +14,18 @@ between them (elementwise, dispatch). A prompt is attended to by attend_prompt.
 `triton_ops` and `torch_ops` have the same functions. The decoder is given one of the two.
 """
 
+from typing import NamedTuple
+
 import torch
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of each position's angles, fp32 [context, D / 2]."""
-Cache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, each [slots, heads, capacity, D]."""
+
+
+class Place(NamedTuple):
+    """Where tokens stand in the cache of one layer."""
+
+    keys: torch.Tensor  # [slots, heads, capacity, D]
+    values: torch.Tensor
+    position_T: torch.Tensor  # -1 for a row that holds no token
+    slot_T: torch.Tensor

@@ -1,8 +1,4 @@
-"""What comes between the products of a step of many tokens, in one pass over memory each.
-
-Plain twins: `torch_ops.add_norm`, `torch_ops.rotate`, `torch_ops.swiglu`, `torch_ops.combine`,
-`torch_ops.advance`.
-"""
+"""What comes between the products of a step of many tokens, in one pass over memory each."""
 
 import torch
 import triton
@@ -10,7 +6,7 @@ import triton.language as tl
 
 from ..launch import launch_options, wait
 from ..launch import swiglu as _swiglu
-from . import Cache, CosSin
+from . import CosSin, Place
 
 
 @triton.jit
@@ -99,18 +95,12 @@ def _rotate(
     tl.store(v_ptr + place_HD + D // 2, new_second_HD, mask=value_H)
 
 
-def rotate(
-    qkv_TO: torch.Tensor,
-    cos_sin: CosSin,
-    position_T: torch.Tensor,
-    slot_T: torch.Tensor,
-    cache: Cache,
-    heads: int,
-) -> torch.Tensor:
+def rotate(qkv_TO: torch.Tensor, cos_sin: CosSin, place: Place) -> torch.Tensor:
     """As `torch_ops.rotate`, in place: what it returns is a view of `qkv_TO`."""
-    _, kv_heads, capacity, width = cache[0].shape
+    _, kv_heads, capacity, width = place.keys.shape
+    heads = qkv_TO.shape[1] // width - 2 * kv_heads
     _rotate[(qkv_TO.shape[0],)](
-        qkv_TO, *cos_sin, position_T, slot_T, *cache, capacity,
+        qkv_TO, *cos_sin, place.position_T, place.slot_T, place.keys, place.values, capacity,
         H=heads, KV=kv_heads, D=width, num_warps=8,
     )  # fmt: skip
     return qkv_TO[:, : heads * width]

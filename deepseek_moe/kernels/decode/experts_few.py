@@ -1,8 +1,6 @@
 """The chosen experts for a few tokens. One kernel computes gate and up of each pick; the other
 computes down, the weighted sum, the shared experts and the residual. An expert that several tokens
 chose is read once.
-
-Plain twins: `torch_ops.experts_gate_up`, `torch_ops.experts_down`.
 """
 
 import torch

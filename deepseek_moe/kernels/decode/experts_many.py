@@ -1,7 +1,4 @@
-"""One product for all experts, for the thousands of tokens of prompts or a batch of sequences.
-
-Plain twins in torch_ops.py: `grouped_gate_up`, `grouped_down`, `dense`, `matrix`.
-"""
+"""One product for all experts, for the thousands of tokens of prompts or a batch of sequences."""
 
 import torch
 import triton

@@ -1,7 +1,4 @@
-"""A product for a few tokens, with the norm before it or the residual after it.
-
-Plain twin: `torch_ops.linear`.
-"""
+"""A product for a few tokens, with the norm before it or the residual after it."""
 
 import torch
 import triton

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..int_weights import Weight, dequantize
 from ..torch_ops import sort_picks, swiglu  # noqa: F401 - sort_picks is one of the twins
-from . import Cache, CosSin
+from . import CosSin, Place
 
 
 def matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -53,32 +53,21 @@ def qkv(
     eps: float,
     weight: Weight,
     cos_sin: CosSin,
-    position_T: torch.Tensor,
-    slot_T: torch.Tensor,
-    cache: Cache,
-    heads: int,
+    place: Place,
 ) -> torch.Tensor:
     """Rotated queries [T, H * D] of norm(hidden). Rotated keys, and values, go into the cache."""
     qkv_TO = linear(hidden_TD, weight, norm_D, eps, dtype=torch.float32)
-    q_TO = rotate(qkv_TO, cos_sin, position_T, slot_T, cache, heads)
-    return q_TO.to(hidden_TD.dtype)
+    return rotate(qkv_TO, cos_sin, place).to(hidden_TD.dtype)
 
 
-def attend(
-    q_TD: torch.Tensor,
-    cache: Cache,
-    position_T: torch.Tensor,
-    slot_T: torch.Tensor,
-    scale: float,
-    counters: torch.Tensor,
-) -> torch.Tensor:
+def attend(q_TD: torch.Tensor, place: Place, counters: torch.Tensor) -> torch.Tensor:
     """Attention of each token's query over the positions 0 to its own of its slot; else zeros."""
-    T = q_TD.shape[0]
-    k_THCD, v_THCD = (part[slot_T].float() for part in cache)
+    T, position_T = q_TD.shape[0], place.position_T
+    k_THCD, v_THCD = (part[place.slot_T].float() for part in (place.keys, place.values))
     q_THD = q_TD.view(T, -1, k_THCD.shape[-1]).float()
     group = q_THD.shape[1] // k_THCD.shape[1]
     k_THCD, v_THCD = (x.repeat_interleave(group, dim=1) for x in (k_THCD, v_THCD))
-    score_THC = torch.einsum("thd,thcd->thc", q_THD, k_THCD) * scale
+    score_THC = torch.einsum("thd,thcd->thc", q_THD, k_THCD) * k_THCD.shape[-1] ** -0.5
     later_TC = torch.arange(k_THCD.shape[2], device=q_TD.device) > position_T[:, None]
     weight_THC = score_THC.masked_fill(later_TC[:, None], float("-inf")).softmax(-1)
     weight_THC = weight_THC.masked_fill((position_T < 0)[:, None, None], 0.0)
@@ -150,28 +139,23 @@ def add_norm(
     return sum_TD, rms_norm(sum_TD, norm_D, eps).to(x_TD.dtype)
 
 
-def rotate(
-    qkv_TO: torch.Tensor,
-    cos_sin: CosSin,
-    position_T: torch.Tensor,
-    slot_T: torch.Tensor,
-    cache: Cache,
-    heads: int,
-) -> torch.Tensor:
+def rotate(qkv_TO: torch.Tensor, cos_sin: CosSin, place: Place) -> torch.Tensor:
     """Rotated queries [T, H * D]. Rotated keys, and values, go into the cache.
 
     The rotation is that of Su et al. 2021 (arXiv 2104.09864), where number i of the first half of a
     head turns with number i of the second half.
     """
-    T, (_, kv_heads, _, width) = qkv_TO.shape[0], cache[0].shape
-    x_THD = qkv_TO.view(T, heads + 2 * kv_heads, width)
+    T, (_, kv_heads, _, width) = qkv_TO.shape[0], place.keys.shape
+    position_T, slot_T = place.position_T, place.slot_T
+    x_THD = qkv_TO.view(T, -1, width)
+    heads = x_THD.shape[1] - 2 * kv_heads
     cos_T1D, sin_T1D = (table[position_T.clamp(min=0)][:, None] for table in cos_sin)
     turned_THD, v_THD = x_THD.split([heads + kv_heads, kv_heads], dim=1)
     a_THD, b_THD = turned_THD.float().chunk(2, dim=-1)
     a_THD, b_THD = a_THD * cos_T1D - b_THD * sin_T1D, b_THD * cos_T1D + a_THD * sin_T1D
     q_THD, k_THD = torch.cat([a_THD, b_THD], dim=-1).to(x_THD.dtype).split([heads, kv_heads], dim=1)
     real_T = position_T >= 0
-    for part, new_THD in zip(cache, (k_THD, v_THD), strict=True):
+    for part, new_THD in zip((place.keys, place.values), (k_THD, v_THD), strict=True):
         part[slot_T[real_T], :, position_T[real_T]] = new_THD[real_T].to(part.dtype)
     return q_THD.reshape(T, -1)
 
@@ -253,29 +237,22 @@ def advance(
 
 
 def attend_prompt(
-    q_TD: torch.Tensor,
-    cache: Cache,
-    ends: torch.Tensor,
-    position_B: torch.Tensor,
-    slot_B: torch.Tensor,
-    longest: int,
-    scale: float,
+    q_TD: torch.Tensor, place: Place, ends: torch.Tensor, longest: int
 ) -> torch.Tensor:
     """Causal attention of the queries of several sequences over their slots.
 
     Sequence b has the queries q[ends[b]:ends[b + 1]], at most `longest` of them. The last of these
-    stands at position[b], and sees the positions 0 to that.
+    stands at place b, and sees the positions 0 to that.
     """
-    outs, bounds = [], ends.tolist()
-    for start, end, last, slot in zip(
-        bounds[:-1], bounds[1:], position_B.tolist(), slot_B.tolist(), strict=True
-    ):
-        q_HLD = q_TD[start:end].unflatten(1, (-1, cache[0].shape[-1])).transpose(0, 1).float()
-        k_HCD, v_HCD = (part[slot, :, : last + 1].float() for part in cache)
+    outs, bounds, width = [], ends.tolist(), place.keys.shape[-1]
+    places = zip(place.position_T.tolist(), place.slot_T.tolist(), strict=True)
+    for start, end, (last, slot) in zip(bounds[:-1], bounds[1:], places, strict=True):
+        q_HLD = q_TD[start:end].unflatten(1, (-1, width)).transpose(0, 1).float()
+        k_HCD, v_HCD = (part[slot, :, : last + 1].float() for part in (place.keys, place.values))
         sees_LC = torch.ones(end - start, last + 1, dtype=torch.bool, device=q_TD.device)
         out_HLD = F.scaled_dot_product_attention(
             q_HLD[None], k_HCD[None], v_HCD[None], sees_LC.tril(last + 1 - (end - start)),
-            scale=scale, enable_gqa=len(q_HLD) != len(k_HCD),
+            enable_gqa=len(q_HLD) != len(k_HCD),
         )[0]  # fmt: skip
         outs.append(out_HLD.transpose(0, 1).flatten(1))
     return torch.cat(outs).to(q_TD.dtype)
