@@ -4,7 +4,7 @@ results of the two are compared.
 Greedy ids may differ where two logits are so close that rounding swaps them, and then everything
 after them differs. So the tests also compare logits while both ways are given the same ids.
 
-Letters: N steps, B sequences, V vocabulary, K ids that can be drawn.
+Letters: N steps, B sequences, V vocabulary.
 """
 
 import functools
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from deepseek_moe.decode.engine import CHUNK, Engine
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.load import load
-from deepseek_moe.decode.sampling import Sampler, Sampling
 from deepseek_moe.kernels.decode import torch_ops
 
 LOGITS = 0.03
@@ -94,27 +93,6 @@ class Forced:
         ids_B[: self.ids_NB.shape[1]] = self.ids_NB[len(self.logits)]
         self.logits.append(logits_BV[: self.ids_NB.shape[1]].clone())
         return ids_B.to(logits_BV.device)
-
-
-class Possible(Forced):
-    """A `Forced` that counts in `refused` the ids that `sample` cannot have drawn."""
-
-    def __init__(self, sample: Sampler, ids: Ids) -> None:
-        super().__init__(ids)
-        self.sample, self.refused = sample, 0
-
-    def __call__(self, logits_BV: torch.Tensor, seen_BV: torch.Tensor) -> torch.Tensor:
-        ids_B1 = super().__call__(logits_BV, seen_BV)[:, None]
-        if isinstance(self.sample, Sampling) and self.sample.temperature:
-            weights_BK, ids_BK = self.sample.distribution(logits_BV, seen_BV)
-            if ids_BK is None:
-                can_B = weights_BK.gather(-1, ids_B1)[:, 0] > 0
-            else:
-                can_B = ((ids_BK == ids_B1) & (weights_BK > 0)).any(dim=-1)
-        else:
-            can_B = self.sample(logits_BV, seen_BV) == ids_B1[:, 0]
-        self.refused += int((~can_B[: self.ids_NB.shape[1]]).sum())
-        return ids_B1[:, 0]
 
 
 def logits_before(generator: Generator, prompts: Ids, ids: Ids) -> torch.Tensor:
