@@ -5,6 +5,7 @@ sequences fill the GPU too.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..launch import arrive_last, launch_options, wait
 from . import Place
@@ -109,7 +110,7 @@ def _more(top, total, acc_D, q_D, k_ND, v_ND, ok_N):
     return new_top, total * shrink + tl.sum(weight_N, 0), acc_D
 
 
-def attend(q_TD: torch.Tensor, place: Place, counters: torch.Tensor) -> torch.Tensor:
+def attend(q_TD: Tensor, place: Place, counters: Tensor) -> Tensor:
     """As `torch_ops.attend`. `counters` holds min(512, T * heads) int32 zeros, before and after."""
     T = q_TD.shape[0]
     _, kv_heads, capacity, width = place.keys.shape

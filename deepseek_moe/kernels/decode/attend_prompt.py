@@ -2,9 +2,9 @@
 2023, arXiv 2307.08691).
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import Place
 
@@ -76,9 +76,7 @@ def _more(score_MN, v_ND, scale, acc_MD, top_M, total_M):
     return acc_MD, new_top_M, total_M * shrink_M + tl.sum(weight_MN, 1)
 
 
-def attend_prompt(
-    q_TD: torch.Tensor, place: Place, ends: torch.Tensor, longest: int
-) -> torch.Tensor:
+def attend_prompt(q_TD: Tensor, place: Place, ends: Tensor, longest: int) -> Tensor:
     """As `torch_ops.attend_prompt`."""
     _, kv_heads, capacity, width = place.keys.shape
     heads = q_TD.shape[1] // width

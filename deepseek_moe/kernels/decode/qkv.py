@@ -1,8 +1,8 @@
 """Norm, query, key and value projection, rotary embedding and the write to the cache, at once."""
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import padded_tokens, product_options, scale_of
@@ -75,13 +75,8 @@ def _qkv(
 
 
 def qkv(
-    hidden_TD: torch.Tensor,
-    norm_D: torch.Tensor,
-    eps: float,
-    weight: Weight,
-    cos_sin: CosSin,
-    place: Place,
-) -> torch.Tensor:
+    hidden_TD: Tensor, norm_D: Tensor, eps: float, weight: Weight, cos_sin: CosSin, place: Place
+) -> Tensor:
     """As `torch_ops.qkv`."""
     T = hidden_TD.shape[0]
     _, kv_heads, capacity, width = place.keys.shape

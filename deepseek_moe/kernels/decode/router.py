@@ -5,6 +5,7 @@ shared experts (or of a dense layer) run beside them, since they do not wait for
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import arrive_last, padded_tokens, product_options, scale_of, tile_of
@@ -33,8 +34,8 @@ def _pick_experts(
 
 
 def pick_experts(
-    logits_TE: torch.Tensor, position_T: torch.Tensor, top_k: int, norm_topk: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits_TE: Tensor, position_T: Tensor, top_k: int, norm_topk: bool
+) -> tuple[Tensor, Tensor]:
     """As `torch_ops.pick_experts`."""
     T, E = logits_TE.shape
     index_TK = logits_TE.new_empty(T, top_k, dtype=torch.int32)
@@ -150,16 +151,16 @@ def _route(
 
 
 def route(
-    hidden_TD: torch.Tensor,
-    norm_D: torch.Tensor,
+    hidden_TD: Tensor,
+    norm_D: Tensor,
     eps: float,
-    gate_ED: torch.Tensor | None,
+    gate_ED: Tensor | None,
     shared: Weight,
-    position_T: torch.Tensor,
+    position_T: Tensor,
     top_k: int,
     norm_topk: bool,
-    counters: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    counters: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `torch_ops.route`, but without a gate only the activations of `shared` are defined.
     `counters` holds an int32 zero, before and after."""
     T, I = hidden_TD.shape  # noqa: E741
@@ -182,9 +183,7 @@ def route(
     return normed_TD, act_TF, index_TK, weights_TK
 
 
-def gate_up(
-    hidden_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weight: Weight
-) -> torch.Tensor:
+def gate_up(hidden_TD: Tensor, norm_D: Tensor, eps: float, weight: Weight) -> Tensor:
     """As `torch_ops.gate_up`."""
     unused = hidden_TD
     return route(hidden_TD, norm_D, eps, None, weight, unused, 1, False, unused)[1]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .torch_ops import ADAMW_BLOCK
 
@@ -104,12 +105,8 @@ def _adamw(
 
 
 def adamw(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    options: dict[str, Any],
-    seed: int,
-) -> torch.Tensor:
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], options: dict[str, Any], seed: int
+) -> Tensor:
     """As `torch_ops.adamw`."""
     numel, rate, betas = weight.numel(), options["lr"], options["betas"]
     programs = triton.cdiv(numel, ADAMW_BLOCK * ROWS)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..torch_ops import sort_picks as sort_picks
@@ -16,12 +17,8 @@ ADAMW_BLOCK = 256
 
 
 def weighted_swiglu(
-    gate_up_NF: torch.Tensor,
-    low_NF: torch.Tensor | None,
-    weights_N: torch.Tensor,
-    dropout: float,
-    seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up_NF: Tensor, low_NF: Tensor | None, weights_N: Tensor, dropout: float, seed: int
+) -> tuple[Tensor, Tensor]:
     """weight * silu(gate) * up, [N, F], without and with dropout, of gate and up in [N, 2F].
 
     `low_NF` is added to `gate_up_NF` in place. `seed` chooses the share `dropout` that is dropped.
@@ -34,14 +31,14 @@ def weighted_swiglu(
 
 
 def weighted_swiglu_backward(
-    grad_NF: torch.Tensor,
-    low_grad_NF: torch.Tensor | None,
-    gate_up_NF: torch.Tensor,
-    weights_N: torch.Tensor,
+    grad_NF: Tensor,
+    low_grad_NF: Tensor | None,
+    gate_up_NF: Tensor,
+    weights_N: Tensor,
     need_act: bool,
     dropout: float,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up [N, 2F] and of the weights [N].
 
     `grad_NF` and `low_grad_NF` are the gradients of the two results of `weighted_swiglu`. With
@@ -63,7 +60,7 @@ def weighted_swiglu_backward(
     return grad_gate_up_NF.to(grad_NF.dtype), grad_weights_N.to(weights_N.dtype)
 
 
-def _kept(x_NF: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | float:
+def _kept(x_NF: Tensor, dropout: float, seed: int) -> Tensor | float:
     """What dropout multiplies numbers of the shape of x with: 0, or 1 / (1 - dropout)."""
     if not dropout:
         return 1.0
@@ -72,9 +69,7 @@ def _kept(x_NF: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | float
     return kept_NF / (1 - dropout)
 
 
-def sum_picks(
-    x_ND: torch.Tensor, low_ND: torch.Tensor | None, place_TK: torch.Tensor
-) -> torch.Tensor:
+def sum_picks(x_ND: Tensor, low_ND: Tensor | None, place_TK: Tensor) -> Tensor:
     """The sum of x (and of low) over the places of each token's picks, [T, D]; -1 is no place."""
     picked_TKD = x_ND[place_TK.long()].float()
     if low_ND is not None:
@@ -86,7 +81,7 @@ def sum_picks(
 # The frozen base of QLoRA.
 
 
-def unpack_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+def unpack_4bit(packed: Tensor, state: QuantState) -> Tensor:
     """A 4-bit weight of bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314) in state.dtype.
 
     The high half of each `packed` byte, then the low half, is an index into state.code [16].
@@ -108,12 +103,8 @@ def unpack_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
 
 
 def adamw(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    options: dict[str, Any],
-    seed: int,
-) -> torch.Tensor:
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], options: dict[str, Any], seed: int
+) -> Tensor:
     """A step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in place.
 
     `weight` is bf16. `state` has the number of this step, from 1, and the averages: `m` and `v`,
@@ -121,67 +112,59 @@ def adamw(
     stochastically by `seed`, 31 random bits. `options` are those of torch's AdamW: lr, betas, eps
     and weight_decay. Returns the sum of the squared gradients in fp32.
     """
-    rate, step = options["lr"], int(state["step"])
+    rate, step, (beta1, beta2) = options["lr"], int(state["step"]), options["betas"]
     m, v = read_averages(state)
-    x, g = weight.flatten().float(), grad.flatten().float()
-    (beta1, beta2), numel = options["betas"], weight.numel()
+    x, g = _blocks(weight).float(), _blocks(grad).float()
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
-    times = [1 / (1 - beta**step) for beta in options["betas"]]
-    change = (m * times[0]) / ((v * times[1]).sqrt() + options["eps"])
+    times1, times2 = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
+    change = (m * times1) / ((v * times2).sqrt() + options["eps"])
     x = x * (1 - rate * options["weight_decay"]) - rate * change
 
-    random = _mixed(torch.arange(numel, device=x.device) ^ seed)
+    random = _mixed(torch.arange(x.numel(), device=x.device).view_as(x) ^ seed)
     bits = (x.view(torch.int32).long() + (random & 0xFFFF)) & 0xFFFF0000
-    rounded = torch.where(x.isnan(), x, _float(bits))
-    weight.copy_(rounded.view(weight.shape))
-    state["m_scale"].copy_(_largest(m.abs()))
-    state["v_scale"].copy_(_largest(v))
-    m_part, v_part = _over(m.abs(), state["m_scale"]), _over(v, state["v_scale"])
+    state["m_scale"].copy_(m.abs().amax(1))
+    state["v_scale"].copy_(v.amax(1))
     more = (random * 0x9E3779B1 & 0xFFFFFFFF) >> 12
-    m_code = _stored(m_part, more, 4) + 128 * (m < 0)
-    state["m"].copy_(m_code.view(weight.shape))
-    state["v"].copy_(_stored(v_part, random >> 12, 5).view(weight.shape))
+    m_code = _stored(m.abs(), state["m_scale"], more, 4) + 128 * (m < 0)
+    v_code = _stored(v, state["v_scale"], random >> 12, 5)
+    rounded = torch.where(x.isnan(), x, _float(bits))
+    for place, new in ((weight, rounded), (state["m"], m_code), (state["v"], v_code)):
+        place.copy_(new.flatten()[: place.numel()].view(place.shape))
     return g.square().sum()
 
 
-def read_averages(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """m and v, [numel], in fp32."""
-    code, numel = state["m"].flatten().long(), state["m"].numel()
-    size = _read(code & 127, 4) * _each(state["m_scale"], numel)
-    v = _read(state["v"].flatten().long(), 5) * _each(state["v_scale"], numel)
+def read_averages(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """m and v, [blocks, ADAMW_BLOCK], in fp32."""
+    code = _blocks(state["m"]).long()
+    size = _read(code & 127, 4) * state["m_scale"][:, None]
+    v = _read(_blocks(state["v"]).long(), 5) * state["v_scale"][:, None]
     return torch.where(code > 127, -size, size).masked_fill(code & 127 == 0, 0.0), v
 
 
-def _mixed(x: torch.Tensor) -> torch.Tensor:
+def _blocks(x: Tensor) -> Tensor:
+    """x [numel] as [blocks, ADAMW_BLOCK], with zeros at the end."""
+    return F.pad(x.flatten(), (0, -x.numel() % ADAMW_BLOCK)).view(-1, ADAMW_BLOCK)
+
+
+def _mixed(x: Tensor) -> Tensor:
     x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
-def _float(bits: torch.Tensor) -> torch.Tensor:
+def _float(bits: Tensor) -> Tensor:
     signed = torch.where(bits >= 2**31, bits - 2**32, bits)
     return signed.to(torch.int32).view(torch.float32)
 
 
-def _stored(x: torch.Tensor, random: torch.Tensor, exponent: int) -> torch.Tensor:
+def _stored(x: Tensor, scale: Tensor, random: Tensor, exponent: int) -> Tensor:
     lowest = (128 - (1 << exponent)) << 3
-    code = ((x.view(torch.int32).long() + random) >> 20) - lowest
+    share = x * (1 / scale.masked_fill(scale == 0, 1.0))[:, None]
+    code = ((share.view(torch.int32).long() + random) >> 20) - lowest
     return code.clamp(0, (1 << (exponent + 3)) - 1)
 
 
-def _read(code: torch.Tensor, exponent: int) -> torch.Tensor:
+def _read(code: Tensor, exponent: int) -> Tensor:
     lowest = (128 - (1 << exponent)) << 3
     return _float((code + lowest) << 20)
-
-
-def _largest(x: torch.Tensor) -> torch.Tensor:
-    return F.pad(x, (0, -len(x) % ADAMW_BLOCK)).view(-1, ADAMW_BLOCK).amax(1)
-
-
-def _each(scale: torch.Tensor, numel: int) -> torch.Tensor:
-    return scale.repeat_interleave(ADAMW_BLOCK)[:numel]
-
-
-def _over(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x * _each(1 / scale.masked_fill(scale == 0, 1.0), len(x))

@@ -43,8 +43,8 @@ class StepInBackward(Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options)
         self._squares: list[torch.Tensor] = []  # of the gradients since the last step, summed
         random = torch.Generator().manual_seed(seed)
         for group in self.param_groups:
@@ -52,7 +52,11 @@ class StepInBackward(Optimizer):
                 if parameter.dtype != torch.bfloat16:
                     raise ValueError(f"a parameter is {parameter.dtype}; these are steps of bf16")
                 # Allocated now: in the first backward pass they would lie among activations.
-                self.state[parameter] = _new_state(parameter)
+                blocks = -(-parameter.numel() // ADAMW_BLOCK)
+                state = {n: torch.zeros_like(parameter, dtype=torch.uint8) for n in ("m", "v")}
+                for name in ("m_scale", "v_scale"):
+                    state[name] = torch.zeros(blocks, device=parameter.device)
+                self.state[parameter] = {"step": torch.tensor(0), **state}
                 first = int(torch.randint(2**31, (), generator=random))
                 parameter.register_post_accumulate_grad_hook(partial(self._step, group, first))
 
@@ -83,10 +87,3 @@ class StepInBackward(Optimizer):
         torch.autograd.graph.increment_version(parameter)
         self._squares.append(squares)
         parameter.grad = None
-
-
-def _new_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    blocks = -(-parameter.numel() // ADAMW_BLOCK)
-    codes = {name: torch.zeros_like(parameter, dtype=torch.uint8) for name in ("m", "v")}
-    scales = {name: torch.zeros(blocks, device=parameter.device) for name in ("m_scale", "v_scale")}
-    return {"step": torch.tensor(0), **codes, **scales}

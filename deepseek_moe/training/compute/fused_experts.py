@@ -62,15 +62,11 @@ def fused_experts(
 class _Experts(torch.autograd.Function):
     """Everything but the product with down, whose inputs it returns beside the carrier: the
     weighted activations [N, F] and what B multiplies [N, R]. Its backward pass is that of the
-    whole. `stacks` are gate and up, then down, as in NAMES."""
+    whole. `stacks` are two `Stack`s, that of gate and up first."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        picks: Picks,
-        x_TD: torch.Tensor,
-        weights_TK: torch.Tensor,
-        *stacks: Maybe,
+        ctx: Any, picks: Picks, x_TD: torch.Tensor, weights_TK: torch.Tensor, *stacks: Maybe
     ) -> tuple[torch.Tensor, torch.Tensor, Maybe]:
         gate_up, a_up, b_up, down, a_down, b_down = stacks
         weights_N = weights_TK.new_zeros(weights_TK.numel() + 1)
@@ -146,9 +142,7 @@ class _Experts(torch.autograd.Function):
         return tuple(grads.values())
 
 
-NAMES = (
-    "picks", "x_TD", "weights_TK", "gate_up", "a_up", "b_up", "down", "a_down", "b_down",
-)  # fmt: skip
+NAMES = ["picks", "x_TD", "weights_TK", "gate_up", "a_up", "b_up", "down", "a_down", "b_down"]
 """The arguments of `_Experts`, in their order."""
 
 
@@ -157,10 +151,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        picks: Picks,
-        carrier_TD: torch.Tensor,
-        inputs: tuple[torch.Tensor, Maybe, torch.Tensor, Maybe],
+        ctx: Any, picks: Picks, carrier_TD: torch.Tensor, inputs: tuple[Maybe, ...]
     ) -> torch.Tensor:
         act_NF, down_NR, down, b_down = inputs
         out_ND = F.grouped_mm(act_NF, dequantize(down, act_NF.dtype).mT, offs=picks.ends_E)

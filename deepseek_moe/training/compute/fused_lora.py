@@ -36,9 +36,8 @@ class Adapted(NamedTuple):
 
 
 def linears(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """The output [..., O] of each layer for x [..., I]. Layers with adapters of the same scale and
-    dropout are computed together, others one by one, and those that `FusedLinears` cannot compute
-    by their own forward."""
+    """The output [..., O] of each layer for x [..., I]: together if their adapters have the same
+    scale and dropout, else one by one, by their own forward where `FusedLinears` cannot."""
     adapted = [_adapted(layer) for layer in layers]
     if len(layers) == 1 and adapted[0] is None:
         return [layers[0](x)]

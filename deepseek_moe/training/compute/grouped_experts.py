@@ -1,12 +1,8 @@
 """The experts implementation "grouped": transformers calls it where the model's config names it.
 
-It differs from transformers' own "grouped_mm" in this:
-
-- Frozen weights may be quantised, and are never kept in full.
-- Low-rank adapters are two thin products beside the base, x A B, instead of a sum W + B A of the
-  size of all experts.
-- The products follow autocast.
-- What stands between the products is fused on a GPU (fused_experts.py).
+Unlike transformers' own "grouped_mm" it follows autocast, takes quantised weights, and computes
+adapters as two thin products beside the base, x A B, instead of a sum W + B A of the size of all
+experts. What stands between the products is fused on a GPU (fused_experts.py).
 
 Letters: T tokens, K experts a token, E experts, I in, O out, R rank.
 """

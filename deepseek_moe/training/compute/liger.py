@@ -5,11 +5,11 @@
   are never stored, and not computed for positions without a label.
 - Linear layers with adapters take fewer passes over memory (fused_lora.py).
 
-Each class below has its plain twin as its base class. transformers offers no public seam for them:
+The base class of each class below is its plain twin. transformers offers no public seam for them:
 its kernel mapping needs the package `kernels`, and replaces neither the projections of
-`LlamaAttention` nor a head with its loss. `FusedAttention.forward` repeats
-`LlamaAttention.forward` (transformers 5.23, models/llama/modeling_llama.py) apart from the lines
-that it replaces; tests/training/compute/test_liger.py fails when the original changes.
+`LlamaAttention` nor a head with its loss. `FusedAttention.forward` repeats that of `LlamaAttention`
+(transformers 5.23, models/llama/modeling_llama.py) apart from what it replaces;
+tests/training/compute/test_liger.py fails when the original changes.
 """
 
 from typing import Any
@@ -35,9 +35,8 @@ def use_fused_forwards(model: nn.Module) -> None:
 
     The one exception: adapters that share an input also share which numbers of it drop out.
 
-    Each module keeps its weights, children and hooks and gets the class of its fused twin, as
-    torch's own `fully_shard` does it. Weights are used only by their own module, where ZeRO-3 has
-    them whole.
+    Each module gets the class of its fused twin, as torch's own `fully_shard` does it. Weights are
+    used only by their own module, where ZeRO-3 has them whole.
     """
     model.train(model.training)  # PEFT's modules may be in another mode; see FusedDecoderLayer
     for module in list(model.modules()):
