@@ -28,7 +28,12 @@ OFFICIAL |= {"experts": 64, "top_k": 6, "width": 1408}
 KERNELS_OF_FEW_TOKENS = {"experts_down", "experts_gate_up", "gate_up", "linear", "qkv", "route"}
 """Kernels of steps of up to FEW tokens, which are compiled for each number of tokens."""
 ROOMS = ((triton_ops, torch_ops), (training_triton_ops, training_torch_ops))
-TWINS = {n: (getattr(fused, n), getattr(plain, n)) for fused, plain in ROOMS for n in fused.__all__}
+TWINS = {
+    name: (kernel, getattr(plain, name))
+    for fused, plain in ROOMS
+    for name, kernel in vars(fused).items()
+    if not name.startswith("_")
+}
 """Each kernel and its twin in torch."""
 
 

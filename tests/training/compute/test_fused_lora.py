@@ -13,26 +13,22 @@ from deepseek_moe.training.quantized_base import Quantization
 WIDTH, OUTS, P = 64, {"q": 48, "k": 64, "v": 32}, 0.4
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name, out in OUTS.items():
-            self.add_module(name, nn.Linear(WIDTH, out, bias=False))
-
+class Layers(nn.ModuleDict):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [getattr(self, name)(x) for name in OUTS]
+        return [layer(x) for layer in self.values()]
 
 
 def make(bits: int = 16, dropout: float = 0.0, targets: str = "qkv", **options: Any) -> Any:
     torch.manual_seed(1)
+    layers = Layers({name: nn.Linear(WIDTH, out, bias=False) for name, out in OUTS.items()})
     fields = {"r": 4, "lora_alpha": 6, "lora_dropout": dropout, "target_modules": list(targets)}
-    model = get_peft_model(Layers(), LoraConfig(**fields, **options)).base_model.model.train()
+    model = get_peft_model(layers, LoraConfig(**fields, **options)).base_model.model.train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
         elif bits == 4 and "lora" not in name:
-            parent = model.get_submodule(name.rsplit(".", 1)[0])
-            parent.weight = Quantization(4, dtype="float32").quantize(parameter)
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            layer.weight = Quantization(4, dtype="float32").quantize(parameter)
     return model
 
 
@@ -58,7 +54,7 @@ def agree(have: Any, want: Any) -> None:
 
 
 def together(model: Any) -> Any:
-    return lambda x: linears(x, model.q, model.k, model.v)
+    return lambda x: linears(x, *model.values())
 
 
 @pytest.fixture
@@ -80,8 +76,8 @@ def test_three_layers_are_one(bits: int, of_input: bool, counts: list[int]) -> N
     """Plain PEFT computes with the weights that 4 bits stand for."""
     model, plain = make(bits), make()
     if bits == 4:
-        for name in OUTS:
-            weight = getattr(plain, name).base_layer.weight
+        for layer in plain.values():
+            weight = layer.base_layer.weight
             weight.data = Quantization(4, dtype="float32").roundtrip(weight)
     agree(run(together(model), model, of_input), run(plain, plain, of_input))
     assert counts == [3]
@@ -93,8 +89,7 @@ def test_the_same_numbers_drop_out_in_both_passes() -> None:
     def written_out(x: torch.Tensor) -> list[torch.Tensor]:
         dropped, _ = torch.native_dropout(x, P, True)
         outs = []
-        for name in OUTS:
-            layer = getattr(model, name)
+        for layer in model.values():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             outs.append(layer.base_layer(x) + 1.5 * (dropped @ a.T) @ b.T)
         return outs
@@ -126,8 +121,7 @@ def test_only_layers_of_the_same_scale_are_computed_together(
 @pytest.mark.parametrize("change", ["off", "merged"])
 def test_adapters_that_are_off_or_merged_add_nothing(change: str, counts: list[int]) -> None:
     model, x = make(), torch.randn(3, WIDTH)
-    for name in OUTS:
-        layer = getattr(model, name)
+    for layer in model.values():
         layer.enable_adapters(False) if change == "off" else layer.merge()
     assert all(map(torch.equal, together(model)(x), model(x)))
     assert counts == []

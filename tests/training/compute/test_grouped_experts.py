@@ -23,15 +23,11 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.files import BUNDLED_MODEL
 from deepseek_moe.kernels.training import torch_ops
 from deepseek_moe.model.layout import EXPERT_STACKS
-from deepseek_moe.model.modeling_deepseek import DeepseekExperts
 from deepseek_moe.training.compute.grouped_experts import GROUPED, grouped_experts_forward
-from deepseek_moe.training.examples import Collator
-from deepseek_moe.training.quantized_base import Quantization
 from deepseek_moe.training.trainable import EXPERT_PARAMETERS
 
 MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
-EXAMPLES = [[0, 17, 5, 44, 80], [0, 3, 62, 9, 9, 31, 7], [0, 12, 70, 1]]
 BOTH = tuple(EXPERT_STACKS)
 KINDS: dict[str, dict[str, Any]] = {
     "all weights": {"trained": True},
@@ -137,17 +133,21 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.
     return seen
 
 
-def test_checkpointing_does_not_make_the_last_product_again(products: list[Any]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_nothing_and_does_not_make_the_last_product_again(
+    kind: str, products: list[Any]
+) -> None:
     def checkpointed(experts: Any, hidden_TD: Any, *rest: Any) -> torch.Tensor:
         again = partial(grouped_experts_forward, experts)
         return checkpoint(again, hidden_TD, *rest, use_reentrant=False)
 
-    layer = ExpertLayer(trained=True)
+    layer = ExpertLayer(**KINDS[kind])
     index_TK = layer.picks("uniform")
     have = layer.run(index_TK, forward=checkpointed)
-    # Of three dimensions: else it is the gradient of a weight.
-    shapes = [tuple(weight.shape[1:]) for _, weight in products if weight.dim() == 3]
     up, down = (layer.D, 2 * layer.width), (layer.width, layer.D)
+    # Neither gradients of weights nor adapters.
+    shapes = [tuple(weight.shape[1:]) for _, weight in products if weight.dim() == 3]
+    shapes = [shape for shape in shapes if sorted(shape) in (sorted(up), sorted(down))]
     assert shapes == [up, down, up, down[::-1], up[::-1]]  # forward, again, backward
     agree(have, layer.run(index_TK))
 
@@ -186,51 +186,6 @@ def test_several_active_adapters_are_summed(tiny_model: MakeModel) -> None:
     torch.testing.assert_close(both, merged, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("adapters", [False, True])
-def test_training_under_autocast_is_close_to_fp32(adapters: bool, tiny_model: MakeModel) -> None:
-    """Frozen weights with adapters, or all weights trained."""
-    found = []
-    for enabled in (False, True):
-        model = tiny_model(experts_implementation=GROUPED, initializer_range=0.1)
-        if adapters:
-            model = add_random_adapters(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = model.train()(IDS, labels=IDS, use_cache=False).loss
-        loss.backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values())
-        found.append((loss.detach(), torch.cat([g.flatten() for g in grads.values()])))
-    (loss, grad), (low_loss, low_grad) = found
-    assert not torch.equal(loss, low_loss)  # else autocast did nothing
-    torch.testing.assert_close(low_loss, loss, atol=0.05, rtol=0.01)
-    assert torch.cosine_similarity(grad, low_grad, dim=0) > 0.98
-
-
-def gradients(model: nn.Module, **inputs: Any) -> dict[str, torch.Tensor]:
-    """The gradients of a training step's loss, or without `labels` of the balance loss alone."""
-    model.zero_grad()
-    out = model.train()(use_cache=False, **inputs)
-    (out.logits.sum() * 0 if out.loss is None else out.loss).backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def test_checkpointing_changes_no_gradient(tiny_model: MakeModel) -> None:
-    """Of adapters with dropout over 4 bits."""
-    model = tiny_model(experts_implementation=GROUPED)
-    for module in model.modules():
-        if isinstance(module, DeepseekExperts):
-            for name in EXPERT_STACKS:
-                weight = getattr(module, name).data
-                setattr(module, name, Quantization(4, dtype="float32").quantize(weight))
-    model, found = add_random_adapters(model, dropout=0.3), []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(7)  # of the dropout
-        found.append(gradients(model, input_ids=IDS, labels=IDS))
-    agree(found[1], found[0])
-
-
 @pytest.mark.slow
 def test_100_steps_follow_the_losses_of_transformers_own_experts() -> None:
     """All weights of the bundled model train in fp32 on text that it can learn by heart."""
@@ -253,42 +208,15 @@ def test_100_steps_follow_the_losses_of_transformers_own_experts() -> None:
     want, found = losses("grouped_mm"), losses(GROUPED)
     assert want[-10:].mean() < 0.1 * want[:4].mean()
     # In bf16 rounding grows with the steps, and any two ways come to differ by a tenth.
-    torch.testing.assert_close(found, want, rtol=0.0, atol=1e-5)
-
-
-# --- The balance loss of padded and packed rows; test_trainer.py compares parts of a step
-
-
-def batch_of(examples: list[list[int]], packing: bool) -> dict[str, torch.Tensor]:
-    """Examples as rows with padding, or packed into two rows: all but the last, and the last."""
-    rows = [examples[:-1], examples[-1:]] if packing else [[example] for example in examples]
-    features = []
-    for row in rows:
-        ids, lengths = [i for example in row for i in example], [len(example) for example in row]
-        features.append({"input_ids": ids, "length": len(ids), "trained": [True] * len(ids)})
-        features[-1] |= {"lengths": lengths, "sources": ["here"] * len(lengths)}
-    batch = Collator(pad_token_id=1, packing=packing)(features)
-    return {n: batch[n] for n in ("input_ids", "sequence_ids", "position_ids") if n in batch}
-
-
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_each_example_counts_by_itself_in_the_balance_loss(
-    packing: bool, tiny_model: MakeModel
-) -> None:
-    model, batch = tiny_model(experts_implementation=GROUPED), batch_of(EXAMPLES, packing)
-    alone = [gradients(model, input_ids=torch.tensor([example])) for example in EXAMPLES]
-    wanted = {name: sum(some[name] for some in alone) / len(alone) for name in alone[0]}
-    assert wanted["model.layers.1.mlp.gate.weight"].abs().max() > 1e-3
-    agree(gradients(model, **batch), wanted)
-    losses = [model(torch.tensor([example]), use_cache=False).aux_loss for example in EXAMPLES]
-    have = model(**batch, use_cache=False).aux_loss
-    torch.testing.assert_close(have, sum(losses) / len(losses))
-    rows_as_sequences = batch | {"sequence_ids": None}
-    assert (model(**rows_as_sequences, use_cache=False).aux_loss - have).abs() > 1e-3
+    torch.testing.assert_close(found, want, rtol=0.0, atol=2e-4)
 
 
 def test_padding_is_left_out_of_the_balance_loss_over_all_tokens(tiny_model: MakeModel) -> None:
-    model, batch = tiny_model(seq_aux=False).train(), batch_of(EXAMPLES, packing=True)
-    have = model(**batch, use_cache=False).aux_loss
-    batch["input_ids"][batch["sequence_ids"] < 0] = 50
-    torch.testing.assert_close(model(**batch, use_cache=False).aux_loss, have)
+    """test_trainer.py compares the balance loss of packed rows and of parts of a step."""
+    model, ids = tiny_model(seq_aux=False).train(), IDS.clone()
+    sequence_ids = torch.tensor([[0, 0, 0, 0, 0, -1, -1], [1] * 7])
+    have = model(ids, sequence_ids=sequence_ids, use_cache=False).aux_loss
+    ids[sequence_ids < 0] = 50
+    other = model(ids, sequence_ids=sequence_ids, use_cache=False).aux_loss
+    torch.testing.assert_close(other, have)
+    assert not torch.allclose(model(ids, use_cache=False).aux_loss, have)

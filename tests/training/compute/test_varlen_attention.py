@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.training.compute import varlen_attention as attention
 
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
@@ -25,22 +25,12 @@ def packed(device: str = "cpu") -> dict[str, Any]:
     return batch | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
 
 
-@pytest.fixture
-def with_attention(tiny_config: Callable[..., DeepseekConfig]) -> MakeModel:
-    def make(implementation: str, **changes: Any) -> DeepseekForCausalLM:
-        torch.manual_seed(0)
-        config = tiny_config(**changes)
-        return DeepseekForCausalLM._from_config(config, attn_implementation=implementation).eval()
-
-    return make
-
-
 @torch.no_grad()
-def test_varlen_without_examples_in_a_row_is_sdpa(with_attention: MakeModel) -> None:
+def test_varlen_without_examples_in_a_row_is_sdpa(tiny_model: MakeModel) -> None:
     """So evaluating and generating with a model that trained works, also with padding."""
     mask = torch.ones_like(IDS)
     mask[0, :3] = 0
-    want, have = (with_attention(name) for name in ("sdpa", attention.VARLEN))
+    want, have = (tiny_model(attn_implementation=name) for name in ("sdpa", attention.VARLEN))
     assert have.config._attn_implementation == attention.VARLEN
     assert torch.equal(have(IDS).logits, want(IDS).logits)
     assert torch.equal(have(IDS, attention_mask=mask).logits, want(IDS, attention_mask=mask).logits)
@@ -55,7 +45,7 @@ def test_varlen_without_examples_in_a_row_is_sdpa(with_attention: MakeModel) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [None, 2])
 def test_varlen_gets_the_examples_and_makes_no_mask(
-    heads: int | None, with_attention: MakeModel, monkeypatch: pytest.MonkeyPatch
+    heads: int | None, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel replaced by loops over the examples; what reaches it must be whole rows."""
 
@@ -72,23 +62,23 @@ def test_varlen_gets_the_examples_and_makes_no_mask(
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
-    want = with_attention("sdpa", num_key_value_heads=heads)(**packed(), use_cache=False).logits
+    want = tiny_model(num_key_value_heads=heads)(**packed(), use_cache=False).logits
     monkeypatch.setattr(attention, "varlen_attn", loops)
     monkeypatch.setattr(attention, "sdpa_mask", lambda **_: pytest.fail("a mask was made"))
-    model = with_attention(attention.VARLEN, num_key_value_heads=heads)
+    model = tiny_model(attn_implementation=attention.VARLEN, num_key_value_heads=heads)
     have = model(**packed(), use_cache=False).logits
     torch.testing.assert_close(have, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention needs an NVIDIA GPU")
-def test_varlen_equals_the_block_mask(with_attention: MakeModel) -> None:
+def test_varlen_equals_the_block_mask(tiny_model: MakeModel) -> None:
     batch, found = packed("cuda"), []
     ways = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), (attention.VARLEN, torch.bfloat16)]
     for name, dtype in ways:
         # Dense, for bf16 would route some tokens elsewhere; heads of 16, which kernels want.
         changes = {"hidden_size": 64, "n_routed_experts": None, "initializer_range": 0.1}
-        model = with_attention(name, **changes).to("cuda", dtype).train()
+        model = tiny_model(attn_implementation=name, **changes).to("cuda", dtype).train()
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
         found.append(torch.cat([p.grad.float().flatten() for p in model.parameters()]))
     exact, plain, varlen = found
