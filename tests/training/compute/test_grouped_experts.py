@@ -1,7 +1,7 @@
 """The experts in training: what they compute, keep and repeat, alone and in whole models.
 
-Here they take the plain twins of their kernels; tests/kernels compares those with the kernels, and
-tests/gpu does all of it on a GPU.
+Here they take the plain twins of their kernels. tests/kernels compares those with the kernels, and
+tests/gpu/test_training.py the two ways through all experts.
 """
 
 from collections.abc import Callable
