@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..kernels.decode import Place
 from ..kernels.int_weights import Weight
 from ..model.layout import EXPERT_STACKS
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
@@ -75,8 +76,6 @@ class Decoder:
         config = model.config
         self.ops, self.config = ops, config
         self.eps = model.model.norm.variance_epsilon  # supported.py asks that all norms have it
-        self.heads = config.num_attention_heads
-        self.scale = config.head_dim**-0.5
         self.embedding = model.model.embed_tokens.weight.data
         self.layers = [_Layer(layer) for layer in model.model.layers]
         self.norm, self.head = model.model.norm.weight.data, _weight(model.lm_head)
@@ -86,7 +85,7 @@ class Decoder:
         self.cos_sin = tuple(table[0, :, :half].float().contiguous() for table in cos_sin)
         self.side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         # With these the programs of a kernel find out which of them is last. They are 0 in between.
-        size = max(FEW * self.heads, config.hidden_size, 512)  # `attend` splits into 512 at most
+        size = max(FEW * config.num_attention_heads, config.hidden_size, 512)  # `attend` takes 512
         self.counters = torch.zeros(size, dtype=torch.int32, device=model.device)
 
     def step(self, ids_T: Tensor, position_T: Tensor, slot_T: Tensor, cache: StaticCache) -> Tensor:
@@ -99,8 +98,8 @@ class Decoder:
             return self._few(hidden_TD, position_T, slot_T, cache)
 
         def attention(i: int, q_TD: Tensor) -> Tensor:
-            cached = cache.layer(i)
-            return self.ops.attend(q_TD, cached, position_T, slot_T, self.scale, self.counters)
+            place = Place(*cache.layer(i), position_T, slot_T)
+            return self.ops.attend(q_TD, place, self.counters)
 
         x_TD = self._many(hidden_TD, position_T, slot_T, cache, attention)
         return self.ops.dense(x_TD, self.head, torch.float32)
@@ -122,8 +121,8 @@ class Decoder:
             bounds, most = ends_B, longest
             if len(q_TD) < len(ids_T):  # the last layer asks for the last tokens only
                 bounds, most = torch.arange(len(ends) + 1, device=q_TD.device).int(), 1
-            place = (bounds, last_position_B, slot_B, most)
-            return self.ops.attend_prompt(q_TD, cache.layer(i), *place, self.scale)
+            place = Place(*cache.layer(i), last_position_B, slot_B)
+            return self.ops.attend_prompt(q_TD, place, bounds, most)
 
         x_BD = self._many(self.embedding[ids_T], position_T, slot_T, cache, attention, last_B)
         return self.ops.dense(x_BD, self.head, torch.float32)
@@ -146,9 +145,9 @@ class Decoder:
     ) -> Tensor:
         ops, eps = self.ops, self.eps
         for i, layer in enumerate(self.layers):
-            place = (self.cos_sin, position_T, slot_T, cache.layer(i), self.heads)
-            q_TD = ops.qkv(hidden_TD, layer.input_norm, eps, layer.qkv, *place)
-            out_TD = ops.attend(q_TD, cache.layer(i), position_T, slot_T, self.scale, self.counters)
+            place = Place(*cache.layer(i), position_T, slot_T)
+            q_TD = ops.qkv(hidden_TD, layer.input_norm, eps, layer.qkv, self.cos_sin, place)
+            out_TD = ops.attend(q_TD, place, self.counters)
             hidden_TD = ops.linear(out_TD, layer.o, residual_TO=hidden_TD)
             normed = (hidden_TD, layer.post_norm, eps)
             if layer.gate is None:
@@ -182,8 +181,7 @@ class Decoder:
         hidden_TD, x_TD = ops.add_norm(hidden_TD, None, self.layers[0].input_norm, eps)
         for i, (layer, next_norm) in enumerate(zip(self.layers, norms, strict=True)):
             qkv_TO = ops.dense(x_TD, layer.qkv)
-            place = (self.cos_sin, position_T, slot_T, cache.layer(i), self.heads)
-            q_TD = ops.rotate(qkv_TO, *place)
+            q_TD = ops.rotate(qkv_TO, self.cos_sin, Place(*cache.layer(i), position_T, slot_T))
             if last_B is not None and i == len(self.layers) - 1:
                 q_TD, hidden_TD, position_T = q_TD[last_B], hidden_TD[last_B], position_T[last_B]
             out_TD = attention(i, q_TD)

@@ -1,7 +1,6 @@
-"""Triton kernels, each beside a twin in torch of the same name and signature.
-
-`decode/` holds those of the engine, `training/` those of fine-tuning. `launch`, `dispatch` and
-`int_weights` serve both, and `torch_ops` holds the twins of the first two.
+"""Triton kernels. Each has a twin in torch of the same name and signature in a file torch_ops.py,
+which says what both compute. `decode/` holds those of the engine, `training/` those of fine-tuning,
+and what serves both stands beside them.
 """
 
 import functools

@@ -3,17 +3,24 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 PICKS = 128  # that one program places
 
 
 @triton.jit
-def _count(index_ptr, counts_ptr, picks, BLOCK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr):
+def _read_picks(index_ptr, picks, BLOCK, E, EP):
+    """The numbers of a program's picks, their experts, and for each expert whether it is that."""
     n_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     index_N = tl.load(index_ptr + n_N, mask=n_N < picks, other=E)
     e_E = tl.arange(0, EP)
-    mine_NE = ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
-    tl.store(counts_ptr + tl.program_id(0) * EP + e_E, tl.sum(mine_NE, 0))
+    return n_N, index_N, ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
+
+
+@triton.jit
+def _count(index_ptr, counts_ptr, picks, BLOCK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr):
+    _, _, mine_NE = _read_picks(index_ptr, picks, BLOCK, E, EP)
+    tl.store(counts_ptr + tl.program_id(0) * EP + tl.arange(0, EP), tl.sum(mine_NE, 0))
 
 
 @triton.jit
@@ -41,9 +48,7 @@ def _place(
     ends_E = tl.cumsum(total_E, 0)
     if pid == 0:
         tl.store(ends_ptr + e_E, ends_E, mask=e_E < E)
-    n_N = pid * BLOCK + tl.arange(0, BLOCK)
-    index_N = tl.load(index_ptr + n_N, mask=n_N < picks, other=E)
-    mine_NE = ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
+    n_N, index_N, mine_NE = _read_picks(index_ptr, picks, BLOCK, E, EP)
     rank_NE = tl.cumsum(mine_NE, 0) - 1
     first_E = ends_E - total_E + before_E
     place_N = tl.sum(mine_NE * (rank_NE + first_E[None, :]), 1)  # 0 for picks of no expert
@@ -51,9 +56,7 @@ def _place(
     tl.store(token_ptr + place_N, n_N // K, mask=index_N < E)
 
 
-def sort_picks(
-    index_TK: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sort_picks(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `torch_ops.sort_picks`."""
     T, K = index_TK.shape
     blocks, padded = triton.cdiv(T * K, PICKS), triton.next_power_of_2(num_experts)

@@ -13,6 +13,7 @@ by side, which are 64 values, share a scale; the last group of a row may be smal
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64
@@ -27,8 +28,8 @@ class Weight(NamedTuple):
     """A weight as kernels take it: `data` [..., O, I] in the model's dtype (`bits` 16 stands for
     all of these), or words [..., O, W] with their `scale` [..., O, G]."""
 
-    data: torch.Tensor
-    scale: torch.Tensor | None = None
+    data: Tensor
+    scale: Tensor | None = None
     bits: int = 16
 
     @property
@@ -37,9 +38,7 @@ class Weight(NamedTuple):
         return 0 if self.scale is None else self.scale.shape[-1]
 
 
-def dequantize(
-    words: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype
-) -> torch.Tensor:
+def dequantize(words: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The weight [..., O, I], in `dtype`, of words [..., O, W] and scales [..., O, G].
 
     The product of value and scale is rounded to the scale's dtype first.
@@ -61,6 +60,6 @@ def words_and_groups(columns: int, bits: int) -> tuple[int, int]:
     return columns // P, -(-columns // GROUP)
 
 
-def shifts(bits: int, device: torch.device) -> torch.Tensor:
+def shifts(bits: int, device: torch.device) -> Tensor:
     """Where each value of a word begins, [P, 1]."""
     return torch.arange(0, 32, bits, dtype=torch.int32, device=device)[:, None]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .int_weights import Weight
@@ -22,7 +23,7 @@ def swiglu(gate, up):
     return gate * tl.sigmoid(gate) * up
 
 
-def scale_of(weight: Weight) -> torch.Tensor:
+def scale_of(weight: Weight) -> Tensor:
     """The scales as a kernel takes them; without scales something that it does not read."""
     return weight.data if weight.scale is None else weight.scale
 

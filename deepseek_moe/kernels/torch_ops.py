@@ -1,12 +1,11 @@
 """What the kernels that both rooms use compute, in torch."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
-def sort_picks(
-    index_TK: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sort_picks(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gives each pick a place, so that those of one expert lie side by side, in the tokens' order.
 
     Returns the token of each place [N], the place of each pick [T, K], and where the places of each
@@ -24,7 +23,7 @@ def sort_picks(
     return token_N.int(), place_TK.int(), ends_E.int()
 
 
-def swiglu(gate_up_NF: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_up_NF: Tensor) -> Tensor:
     """silu(gate) * up, [N, F], of [N, 2F]."""
     gate_NF, up_NF = gate_up_NF.float().chunk(2, dim=-1)
     return (F.silu(gate_NF) * up_NF).to(gate_up_NF.dtype)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ..files import readable_size
-from ..kernels.training.adamw_torch import ADAMW_BLOCK
+from ..kernels.training.torch_ops import ADAMW_BLOCK
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import (

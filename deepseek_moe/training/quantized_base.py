@@ -104,14 +104,7 @@ def _dequantize_4bit(packed: torch.Tensor, state: bnb.functional.QuantState) -> 
     ops = ops_for(packed.device)
     if ops is torch_ops:
         return _dequantize_by_blocks(packed, state)
-    scales, blocksize2 = (None, None, None), 256
-    if state.nested:
-        scales = (state.state2.code, state.state2.absmax, state.offset)
-        blocksize2 = state.state2.blocksize
-    shape, dtype, blocksize = state.shape, state.dtype, state.blocksize
-    return ops.unpack_4bit(
-        packed, state.code, state.absmax, *scales, shape, dtype, blocksize, blocksize2
-    )
+    return ops.unpack_4bit(packed, state)
 
 
 def _dequantize_by_blocks(packed: torch.Tensor, state: bnb.functional.QuantState) -> torch.Tensor:

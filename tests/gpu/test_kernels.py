@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernel_cases import Run, assert_twins_agree, official_case, official_runs
+from kernel_cases import Case, assert_twins_agree, official_cases
 
 pytestmark = pytest.mark.gpu
 OUTPUTS = 1e-2
@@ -16,7 +16,7 @@ OUTPUTS = 1e-2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU was found")
-@pytest.mark.parametrize("run", official_runs(), ids=str)
-def test_equals_its_twin(run: Run) -> None:
-    assert_twins_agree(run.name, official_case(run, torch.device("cuda")), OUTPUTS)
+@pytest.mark.parametrize("case", official_cases(), ids=str)
+def test_equals_its_twin(case: Case) -> None:
+    assert_twins_agree(case, OUTPUTS)
     torch.cuda.empty_cache()  # Other processes share the memory.

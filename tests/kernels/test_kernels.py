@@ -1,5 +1,7 @@
 """Every kernel equals its twin in torch, in Triton's interpreter; tests/gpu does it on a GPU."""
 
+from inspect import signature
+
 import pytest
 import torch
 
@@ -7,49 +9,51 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
     pytest.skip("on a GPU, tests/gpu compares them", allow_module_level=True)
 
-from kernel_cases import TWINS, Case, Run, assert_twins_agree, small_runs
+from kernel_cases import CASES, TWINS, Case, assert_twins_agree, small_cases
 
 from deepseek_moe.kernels.decode import torch_ops, triton_ops
 from deepseek_moe.kernels.training import torch_ops as plain
 from deepseek_moe.kernels.training import triton_ops as fused
 
 
-@pytest.mark.parametrize("run", small_runs(), ids=str)
-def test_equals_its_twin(run: Run) -> None:
-    case = Case(run.tokens, run.bits, run.dtype, seed=run.tokens)
+@pytest.mark.parametrize("case", small_cases(), ids=str)
+def test_equals_its_twin(case: Case) -> None:
     # One token's int weights are unpacked in a way that costs a fortieth of bf16's rounding.
-    tolerance = 5e-4 if run.bits < 16 and run.tokens == 1 else 2e-5
-    assert_twins_agree(run.name, case, tolerance)
+    assert_twins_agree(case, 5e-4 if case.bits < 16 and case.tokens == 1 else 2e-5)
+
+
+def test_every_kernel_has_a_case_and_the_parameters_of_its_twin() -> None:
+    assert {name.split(":")[0] for name in CASES} == TWINS.keys()
+    for name, twins in TWINS.items():
+        ours, plain_ones = (list(signature(one).parameters) for one in twins)
+        assert ours == plain_ones, name
 
 
 def test_a_kernel_that_forgets_a_place_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_swiglu = torch_ops.swiglu
+    right = torch_ops.swiglu
 
     def forgetful(x_NF: torch.Tensor) -> torch.Tensor:
-        out_NF = torch.empty_like(plain_swiglu(x_NF))
-        out_NF[:-1] = plain_swiglu(x_NF)[:-1]
+        out_NF = torch.empty_like(right(x_NF))
+        out_NF[:-1] = right(x_NF)[:-1]
         return out_NF
 
-    monkeypatch.setitem(TWINS, "swiglu", (plain_swiglu, plain_swiglu))
-    assert_twins_agree("swiglu", Case(tokens=2), tolerance=0.0)
-    monkeypatch.setitem(TWINS, "swiglu", (forgetful, plain_swiglu))
+    monkeypatch.setitem(TWINS, "swiglu", (forgetful, right))
     with pytest.raises(AssertionError, match="relative distance nan"):
-        assert_twins_agree("swiglu", Case(tokens=2), tolerance=1e9)
+        assert_twins_agree(Case("swiglu", tokens=2), tolerance=1e9)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_choice_among_scores_that_are_no_numbers_shows(value: float) -> None:
+@pytest.mark.parametrize("norm_topk", [False, True])
+def test_a_choice_among_scores_that_are_no_numbers_shows(norm_topk: bool, value: float) -> None:
     """The weights of that token are NaN, so that its logits will be; its picks are experts."""
     logits_TE, position_T = torch.randn(3, 6), torch.arange(3, dtype=torch.int32)
     logits_TE[1, 4] = value
-    for norm_topk in (False, True):
-        want = torch_ops.pick_experts(logits_TE, position_T, 2, norm_topk)
-        index_TK, weights_TK = triton_ops.pick_experts(logits_TE, position_T, 2, norm_topk)
-        assert weights_TK[1].isnan().all()
-        assert ((index_TK >= 0) & (index_TK < 6)).all()
-        for token in (0, 2):
-            assert set(index_TK[token].tolist()) == set(want[0][token].tolist())
-            torch.testing.assert_close(weights_TK[token].sort()[0], want[1][token].sort()[0])
+    want = torch_ops.pick_experts(logits_TE, position_T, 2, norm_topk)
+    index_TK, weights_TK = triton_ops.pick_experts(logits_TE, position_T, 2, norm_topk)
+    assert weights_TK[1].isnan().all()
+    assert ((index_TK >= 0) & (index_TK < 6)).all()
+    assert torch.equal(index_TK[::2], want[0][::2])
+    torch.testing.assert_close(weights_TK[::2], want[1][::2])
 
 
 def test_dropout_of_an_adapter() -> None:
@@ -63,17 +67,15 @@ def test_dropout_of_an_adapter() -> None:
     assert not torch.equal(kept, fused.weighted_swiglu(gate_up, None, weights, p, 8)[1] != 0)
     low_grad, none = torch.randn(40, 64), torch.zeros(40, 64)
     have = fused.weighted_swiglu_backward(none, low_grad, gate_up, weights, True, p, 7)
-    want = plain.weighted_swiglu_backward(
-        low_grad * kept / (1 - p), None, gate_up, weights, True, 0.0, 0
-    )
-    torch.testing.assert_close(have[0], want[0])
-    torch.testing.assert_close(have[1], want[1])
+    grad = low_grad * kept / (1 - p)
+    want = plain.weighted_swiglu_backward(grad, None, gate_up, weights, True, 0.0, 0)
+    torch.testing.assert_close(have, want)
     torch.testing.assert_close(none, dropped)  # in its place
 
 
 # No rows of 16, 32, 48, 80... numbers: with AVX-512, bitsandbytes 0.50.2 takes the scales of other
 # blocks for those.
-@pytest.mark.parametrize("shape", [(64, 64), (3, 96, 128), (5, 100), (3, 127, 85), (7,)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 96, 128), (5, 100), (3, 127, 85), (7,)], ids=str)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_unpacks_as_bitsandbytes(
@@ -81,16 +83,11 @@ def test_unpacks_as_bitsandbytes(
 ) -> None:
     """Bit by bit. (In bf16 the twin alone: Triton's interpreter does not round to the nearest.)"""
     functional = pytest.importorskip("bitsandbytes", reason="it quantises").functional
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=random) ** 3  # of scales that differ
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 3
     options = {"quant_type": quant_type, "compress_statistics": double_quant}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         packed, state = functional.quantize_4bit(weight.to(dtype), **options)
         with torch.compiler.set_stance("force_eager"):  # what it compiles takes seconds to
             want = functional.dequantize_4bit(packed, state)
-        second = [None, None, None]
-        if double_quant:
-            second = [state.state2.code, state.state2.absmax, state.offset]
-        args = [packed, state.code, state.absmax, *second, state.shape, state.dtype]
         for ops in (plain,) if dtype == torch.bfloat16 else (plain, fused):
-            torch.testing.assert_close(ops.unpack_4bit(*args), want, rtol=0, atol=0)
+            torch.testing.assert_close(ops.unpack_4bit(packed, state), want, rtol=0, atol=0)

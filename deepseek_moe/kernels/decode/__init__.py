@@ -1,22 +1,23 @@
-"""The kernels of a decoding step.
+"""The kernels of a decoding step. The decoder is given `triton_ops`, or `torch_ops`, their twins.
 
-Stages of a layer, in the order in which a token meets them, in a step of few tokens:
-
-    qkv           norm, projections, rotary embedding, write to the cache
-    attend_cache  attention over the cache
-    linear        output projection and residual (also the dense layers' down product, and the head)
-    router        norm, scores, the choice of experts; the shared experts' gate and up products
-    experts_few   gate and up of the chosen; down, weighted sum, shared experts, residual
-
-A step of many tokens leaves the products to the library (experts_many) and fuses what stands
-between them (elementwise, dispatch). A prompt is attended to by attend_prompt.
-
-`triton_ops` and `torch_ops` have the same functions. The decoder is given one of the two.
+In a step of few tokens a token meets qkv, attend_cache, linear, router and experts_few, and in the
+end linear again, as the head. A step of many tokens leaves the products to the library
+(experts_many) and fuses what stands between them (elementwise, dispatch). A prompt is attended to
+by attend_prompt.
 """
 
-import torch
+from typing import NamedTuple
 
-CosSin = tuple[torch.Tensor, torch.Tensor]
+from torch import Tensor
+
+CosSin = tuple[Tensor, Tensor]
 """cos and sin of each position's angles, fp32 [context, D / 2]."""
-Cache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, each [slots, heads, capacity, D]."""
+
+
+class Place(NamedTuple):
+    """Where tokens stand in the cache of one layer."""
+
+    keys: Tensor  # [slots, heads, capacity, D]
+    values: Tensor
+    position_T: Tensor  # -1 for a row that holds no token
+    slot_T: Tensor

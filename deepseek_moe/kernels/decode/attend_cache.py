@@ -1,15 +1,14 @@
 """Attention of one new token a sequence over the cache. It is split over the length, so that a few
 sequences fill the GPU too.
-
-Plain twin: `torch_ops.attend`.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..launch import arrive_last, launch_options, wait
-from . import Cache
+from . import Place
 
 # For few sequences, and for many, which fill the GPU by themselves: positions that are read at
 # once, positions that one program takes alone, warps, stages. Measured on an H200.
@@ -111,17 +110,10 @@ def _more(top, total, acc_D, q_D, k_ND, v_ND, ok_N):
     return new_top, total * shrink + tl.sum(weight_N, 0), acc_D
 
 
-def attend(
-    q_TD: torch.Tensor,
-    cache: Cache,
-    position_T: torch.Tensor,
-    slot_T: torch.Tensor,
-    scale: float,
-    counters: torch.Tensor,
-) -> torch.Tensor:
+def attend(q_TD: Tensor, place: Place, counters: Tensor) -> Tensor:
     """As `torch_ops.attend`. `counters` holds min(512, T * heads) int32 zeros, before and after."""
     T = q_TD.shape[0]
-    _, kv_heads, capacity, width = cache[0].shape
+    _, kv_heads, capacity, width = place.keys.shape
     heads = q_TD.shape[1] // width
     block, chunk, warps, stages = SHAPES[T > 8]
     splits = SPLITS
@@ -131,7 +123,7 @@ def attend(
     part = q_TD.new_empty(T, heads, splits, width, dtype=torch.float32)
     stat = q_TD.new_empty(T, heads, splits, 2, dtype=torch.float32)
     _attend[(T, heads, splits)](
-        q_TD, *cache, position_T, slot_T, out_TD, part, stat, counters, scale,
+        q_TD, *place, out_TD, part, stat, counters, width**-0.5,
         q_TD.stride(0), capacity, H=heads, KV=kv_heads, D=width, SPLITS=splits, BLOCK=block,
         CHUNK=chunk, STAGES=stages, **launch_options(warps),
     )  # fmt: skip

@@ -1,14 +1,12 @@
 """Causal attention of the new tokens of prompts over all that their slots of the cache hold (Dao
 2023, arXiv 2307.08691).
-
-Plain twin: `torch_ops.attend_prompt`.
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import Cache
+from . import Place
 
 M, N, WARPS, STAGES = 128, 64, 8, 3
 """Queries and keys of a tile, measured on an H200."""
@@ -78,22 +76,15 @@ def _more(score_MN, v_ND, scale, acc_MD, top_M, total_M):
     return acc_MD, new_top_M, total_M * shrink_M + tl.sum(weight_MN, 1)
 
 
-def attend_prompt(
-    q_TD: torch.Tensor,
-    cache: Cache,
-    ends: torch.Tensor,
-    position_B: torch.Tensor,
-    slot_B: torch.Tensor,
-    longest: int,
-    scale: float,
-) -> torch.Tensor:
+def attend_prompt(q_TD: Tensor, place: Place, ends: Tensor, longest: int) -> Tensor:
     """As `torch_ops.attend_prompt`."""
-    _, kv_heads, capacity, width = cache[0].shape
+    _, kv_heads, capacity, width = place.keys.shape
     heads = q_TD.shape[1] // width
     out_TD = q_TD.new_empty(q_TD.shape)
     m = min(M, max(16, triton.next_power_of_2(longest)))
-    _attend_prompt[(triton.cdiv(longest, m), heads, len(slot_B))](
-        q_TD, *cache, ends, position_B, slot_B, out_TD, scale * 1.4426950408889634,
+    _attend_prompt[(triton.cdiv(longest, m), heads, len(ends) - 1)](
+        q_TD, place.keys, place.values, ends, place.position_T, place.slot_T, out_TD,
+        width**-0.5 * 1.4426950408889634,
         q_TD.stride(0), capacity, H=heads, KV=kv_heads, D=width, M=m, N=N, STAGES=STAGES,
         num_warps=WARPS if m >= 128 else 4,
     )  # fmt: skip

@@ -9,6 +9,11 @@ norm's weight and r = rsqrt(mean(h^2) + eps),
 
 so the sum of squares is gathered beside the product, and r multiplies the result. For several
 tokens x must be ready for the tensor cores, so `elementwise.add_norm` makes it before.
+
+Parameters in capitals are constants at compile time. Those that all functions share: W and BITS as
+above; R rows; BLOCK words of a row that are read at once; NORM whether norm(x) is multiplied, with
+g as the norm's weight, instead of x; PDL whether to `wait` before x is read. `w_R` and `s_R` point
+to the first word and the first scale of each row.
 """
 
 import triton
@@ -19,22 +24,16 @@ from .dot_int import dot_words, fixed_point, int_value
 
 
 @triton.jit
-def dot_one(
-    acc_RA,
-    square_B,
-    x_ptr,  # [P * W] of one token
-    g_ptr,  # [P * W], read if NORM
-    w_R,  # pointers to the first word of each row
-    s_R,  # pointers to the first scale of each row
-    times,  # scalar that multiplies the products
-    W: tl.constexpr,
-    BITS: tl.constexpr,
-    NORM: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,  # wait before the first read of x
-):
-    """Adds times * w[r, i] * x[i] to acc[r, .], and x^2 to square.
+def _scales(s_R, at, W, GROUP, BLOCK):
+    """The scales [R, BLOCK / GROUP] of the words from `at` on."""
+    group_G = at // GROUP + tl.arange(0, BLOCK // GROUP)
+    there_G = group_G < (W + GROUP - 1) // GROUP
+    return tl.load(s_R[:, None] + group_G[None, :], mask=there_G[None, :], other=0.0)
+
+
+@triton.jit
+def dot_one(acc_RA, square_B, x_ptr, g_ptr, w_R, s_R, times, W, BITS, NORM, R, BLOCK, PDL):
+    """Adds times * w[r, i] * x[i] to acc[r, .], and x^2 to square, for x [P * W] of one token.
 
     The caller sums acc over its last axis A, which is BLOCK, or BLOCK over the words of a group.
     """
@@ -45,9 +44,7 @@ def dot_one(
         inside_B = column_B < W
         words_RB = tl.load(w_R[:, None] + column_B[None, :], mask=inside_B[None, :], other=0)
         if BITS != 16:
-            group_G = at // GROUP + tl.arange(0, BLOCK // GROUP)
-            there_G = group_G < (W + GROUP - 1) // GROUP
-            scale_RG = tl.load(s_R[:, None] + group_G[None, :], mask=there_G[None, :], other=0.0)
+            scale_RG = _scales(s_R, at, W, GROUP, BLOCK)
         if at == 0:
             wait(PDL)
         if BITS == 16:
@@ -70,20 +67,8 @@ def dot_one(
 
 
 @triton.jit
-def product_one(
-    x_ptr,
-    g_ptr,
-    eps,
-    w_R,
-    s_R,
-    W: tl.constexpr,
-    BITS: tl.constexpr,
-    NORM: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """w norm(x) of one token, fp32 [R]; without the norm if not NORM."""
+def product_one(x_ptr, g_ptr, eps, w_R, s_R, W, BITS, NORM, R, BLOCK, PDL):
+    """w x or w norm(x) of one token, fp32 [R]."""
     P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
     A: tl.constexpr = BLOCK * P // (1 if BITS == 16 else 64)
     acc_RA = tl.zeros([R, A], tl.float32)
@@ -98,19 +83,8 @@ def product_one(
 
 
 @triton.jit
-def dot_few(
-    acc_RT,
-    x_T,  # pointers to the first column of each token
-    ok_T,
-    w_R,
-    s_R,
-    W: tl.constexpr,
-    BITS: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Adds w x to acc[r, t] on the tensor cores."""
+def dot_few(acc_RT, x_T, ok_T, w_R, s_R, W, BITS, R, BLOCK, STAGES):
+    """Adds w x to acc[r, t] on the tensor cores. `x_T` points to the first column of each token."""
     P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
     GROUP: tl.constexpr = 64 // P
     for at in tl.range(0, W, BLOCK, num_stages=STAGES):
@@ -118,9 +92,7 @@ def dot_few(
         inside_B = column_B < W
         words_RB = tl.load(w_R[:, None] + column_B[None, :], mask=inside_B[None, :], other=0)
         if BITS != 16:
-            group_G = at // GROUP + tl.arange(0, BLOCK // GROUP)
-            there_G = group_G < (W + GROUP - 1) // GROUP
-            scale_RG = tl.load(s_R[:, None] + group_G[None, :], mask=there_G[None, :], other=0.0)
+            scale_RG = _scales(s_R, at, W, GROUP, BLOCK)
             scale_RGB = tl.broadcast_to(scale_RG[:, :, None], [R, BLOCK // GROUP, GROUP])
             scale_RB = tl.reshape(scale_RGB, [R, BLOCK]).to(tl.float32)
         for j in tl.static_range(P):
@@ -135,23 +107,9 @@ def dot_few(
 
 
 @triton.jit
-def product(
-    x_ptr,  # [T, P * W]
-    g_ptr,
-    eps,
-    w_R,
-    s_R,
-    T: tl.constexpr,
-    TP: tl.constexpr,
-    W: tl.constexpr,
-    BITS: tl.constexpr,
-    NORM: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """w x, fp32: for one token [R, 1], of norm(x) if NORM; else [R, TP], TP >= T a power of two."""
+def product(x_ptr, g_ptr, eps, w_R, s_R, T, TP, W, BITS, NORM, R, BLOCK, STAGES, PDL):
+    """The products of w with x [T, P * W], fp32: for one token [R, 1], which NORM applies to; else
+    [R, TP], where TP >= T is a power of two."""
     P: tl.constexpr = 1 if BITS == 16 else 32 // BITS
     if T == 1:
         out_RT = product_one(x_ptr, g_ptr, eps, w_R, s_R, W, BITS, NORM, R, BLOCK, PDL)[:, None]
@@ -166,13 +124,13 @@ def product(
 
 
 @triton.jit
-def halves(x_RT, R: tl.constexpr, TP: tl.constexpr):
+def halves(x_RT, R, TP):
     """The first R / 2 rows, and the others."""
     return tl.split(tl.permute(tl.reshape(x_RT, [2, R // 2, TP]), [1, 2, 0]))
 
 
 @triton.jit
-def swiglu_rows(first, F: tl.constexpr, R: tl.constexpr):
+def swiglu_rows(first, F, R):
     """The rows of a weight [2 * F, .], gate above up, that a program reads: R / 2 of gate, from
     `first` on, and the R / 2 of up that belong to them."""
     r_R = tl.arange(0, R)
@@ -180,9 +138,7 @@ def swiglu_rows(first, F: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def store_swiglu(
-    out_ptr, place_T, ok_T, out_RT, first, F: tl.constexpr, R: tl.constexpr, TP: tl.constexpr
-):
+def store_swiglu(out_ptr, place_T, ok_T, out_RT, first, F, R, TP):
     """Of the products of `swiglu_rows`: silu(gate) * up into out[place[t], first:] of rows of F."""
     gate_RT, up_RT = halves(out_RT, R, TP)
     f_R = first + tl.arange(0, R // 2)

@@ -4,6 +4,8 @@ in a word, column j * W + w in word w of the W words of a row, a scale for each 
 For several tokens the values are made floats for the tensor cores. For one token that would take
 longer than reading them. There the token's vector becomes integers of 16 bits instead, and the
 products are of bytes, four an instruction.
+
+Parameters in capitals are constants at compile time, as in dot.py.
 """
 
 import triton
@@ -16,7 +18,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
-def int_value(words, j: tl.constexpr, BITS: tl.constexpr):
+def int_value(words, j, BITS):
     """Value j of each word less its offset, fp32. Its bits are put into the mantissa of 2^23, which
     costs half of what converting an integer does."""
     if BITS == 4:
@@ -43,21 +45,11 @@ def dot_bytes(words, x, acc):
 
 
 @triton.jit
-def fixed_point(
-    square_QB,
-    x_Q,  # pointers to the first column of each vector
-    g_ptr,
-    column_QB,  # words
-    inside_QB,
-    W: tl.constexpr,
-    BITS: tl.constexpr,
-    NORM: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def fixed_point(square_QB, x_Q, g_ptr, column_QB, inside_QB, W, BITS, NORM, Q, BLOCK):
     """x (times g if NORM) of one token as integers of 16 bits, with a step for each column group.
 
-    What 16 bits lose is a hundredth of what bf16 has lost already.
+    `x_Q` points to the first column of each of Q vectors, and the columns are words. What 16 bits
+    lose is a hundredth of what bf16 has lost already.
 
     Returns the upper and lower bytes that meet the even values of each word, those that meet the
     odd ones (int4), the sums of x that the weights' offset multiplies, the steps [Q, groups], and
@@ -103,7 +95,7 @@ def fixed_point(
 
 
 @triton.jit
-def dot_words(words, even_upper, even_lower, odd_upper, odd_lower, sum_x, BITS: tl.constexpr):
+def dot_words(words, even_upper, even_lower, odd_upper, odd_lower, sum_x, BITS):
     """The sum of (value - offset) x of each word, int32. The vectors are broadcast to the words."""
     OFFSET: tl.constexpr = 2 ** (BITS - 1)
     even_upper, words = tl.broadcast(even_upper, words)
@@ -121,23 +113,11 @@ def dot_words(words, even_upper, even_lower, odd_upper, odd_lower, sum_x, BITS: 
 
 
 @triton.jit
-def dot_picks(
-    x_Q,  # pointers to the activations [P * W] of each pick
-    times_Q,
-    ok_Q,
-    w_QR,  # pointers to the first word of each row of each pick's expert
-    s_QR,
-    W: tl.constexpr,
-    BITS: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,  # at least W
-    PDL: tl.constexpr,
-):
-    """sum_q times[q] * w[q, r] . x[q], fp32 [R].
+def dot_picks(x_Q, times_Q, ok_Q, w_QR, s_QR, W, BITS, Q, R, BLOCK, PDL):
+    """sum_q times[q] * w[q, r] . x[q], fp32 [R], for the activations [P * W] of Q picks.
 
-    Unlike `dot_one` it reads the words of several experts at once, and begins before the
-    activations are ready.
+    `w_QR` and `s_QR` point to each row of each pick's expert. BLOCK is at least W. Unlike `dot_one`
+    this reads the words of several experts at once, and begins before the activations are ready.
     """
     P: tl.constexpr = 32 // BITS
     GROUP: tl.constexpr = 64 // P

@@ -1,16 +1,13 @@
-"""What comes between the products of a step of many tokens, in one pass over memory each.
-
-Plain twins: `torch_ops.add_norm`, `torch_ops.rotate`, `torch_ops.swiglu`, `torch_ops.combine`,
-`torch_ops.advance`.
-"""
+"""What comes between the products of a step of many tokens, in one pass over memory each."""
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..launch import launch_options, wait
 from ..launch import swiglu as _swiglu
-from . import Cache, CosSin
+from . import CosSin, Place
 
 
 @triton.jit
@@ -45,8 +42,8 @@ def _add_norm(
 
 
 def add_norm(
-    x_TD: torch.Tensor, residual_TD: torch.Tensor | None, norm_D: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """As `torch_ops.add_norm`."""
     T, D = x_TD.shape
     sum_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
@@ -99,18 +96,12 @@ def _rotate(
     tl.store(v_ptr + place_HD + D // 2, new_second_HD, mask=value_H)
 
 
-def rotate(
-    qkv_TO: torch.Tensor,
-    cos_sin: CosSin,
-    position_T: torch.Tensor,
-    slot_T: torch.Tensor,
-    cache: Cache,
-    heads: int,
-) -> torch.Tensor:
+def rotate(qkv_TO: Tensor, cos_sin: CosSin, place: Place) -> Tensor:
     """As `torch_ops.rotate`, in place: what it returns is a view of `qkv_TO`."""
-    _, kv_heads, capacity, width = cache[0].shape
+    _, kv_heads, capacity, width = place.keys.shape
+    heads = qkv_TO.shape[1] // width - 2 * kv_heads
     _rotate[(qkv_TO.shape[0],)](
-        qkv_TO, *cos_sin, position_T, slot_T, *cache, capacity,
+        qkv_TO, *cos_sin, place.position_T, place.slot_T, place.keys, place.values, capacity,
         H=heads, KV=kv_heads, D=width, num_warps=8,
     )  # fmt: skip
     return qkv_TO[:, : heads * width]
@@ -126,7 +117,7 @@ def _act(x_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * F + f_F, _swiglu(gate_F, up_F), mask=ok_F)
 
 
-def swiglu(gate_up_NF: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_up_NF: Tensor) -> Tensor:
     """As `torch_ops.swiglu`."""
     N, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
     out_NF = gate_up_NF.new_empty(N, width)
@@ -165,14 +156,14 @@ def _combine(
 
 
 def combine(
-    out_ND: torch.Tensor,
-    place_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    shared_TD: torch.Tensor,
-    residual_TD: torch.Tensor,
-    norm_D: torch.Tensor,
+    out_ND: Tensor,
+    place_TK: Tensor,
+    weights_TK: Tensor,
+    shared_TD: Tensor,
+    residual_TD: Tensor,
+    norm_D: Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """As `torch_ops.combine`."""
     (T, K), D = place_TK.shape, out_ND.shape[1]
     sum_TD, normed_TD = torch.empty_like(residual_TD), torch.empty_like(residual_TD)
@@ -193,13 +184,7 @@ def _advance(new_ptr, ids_ptr, position_ptr, seen_ptr, last, V):
     tl.store(position_ptr + row, tl.where(position < 0, -1, tl.minimum(position + 1, last)))
 
 
-def advance(
-    new_B: torch.Tensor,
-    ids_B: torch.Tensor,
-    position_B: torch.Tensor,
-    seen_BV: torch.Tensor,
-    last: int,
-) -> None:
+def advance(new_B: Tensor, ids_B: Tensor, position_B: Tensor, seen_BV: Tensor, last: int) -> None:
     """As `torch_ops.advance`."""
     seen = seen_BV.view(torch.uint8)
     _advance[(len(new_B),)](new_B, ids_B, position_B, seen, last, seen.shape[1], num_warps=1)

@@ -1,13 +1,12 @@
 """The chosen experts for a few tokens. One kernel computes gate and up of each pick; the other
 computes down, the weighted sum, the shared experts and the residual. An expert that several tokens
 chose is read once.
-
-Plain twins: `torch_ops.experts_gate_up`, `torch_ops.experts_down`.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import arrive_last, padded_tokens, product_options, scale_of, wait
@@ -231,7 +230,7 @@ def _down_few(
         tl.store(out_ptr + place_RT, sum_RT, mask=ok_RT)
 
 
-def experts_gate_up(x_TD: torch.Tensor, weight: Weight, index_TK: torch.Tensor) -> torch.Tensor:
+def experts_gate_up(x_TD: Tensor, weight: Weight, index_TK: Tensor) -> Tensor:
     """As `torch_ops.experts_gate_up`."""
     T, K = index_TK.shape
     E, width = weight.data.shape[0], weight.data.shape[1] // 2
@@ -245,20 +244,20 @@ def experts_gate_up(x_TD: torch.Tensor, weight: Weight, index_TK: torch.Tensor) 
 
 
 def experts_down(
-    act_TKF: torch.Tensor,
-    shared_act_TF: torch.Tensor,
+    act_TKF: Tensor,
+    shared_act_TF: Tensor,
     weight: Weight,
     shared: Weight,
-    index_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    residual_TD: torch.Tensor,
-    counters: torch.Tensor,
-) -> torch.Tensor:
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    residual_TD: Tensor,
+    counters: Tensor,
+) -> Tensor:
     """As `torch_ops.experts_down`. `counters` holds D int32 zeros, before and after."""
     (T, K), (E, D, _) = index_TK.shape, weight.data.shape
     out_TD = torch.empty_like(residual_TD)
-    options = product_options("down", T, weight) | {"E": E, "K": K, "D": D}
-    options["SW"] = shared.data.shape[1]
+    sizes = {"E": E, "K": K, "D": D, "SW": shared.data.shape[1]}
+    options = product_options("down", T, weight) | sizes
     tiles = triton.cdiv(D, options["R"])
     routing = (index_TK, weights_TK, residual_TD, out_TD)
     if T == 1 and weight.bits == 16:

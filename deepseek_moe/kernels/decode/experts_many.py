@@ -1,11 +1,9 @@
-"""One product for all experts, for the thousands of tokens of prompts or a batch of sequences.
-
-Plain twins in torch_ops.py: `grouped_gate_up`, `grouped_down`, `dense`, `matrix`.
-"""
+"""One product for all experts, for the thousands of tokens of prompts or a batch of sequences."""
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..int_weights import Weight
@@ -38,7 +36,7 @@ def _matrix(
         tl.store(out_ptr + row * (P * W) + j * W + column_B, value_B, mask=ok_B)
 
 
-def matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+def matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
     """As `torch_ops.matrix`."""
     if weight.scale is None:
         return weight.data.to(dtype)
@@ -102,9 +100,7 @@ def _grouped(
             tl.store(out_RN_ptr, out_RN, mask=(o_R < O)[:, None] & ok_N[None, :])
 
 
-def _launch(
-    x: torch.Tensor, weight: Weight, ends_E: torch.Tensor, token_N: torch.Tensor | None, glu: bool
-) -> torch.Tensor:
+def _launch(x: Tensor, weight: Weight, ends_E: Tensor, token_N: Tensor | None, glu: bool) -> Tensor:
     E, rows, _ = weight.data.shape
     picks = x.shape[0] if token_N is None else token_N.shape[0]
     # About as many picks at once as most experts have, so that their weights are read once.
@@ -119,21 +115,15 @@ def _launch(
 
 
 def grouped_gate_up(
-    x_TD: torch.Tensor,
-    weight: Weight,
-    token_N: torch.Tensor,
-    ends_E: torch.Tensor,
-    step: bool = False,
-) -> torch.Tensor:
+    x_TD: Tensor, weight: Weight, token_N: Tensor, ends_E: Tensor, step: bool = False
+) -> Tensor:
     """As `torch_ops.grouped_gate_up`, but nothing is written after the last expert's places."""
     if step or _reads_most(token_N.shape[0], weight):
         return _launch(x_TD, weight, ends_E, token_N, glu=True)
     return swiglu(_library(x_TD[token_N], weight, ends_E))
 
 
-def grouped_down(
-    x_NF: torch.Tensor, weight: Weight, ends_E: torch.Tensor, step: bool = False
-) -> torch.Tensor:
+def grouped_down(x_NF: Tensor, weight: Weight, ends_E: Tensor, step: bool = False) -> Tensor:
     """As `torch_ops.grouped_down`, but nothing is written after the last expert's places."""
     if step or _reads_most(x_NF.shape[0], weight):
         return _launch(x_NF, weight, ends_E, None, glu=False)
@@ -149,11 +139,11 @@ def _reads_most(picks: int, weight: Weight) -> bool:
     return picks <= READING * weight.data.shape[0]
 
 
-def _library(x_NI: torch.Tensor, weight: Weight, ends_E: torch.Tensor) -> torch.Tensor:
+def _library(x_NI: Tensor, weight: Weight, ends_E: Tensor) -> Tensor:
     return F.grouped_mm(x_NI, matrix(weight, x_NI.dtype).transpose(1, 2), offs=ends_E)
 
 
-def dense(x_TI: torch.Tensor, weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
+def dense(x_TI: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
     """As `torch_ops.dense`."""
     if dtype in (None, x_TI.dtype):
         return F.linear(x_TI, matrix(weight, x_TI.dtype))

@@ -1,11 +1,9 @@
-"""A product for a few tokens, with the norm before it or the residual after it.
-
-Plain twin: `torch_ops.linear`.
-"""
+"""A product for a few tokens, with the norm before it or the residual after it."""
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import padded_tokens, product_options, scale_of
@@ -50,13 +48,13 @@ def _linear(
 
 
 def linear(
-    x_TI: torch.Tensor,
+    x_TI: Tensor,
     weight: Weight,
-    norm_I: torch.Tensor | None = None,
+    norm_I: Tensor | None = None,
     eps: float = 0.0,
-    residual_TO: torch.Tensor | None = None,
+    residual_TO: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """As `torch_ops.linear`."""
     T, rows = x_TI.shape[0], weight.data.shape[0]
     out_TO = x_TI.new_empty(T, rows, dtype=dtype or x_TI.dtype)

@@ -1,15 +1,12 @@
-"""Norm, query, key and value projection, rotary embedding and the write to the cache, at once.
+"""Norm, query, key and value projection, rotary embedding and the write to the cache, at once."""
 
-Plain twin: `torch_ops.qkv`.
-"""
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import padded_tokens, product_options, scale_of
-from . import Cache, CosSin
+from . import CosSin, Place
 from .dot import halves, product
 from .elementwise import add_norm
 
@@ -78,25 +75,19 @@ def _qkv(
 
 
 def qkv(
-    hidden_TD: torch.Tensor,
-    norm_D: torch.Tensor,
-    eps: float,
-    weight: Weight,
-    cos_sin: CosSin,
-    position_T: torch.Tensor,
-    slot_T: torch.Tensor,
-    cache: Cache,
-    heads: int,
-) -> torch.Tensor:
+    hidden_TD: Tensor, norm_D: Tensor, eps: float, weight: Weight, cos_sin: CosSin, place: Place
+) -> Tensor:
     """As `torch_ops.qkv`."""
     T = hidden_TD.shape[0]
-    _, kv_heads, capacity, width = cache[0].shape
+    _, kv_heads, capacity, width = place.keys.shape
+    heads = weight.data.shape[0] // width - 2 * kv_heads
     options = product_options("qkv", T, weight)
     options["R"] = min(options["R"], width)
     x_TD = hidden_TD if T == 1 else add_norm(hidden_TD, None, norm_D, eps)[1]
     q_TD = hidden_TD.new_empty(T, heads * width)
     _qkv[((heads + 2 * kv_heads) * width // options["R"],)](
-        x_TD, norm_D, weight.data, scale_of(weight), *cos_sin, position_T, slot_T, q_TD, *cache,
-        eps, capacity, T=T, TP=padded_tokens(T), H=heads, KV=kv_heads, D=width, **options,
+        x_TD, norm_D, weight.data, scale_of(weight), *cos_sin, place.position_T, place.slot_T, q_TD,
+        place.keys, place.values, eps, capacity,
+        T=T, TP=padded_tokens(T), H=heads, KV=kv_heads, D=width, **options,
     )  # fmt: skip
     return q_TD

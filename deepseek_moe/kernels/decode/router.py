@@ -1,12 +1,11 @@
 """Norm, router, softmax and choice of the experts in one launch. The gate and up products of the
 shared experts (or of a dense layer) run beside them, since they do not wait for the choice.
-
-Plain twins: `torch_ops.route`, `torch_ops.gate_up`, `torch_ops.pick_experts`.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import arrive_last, padded_tokens, product_options, scale_of, tile_of
@@ -18,11 +17,11 @@ TILE = 16  # tokens that a program of `pick_experts` chooses for
 
 @triton.jit
 def _pick_experts(
-    logits_ptr,
-    position_ptr,
-    index_ptr,
-    weights_ptr,
-    tokens,
+    logits_ptr,  # [T, E], fp32
+    position_ptr,  # [T], -1: no token
+    index_ptr,  # [T, K], int32
+    weights_ptr,  # [T, K], fp32
+    tokens,  # T
     TILE: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -35,8 +34,8 @@ def _pick_experts(
 
 
 def pick_experts(
-    logits_TE: torch.Tensor, position_T: torch.Tensor, top_k: int, norm_topk: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits_TE: Tensor, position_T: Tensor, top_k: int, norm_topk: bool
+) -> tuple[Tensor, Tensor]:
     """As `torch_ops.pick_experts`."""
     T, E = logits_TE.shape
     index_TK = logits_TE.new_empty(T, top_k, dtype=torch.int32)
@@ -49,27 +48,14 @@ def pick_experts(
 
 
 @triton.jit
-def top_k_of_tile(
-    logits_ptr,  # [., E], fp32
-    position_ptr,  # [.], -1: no token
-    index_ptr,  # [., K], int32
-    weights_ptr,  # [., K], fp32
-    t_T,  # the tokens of this tile
-    ok_T,
-    TP: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    NORM_TOPK: tl.constexpr,
-):
+def top_k_of_tile(logits_ptr, position_ptr, index_ptr, weights_ptr, t_T, ok_T, TP, E, K, NORM_TOPK):
+    """Chooses for the tokens `t_T` of [., E] logits: index and weights [., K]. TP, E, K and
+    NORM_TOPK are constants at compile time."""
     KP: tl.constexpr = triton.next_power_of_2(K)
     e_E, k_K = tl.arange(0, triton.next_power_of_2(E)), tl.arange(0, KP)
     ok_TE = ok_T[:, None] & (e_E < E)[None, :]
-    logits_TE = tl.load(
-        logits_ptr + t_T[:, None] * E + e_E[None, :],
-        mask=ok_TE,
-        other=float("-inf"),
-        cache_modifier=".cg",
-    )
+    logits_TE = logits_ptr + t_T[:, None] * E + e_E[None, :]
+    logits_TE = tl.load(logits_TE, mask=ok_TE, other=float("-inf"), cache_modifier=".cg")
     logits_TE = tl.where(ok_T[:, None], logits_TE, 0.0)
     score_TE = tl.exp(logits_TE - tl.max(logits_TE, 1)[:, None])
     sum_T = tl.sum(score_TE, 1)
@@ -164,10 +150,22 @@ def _route(
         store_swiglu(act_ptr, t_T, t_T < T, out_RT, first, F, R, TP)
 
 
-def _launch(hidden_TD, norm_D, eps, gate_ED, weight, position_T, top_k, norm_topk, counters):
+def route(
+    hidden_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    gate_ED: Tensor | None,
+    shared: Weight,
+    position_T: Tensor,
+    top_k: int,
+    norm_topk: bool,
+    counters: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `torch_ops.route`, but without a gate only the activations of `shared` are defined.
+    `counters` holds an int32 zero, before and after."""
     T, I = hidden_TD.shape  # noqa: E741
     E = gate_ED.shape[0] if gate_ED is not None else 1
-    width, options = weight.data.shape[0] // 2, product_options("route", T, weight)
+    width, options = shared.data.shape[0] // 2, product_options("route", T, shared)
     scored = 4 if T == 1 else 16
     routers = triton.cdiv(E, scored) if gate_ED is not None else 0
     x_TD = hidden_TD if T == 1 else add_norm(hidden_TD, None, norm_D, eps)[1]
@@ -177,7 +175,7 @@ def _launch(hidden_TD, norm_D, eps, gate_ED, weight, position_T, top_k, norm_top
     index_TK = hidden_TD.new_empty(T, top_k, dtype=torch.int32)
     weights_TK = hidden_TD.new_empty(T, top_k, dtype=torch.float32)
     _route[(routers + triton.cdiv(width, options["R"] // 2),)](
-        x_TD, norm_D, norm_D if gate_ED is None else gate_ED, weight.data, scale_of(weight),
+        x_TD, norm_D, norm_D if gate_ED is None else gate_ED, shared.data, scale_of(shared),
         position_T, logits_TE, index_TK, weights_TK, act_TF, normed_TD, counters, eps,
         T=T, TP=padded_tokens(T), E=E, K=top_k, NORM_TOPK=norm_topk, ROUTERS=routers, RE=scored,
         I=I, F=width, BLOCK_I=tile_of("route", T, 16, I).block, **options,
@@ -185,24 +183,7 @@ def _launch(hidden_TD, norm_D, eps, gate_ED, weight, position_T, top_k, norm_top
     return normed_TD, act_TF, index_TK, weights_TK
 
 
-def route(
-    hidden_TD: torch.Tensor,
-    norm_D: torch.Tensor,
-    eps: float,
-    gate_ED: torch.Tensor,
-    shared: Weight,
-    position_T: torch.Tensor,
-    top_k: int,
-    norm_topk: bool,
-    counters: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `torch_ops.route`. `counters` holds an int32 zero, before and after."""
-    return _launch(hidden_TD, norm_D, eps, gate_ED, shared, position_T, top_k, norm_topk, counters)
-
-
-def gate_up(
-    hidden_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weight: Weight
-) -> torch.Tensor:
+def gate_up(hidden_TD: Tensor, norm_D: Tensor, eps: float, weight: Weight) -> Tensor:
     """As `torch_ops.gate_up`."""
     unused = hidden_TD
-    return _launch(hidden_TD, norm_D, eps, None, weight, unused, 1, False, unused)[1]
+    return route(hidden_TD, norm_D, eps, None, weight, unused, 1, False, unused)[1]

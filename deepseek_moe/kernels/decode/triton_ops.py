@@ -1,5 +1,7 @@
 """The kernels of a decoding step, under the names of their twins in torch_ops.py."""
 
+# ruff: noqa: F401
+
 from ..dispatch import sort_picks
 from .attend_cache import attend
 from .attend_prompt import attend_prompt
@@ -9,9 +11,3 @@ from .experts_many import dense, grouped_down, grouped_gate_up, matrix
 from .linear import linear
 from .qkv import qkv
 from .router import gate_up, pick_experts, route
-
-__all__ = [
-    "add_norm", "advance", "attend", "attend_prompt", "combine", "dense", "experts_down",
-    "experts_gate_up", "gate_up", "grouped_down", "grouped_gate_up", "linear", "matrix",
-    "pick_experts", "qkv", "rotate", "route", "sort_picks", "swiglu",
-]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The kernels of fine-tuning: of a step in triton_ops.py, of the optimizer in adamw.py."""
+"""The kernels of fine-tuning."""
 
 from types import ModuleType
 

@@ -5,17 +5,16 @@ The averages of a block of 256 weights are stored as shares of the block's large
 stochastically, like the weights: v changes by a thousandth in a step, which rounding to the nearest
 would lose. v is never read as less than 2^-31 of its block's largest, because m is kept down to
 2^-15 of its largest, and m over a v of 0 would be a step without bounds.
-
-Plain twin: `adamw_torch.adamw`, with the same random numbers.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .adamw_torch import ADAMW_BLOCK
-
-__all__ = ["adamw"]
+from .torch_ops import ADAMW_BLOCK
 
 ROWS = 4  # blocks a program
 
@@ -106,27 +105,17 @@ def _adamw(
 
 
 def adamw(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
-    m_scale: torch.Tensor,
-    v_scale: torch.Tensor,
-    rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-    seed: int,
-) -> torch.Tensor:
-    """As `adamw_torch.adamw`."""
-    numel = weight.numel()
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], options: dict[str, Any], seed: int
+) -> Tensor:
+    """As `torch_ops.adamw`."""
+    numel, rate, betas = weight.numel(), options["lr"], options["betas"]
     programs = triton.cdiv(numel, ADAMW_BLOCK * ROWS)
     squares = torch.empty(programs, device=weight.device)
-    times = [1 / (1 - beta**step) for beta in betas]
+    averages = [state[name] for name in ("m", "v", "m_scale", "v_scale")]
+    times = [1 / (1 - beta ** int(state["step"])) for beta in betas]
     _adamw[(programs,)](
-        weight, grad, m, v, m_scale, v_scale, squares, numel, rate, 1 - rate * weight_decay,
-        *betas, eps, *times, seed, WHOLE=numel % ADAMW_BLOCK == 0, BLOCK=ADAMW_BLOCK, ROWS=ROWS,
-        num_warps=4,
+        weight, grad, *averages, squares, numel, rate, 1 - rate * options["weight_decay"],
+        *betas, options["eps"], *times, seed,
+        WHOLE=numel % ADAMW_BLOCK == 0, BLOCK=ADAMW_BLOCK, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return squares.sum()

@@ -2,15 +2,13 @@
 
 A word of 4 bytes is 8 weights, 16 bytes in bf16, which one thread writes. Each thread computes the
 scale of its block, and looks its weights up in shared memory.
-
-The gain over `bitsandbytes.functional.dequantize_4bit`: one kernel to start instead of three.
-
-Plain twin: `torch_ops.unpack_4bit`, equal bit by bit.
 """
 
 import torch
 import triton
 import triton.language as tl
+from bitsandbytes.functional import QuantState
+from torch import Tensor
 
 WORDS = 512  # of 8 weights, a program
 
@@ -58,26 +56,18 @@ def _unpack_4bit(
     tl.store(out_ptr + first + at_W8, out_W8, mask=ok_W8)
 
 
-def unpack_4bit(
-    packed: torch.Tensor,
-    code: torch.Tensor,
-    absmax: torch.Tensor,
-    code2: torch.Tensor | None,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    blocksize: int = 64,
-    blocksize2: int = 256,
-) -> torch.Tensor:
+def unpack_4bit(packed: Tensor, state: QuantState) -> Tensor:
     """As `torch_ops.unpack_4bit`."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    numel, nested = out.numel(), code2 is not None
+    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+    numel = out.numel()
+    nested, blocksize2 = (state.code,) * 3, 256  # which are not read
+    if state.nested:
+        nested = (state.state2.code, state.state2.absmax, state.offset)
+        blocksize2 = state.state2.blocksize
     # No fused multiply-add: bitsandbytes rounds the product, then the sum.
     _unpack_4bit[(triton.cdiv(numel, 8 * WORDS),)](
-        packed, code, absmax, code2 if nested else code, absmax2 if nested else code,
-        offset if nested else code, out, numel, WHOLE=numel % (8 * WORDS) == 0, NESTED=nested,
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WORDS=WORDS, num_warps=4,
-        enable_fp_fusion=False,
+        packed, state.code, state.absmax, *nested, out, numel, WHOLE=numel % (8 * WORDS) == 0,
+        NESTED=state.nested, BLOCKSIZE=state.blocksize, BLOCKSIZE2=blocksize2, WORDS=WORDS,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -1,7 +1,8 @@
-"""The kernels of a training step, under the names of their twins in torch_ops.py."""
+"""The kernels of fine-tuning, under the names of their twins in torch_ops.py."""
+
+# ruff: noqa: F401
 
 from ..dispatch import sort_picks
+from .adamw import adamw
 from .nf4 import unpack_4bit
 from .weighted_swiglu import sum_picks, weighted_swiglu, weighted_swiglu_backward
-
-__all__ = ["sort_picks", "sum_picks", "unpack_4bit", "weighted_swiglu", "weighted_swiglu_backward"]

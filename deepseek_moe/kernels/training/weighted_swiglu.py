@@ -1,11 +1,9 @@
-"""What the experts compute between their products in training, each in one pass over memory.
-
-Plain twins in torch_ops.py: `weighted_swiglu`, `weighted_swiglu_backward`, `sum_picks`.
-"""
+"""What the experts compute between their products in training, each in one pass over memory."""
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -120,12 +118,8 @@ COLUMNS = 512  # of the expert width, which a program computes at once
 
 
 def weighted_swiglu(
-    gate_up_NF: torch.Tensor,
-    low_NF: torch.Tensor | None,
-    weights_N: torch.Tensor,
-    dropout: float,
-    seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up_NF: Tensor, low_NF: Tensor | None, weights_N: Tensor, dropout: float, seed: int
+) -> tuple[Tensor, Tensor]:
     """As `torch_ops.weighted_swiglu`."""
     N, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
     act_NF = gate_up_NF.new_empty(N, width)
@@ -138,14 +132,14 @@ def weighted_swiglu(
 
 
 def weighted_swiglu_backward(
-    grad_NF: torch.Tensor,
-    low_grad_NF: torch.Tensor | None,
-    gate_up_NF: torch.Tensor,
-    weights_N: torch.Tensor,
+    grad_NF: Tensor,
+    low_grad_NF: Tensor | None,
+    gate_up_NF: Tensor,
+    weights_N: Tensor,
     need_act: bool,
     dropout: float,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """As `torch_ops.weighted_swiglu_backward`."""
     N, width = grad_NF.shape
     grad_gate_up_NF, grad_weights_N = torch.empty_like(gate_up_NF), torch.empty_like(weights_N)
@@ -158,9 +152,7 @@ def weighted_swiglu_backward(
     return grad_gate_up_NF, grad_weights_N
 
 
-def sum_picks(
-    x_ND: torch.Tensor, low_ND: torch.Tensor | None, place_TK: torch.Tensor
-) -> torch.Tensor:
+def sum_picks(x_ND: Tensor, low_ND: Tensor | None, place_TK: Tensor) -> Tensor:
     """As `torch_ops.sum_picks`."""
     (T, K), D = place_TK.shape, x_ND.shape[1]
     out_TD = x_ND.new_empty(T, D)

@@ -11,7 +11,7 @@
 The step itself is kernels/training/adamw.py. torchao's took four times as long on an H200.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from random import Random
 from typing import Any
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ...kernels import has_triton
-from ...kernels.training import adamw_torch
+from ...kernels.training import ops_for
+from ...kernels.training.torch_ops import ADAMW_BLOCK
 
 
 class StepInBackward(Optimizer):
@@ -43,8 +43,8 @@ class StepInBackward(Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options)
         self._squares: list[torch.Tensor] = []  # of the gradients since the last step, summed
         random = torch.Generator().manual_seed(seed)
         for group in self.param_groups:
@@ -52,7 +52,11 @@ class StepInBackward(Optimizer):
                 if parameter.dtype != torch.bfloat16:
                     raise ValueError(f"a parameter is {parameter.dtype}; these are steps of bf16")
                 # Allocated now: in the first backward pass they would lie among activations.
-                self.state[parameter] = _new_state(parameter)
+                blocks = -(-parameter.numel() // ADAMW_BLOCK)
+                state = {n: torch.zeros_like(parameter, dtype=torch.uint8) for n in ("m", "v")}
+                for name in ("m_scale", "v_scale"):
+                    state[name] = torch.zeros(blocks, device=parameter.device)
+                self.state[parameter] = {"step": torch.tensor(0), **state}
                 first = int(torch.randint(2**31, (), generator=random))
                 parameter.register_post_accumulate_grad_hook(partial(self._step, group, first))
 
@@ -75,31 +79,11 @@ class StepInBackward(Optimizer):
                 self.state[parameter][name].copy_(value)
 
     def _step(self, group: dict[str, Any], first: int, parameter: torch.Tensor) -> None:
-        state = self.state[parameter]
+        state, grad = self.state[parameter], parameter.grad.contiguous()
         state["step"] += 1
-        step = int(state["step"])
-        seed = Random(first + step).getrandbits(31)  # shares no bits with its neighbours
-        averages = [state[name] for name in ("m", "v", "m_scale", "v_scale")]
-        squares = _adamw(parameter)(
-            parameter.detach(), parameter.grad.contiguous(), *averages, group["lr"],
-            group["weight_decay"], group["betas"], group["eps"], step, seed,
-        )  # fmt: skip
+        seed = Random(first + int(state["step"])).getrandbits(31)  # no bits of its neighbours
+        squares = ops_for(grad.device).adamw(parameter.detach(), grad, state, group, seed)
         # autograd cannot see what a kernel writes. Told so, it refuses to use the old value.
         torch.autograd.graph.increment_version(parameter)
         self._squares.append(squares)
         parameter.grad = None
-
-
-def _adamw(parameter: torch.Tensor) -> Callable[..., torch.Tensor]:
-    if not (parameter.is_cuda and has_triton()):
-        return adamw_torch.adamw
-    from ...kernels.training.adamw import adamw
-
-    return adamw
-
-
-def _new_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    blocks = -(-parameter.numel() // adamw_torch.ADAMW_BLOCK)
-    codes = {name: torch.zeros_like(parameter, dtype=torch.uint8) for name in ("m", "v")}
-    scales = {name: torch.zeros(blocks, device=parameter.device) for name in ("m_scale", "v_scale")}
-    return {"step": torch.tensor(0), **codes, **scales}

@@ -1,16 +1,14 @@
 """The routed experts in training, as autograd sees them: two Functions around fused kernels.
 
-They compute what `DeepseekExperts.forward` does, with adapters added, so that little passes through
-memory and little is kept for the backward pass:
+They compute what `DeepseekExperts.forward` does, with adapters added, and keep little for the
+backward pass:
 
 - The weight of a pick multiplies the input of down, [N, F], not its output, [N, D]. So the output
   is not needed in the backward pass.
 - Only the output of gate and up is kept, or not even that (`recompute`). The backward pass gathers
   the tokens again, and gets the input of down from a kernel that it calls anyway.
-- Frozen weights may be quantised. They are dequantised where a product takes them, once in each
-  pass, and never kept.
+- Frozen weights may be quantised. Each pass dequantises them where a product takes them.
 - Dropout keeps a mask, a byte a number, instead of the numbers.
-- An adapter's part is added by the kernel that reads the product next.
 
 `_Experts` saves all tensors and finds all gradients. `_Down` saves nothing:
 
@@ -20,8 +18,6 @@ memory and little is kept for the backward pass:
 They are two because checkpointing repeats a forward pass only up to the last tensor that it saved:
 so it does not repeat the product with down. `carrier` is all that autograd sees between them. It is
 a zero in the shape of x, without memory of its own.
-
-The kernels are in kernels/training: triton_ops.py for a GPU, torch_ops.py for everything else.
 
 Letters: T tokens, K experts a token, N = T*K picks, E experts, D hidden, F expert width, R rank.
 """
@@ -36,6 +32,9 @@ from torch.nn import functional as F
 from ..quantized_base import dequantize
 
 Maybe = torch.Tensor | None
+Stack = tuple[torch.Tensor, Maybe, Maybe]
+"""A weight [E, O, I], trained or frozen and maybe quantised, and the scaled A [E, R, I] and B
+[E, R, O] of its adapter, or None."""
 
 
 class Picks(NamedTuple):
@@ -52,17 +51,9 @@ class Picks(NamedTuple):
 
 
 def fused_experts(
-    picks: Picks,
-    x_TD: torch.Tensor,
-    weights_TK: torch.Tensor,
-    gate_up: tuple[torch.Tensor, Maybe, Maybe],
-    down: tuple[torch.Tensor, Maybe, Maybe],
+    picks: Picks, x_TD: torch.Tensor, weights_TK: torch.Tensor, gate_up: Stack, down: Stack
 ) -> torch.Tensor:
-    """The output of the experts, [T, D], for x in the dtype of the products.
-
-    Each stack is its weight [E, O, I], trained or frozen and maybe quantised, and the scaled
-    A [E, R, I] and B [E, R, O] of its adapter, or None.
-    """
+    """The output of the experts, [T, D], for x in the dtype of the products."""
     carrier_TD, act_NF, down_NR = _Experts.apply(picks, x_TD, weights_TK, *gate_up, *down)
     # autograd does not look into a tuple.
     return _Down.apply(picks, carrier_TD, (act_NF, down_NR, down[0], down[2]))
@@ -71,34 +62,24 @@ def fused_experts(
 class _Experts(torch.autograd.Function):
     """Everything but the product with down, whose inputs it returns beside the carrier: the
     weighted activations [N, F] and what B multiplies [N, R]. Its backward pass is that of the
-    whole."""
+    whole. `stacks` are two `Stack`s, that of gate and up first."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        picks: Picks,
-        x_TD: torch.Tensor,
-        weights_TK: torch.Tensor,
-        gate_up: torch.Tensor,
-        a_up: Maybe,
-        b_up: Maybe,
-        down: torch.Tensor,
-        a_down: Maybe,
-        b_down: Maybe,
+        ctx: Any, picks: Picks, x_TD: torch.Tensor, weights_TK: torch.Tensor, *stacks: Maybe
     ) -> tuple[torch.Tensor, torch.Tensor, Maybe]:
+        gate_up, a_up, b_up, down, a_down, b_down = stacks
         weights_N = weights_TK.new_zeros(weights_TK.numel() + 1)
         weights_N[picks.place_TK.flatten()] = weights_TK.flatten()
         weights_N = weights_N[:-1]  # place -1 was the last
         dropped_TD, kept_TD = drop_out(x_TD, picks.token_dropout)
         gate_up_NF, act_NF, dropped_NF, up_NR = _gate_and_up(
-            picks, x_TD, dropped_TD, weights_N, gate_up, a_up, b_up
+            picks, x_TD, dropped_TD, weights_N, (gate_up, a_up, b_up)
         )
         down_NR = None
         if a_down is not None:
             down_NR = F.grouped_mm(dropped_NF, a_down.mT, offs=picks.ends_E)
-            ctx.mark_non_differentiable(act_NF, down_NR)
-        else:
-            ctx.mark_non_differentiable(act_NF)
+        ctx.mark_non_differentiable(*(x for x in (act_NF, down_NR) if x is not None))
         ctx.set_materialize_grads(False)  # would be zeros of [N, F] and [N, R]
         ctx.picks, ctx.stacks = picks, (gate_up, down)  # the parameters themselves, not copies
         kept_NF = None if picks.recompute else gate_up_NF
@@ -118,7 +99,8 @@ class _Experts(torch.autograd.Function):
         needs = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
         grads: dict[str, Maybe] = dict.fromkeys(NAMES)
         if gate_up_NF is None:
-            gate_up_NF = _gate_and_up(picks, x_TD, drop(x_TD), weights_N, gate_up, a_up, b_up)[0]
+            stack = (gate_up, a_up, b_up)
+            gate_up_NF = _gate_and_up(picks, x_TD, drop(x_TD), weights_N, stack)[0]
 
         # Nothing as large as [N, D] or [N, F] stays longer than it is needed.
         grad_ND = grad_TD.contiguous()[picks.token_N]
@@ -160,9 +142,7 @@ class _Experts(torch.autograd.Function):
         return tuple(grads.values())
 
 
-NAMES = (
-    "picks", "x_TD", "weights_TK", "gate_up", "a_up", "b_up", "down", "a_down", "b_down",
-)  # fmt: skip
+NAMES = ["picks", "x_TD", "weights_TK", "gate_up", "a_up", "b_up", "down", "a_down", "b_down"]
 """The arguments of `_Experts`, in their order."""
 
 
@@ -171,10 +151,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        picks: Picks,
-        carrier_TD: torch.Tensor,
-        inputs: tuple[torch.Tensor, Maybe, torch.Tensor, Maybe],
+        ctx: Any, picks: Picks, carrier_TD: torch.Tensor, inputs: tuple[Maybe, ...]
     ) -> torch.Tensor:
         act_NF, down_NR, down, b_down = inputs
         out_ND = F.grouped_mm(act_NF, dequantize(down, act_NF.dtype).mT, offs=picks.ends_E)
@@ -191,12 +168,11 @@ def _gate_and_up(
     x_TD: torch.Tensor,
     dropped_TD: torch.Tensor,
     weights_N: torch.Tensor,
-    gate_up: torch.Tensor,
-    a_up: Maybe,
-    b_up: Maybe,
+    stack: Stack,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Maybe]:
     """gate and up [N, 2F]; the weighted activations [N, F] without and with dropout; and, if there
     is an adapter, which takes `dropped_TD`, what its B multiplies [N, R]."""
+    gate_up, a_up, b_up = stack
     product = partial(F.grouped_mm, offs=picks.ends_E)
     x_ND = x_TD[picks.token_N]
     gate_up_NF = product(x_ND, dequantize(gate_up, x_TD.dtype).mT)

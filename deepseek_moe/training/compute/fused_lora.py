@@ -1,6 +1,6 @@
 """Frozen linear layers with adapters, in few passes over memory.
 
-They compute what PEFT does, so that little passes through memory and little is kept:
+They compute what PEFT does, and keep little for the backward pass:
 
 - The As of layers that share an input are one matrix, and the input drops out once for all of them.
 - Every sum is added in place by a product.
@@ -36,15 +36,13 @@ class Adapted(NamedTuple):
 
 
 def linears(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """The output [..., O] of each layer for x [..., I]. Layers with adapters of the same scale and
-    dropout are computed together, others one by one, and those that `FusedLinears` cannot compute
-    by their own forward."""
+    """The output [..., O] of each layer for x [..., I]: together if their adapters have the same
+    scale and dropout, else one by one, by their own forward where `FusedLinears` cannot."""
     adapted = [_adapted(layer) for layer in layers]
-    alike = None not in adapted and len({(one.scaling, one.dropout) for one in adapted}) == 1
-    if not alike and len(layers) > 1:
-        return [out for layer in layers for out in linears(x, layer)]
-    if not alike:
+    if len(layers) == 1 and adapted[0] is None:
         return [layers[0](x)]
+    if None in adapted or len({(one.scaling, one.dropout) for one in adapted}) > 1:
+        return [out for layer in layers for out in linears(x, layer)]
     weights, as_, bs, (scaling, *_), (dropout, *_) = zip(*adapted, strict=True)
     x_TI = x.flatten(0, -2).to(compute_dtype(x))
     outs = FusedLinears.apply(scaling, dropout, weights, x_TI, *as_, *bs)

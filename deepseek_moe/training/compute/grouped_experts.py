@@ -1,19 +1,12 @@
 """The experts implementation "grouped": transformers calls it where the model's config names it.
 
-It differs from transformers' own "grouped_mm" in this:
-
-- Frozen weights may be quantised, and are never kept in full.
-- Low-rank adapters are two thin products beside the base, x A B, instead of a sum W + B A of the
-  size of all experts.
-- The products follow autocast.
-- What stands between the products is fused on a GPU (fused_experts.py).
-
-The reference for each implementation is the loop in `DeepseekExperts.forward`.
+Unlike transformers' own "grouped_mm" it follows autocast, takes quantised weights, and computes
+adapters as two thin products beside the base, x A B, instead of a sum W + B A of the size of all
+experts. What stands between the products is fused on a GPU (fused_experts.py).
 
 Letters: T tokens, K experts a token, E experts, I in, O out, R rank.
 """
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -46,19 +39,16 @@ def grouped_experts_forward(
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     adapters: dict[str, LowRank] | None = None,
-    ops: ModuleType | None = None,
 ) -> torch.Tensor:
     """Computes what `DeepseekExperts.forward` does, and adds `adapters`, named by their stacks.
-
-    `ops` are the kernels, by default those for the device and the dtype.
 
     Raises:
         UserError: the experts have another activation than SiLU.
     """
     refuse_other_than_silu(experts)
     dtype = compute_dtype(hidden_TD)
-    if ops is None:  # the kernels are tried in 16 bits only
-        ops = torch_ops if dtype.itemsize > 2 else ops_for(hidden_TD.device)
+    # The kernels are tried in 16 bits only.
+    ops = torch_ops if dtype.itemsize > 2 else ops_for(hidden_TD.device)
     token_N, place_TK, ends_E = ops.sort_picks(index_TK.int(), experts.num_experts)
     place_TK = place_TK.masked_fill(index_TK == experts.num_experts, -1)
     stacks, dropouts = [], []

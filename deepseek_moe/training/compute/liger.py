@@ -5,13 +5,11 @@
   are never stored, and not computed for positions without a label.
 - Linear layers with adapters take fewer passes over memory (fused_lora.py).
 
-Liger's kernels take sequences of any length without being compiled again.
-
-Each class below has its plain twin as its base class. transformers offers no public seam for them:
+The base class of each class below is its plain twin. transformers offers no public seam for them:
 its kernel mapping needs the package `kernels`, and replaces neither the projections of
-`LlamaAttention` nor a head with its loss. `FusedAttention.forward` repeats
-`LlamaAttention.forward` (transformers 5.23, models/llama/modeling_llama.py) apart from the lines
-that it replaces; tests/training/compute/test_liger.py fails when the original changes.
+`LlamaAttention` nor a head with its loss. `FusedAttention.forward` repeats that of `LlamaAttention`
+(transformers 5.23, models/llama/modeling_llama.py) apart from what it replaces;
+tests/training/compute/test_liger.py fails when the original changes.
 """
 
 from typing import Any
@@ -37,9 +35,8 @@ def use_fused_forwards(model: nn.Module) -> None:
 
     The one exception: adapters that share an input also share which numbers of it drop out.
 
-    Each module keeps its weights, children and hooks and gets the class of its fused twin, as
-    torch's own `fully_shard` does it. Weights are used only by their own module, where ZeRO-3 has
-    them whole.
+    Each module gets the class of its fused twin, as torch's own `fully_shard` does it. Weights are
+    used only by their own module, where ZeRO-3 has them whole.
     """
     model.train(model.training)  # PEFT's modules may be in another mode; see FusedDecoderLayer
     for module in list(model.modules()):
@@ -117,7 +114,38 @@ class FusedHead(nn.Linear):
     ) -> torch.Tensor:
         if labels_BL is None:
             return super().forward(hidden_BLD)
-        return linear_cross_entropy(hidden_BLD, self.weight, labels_BL, **kwargs)
+        return self.loss(hidden_BLD, labels_BL, **kwargs)
+
+    def loss(
+        self,
+        hidden_BLD: torch.Tensor,
+        labels_BL: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The loss that transformers' `ForCausalLMLoss` computes from the logits.
+
+        Labels are shifted here, and -100 is not counted. It is the sum over `num_items_in_batch`,
+        or the mean if that is None.
+        """
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        next_T = F.pad(labels_BL, (0, 1), value=-100)[:, 1:].flatten()
+        asked_N = (next_T != -100).nonzero().flatten()
+        if not len(asked_N):  # a part of a step in which nothing is trained; all have gradients
+            return (hidden_BLD.sum() + self.weight.sum()) * 0.0
+        dtype = compute_dtype(hidden_BLD)
+        total = liger_fused_linear_cross_entropy(
+            hidden_BLD.flatten(0, 1)[asked_N].to(dtype),
+            self.weight.to(dtype),
+            next_T[asked_N],
+            reduction="sum",
+            # The head's gradient is a sum over pieces of the batch. bf16 would round it each time.
+            # Each piece reads and writes all of it, so that fewer, larger pieces are faster.
+            accum_dtype=torch.float32,
+            chunk_mem_const=4,
+        )
+        return total / (len(asked_N) if num_items_in_batch is None else num_items_in_batch)
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -126,37 +154,3 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     DeepseekMLP: FusedMLP,
     DeepseekDecoderLayer: FusedDecoderLayer,
 }
-
-
-def linear_cross_entropy(
-    hidden_BLD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    labels_BL: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """The loss that transformers' `ForCausalLMLoss` computes from the logits hidden @ weight^T.
-
-    Labels are shifted here, and -100 is not counted. It is the sum over `num_items_in_batch`, or
-    the mean if that is None.
-    """
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    next_T = F.pad(labels_BL, (0, 1), value=-100)[:, 1:].flatten()
-    asked_N = (next_T != -100).nonzero().flatten()
-    if not len(asked_N):  # a part of a step in which nothing is trained; all have gradients still
-        return (hidden_BLD.sum() + weight_VD.sum()) * 0.0
-    dtype = compute_dtype(hidden_BLD)
-    hidden_ND = hidden_BLD.flatten(0, 1)[asked_N].to(dtype)
-    total = liger_fused_linear_cross_entropy(
-        hidden_ND,
-        weight_VD.to(dtype),
-        next_T[asked_N],
-        reduction="sum",
-        # The head's gradient is a sum over pieces of the batch. bf16 would round it each time. Each
-        # piece reads and writes all of it, so that fewer, larger pieces are faster.
-        accum_dtype=torch.float32,
-        chunk_mem_const=4,
-    )
-    count = len(asked_N) if num_items_in_batch is None else num_items_in_batch
-    return total / count

@@ -7,36 +7,28 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from deepseek_moe.training.compute.fused_experts import drop_again, drop_out
 from deepseek_moe.training.compute.fused_lora import FusedLinears, linears
 from deepseek_moe.training.quantized_base import Quantization
 
 WIDTH, OUTS, P = 64, {"q": 48, "k": 64, "v": 32}, 0.4
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name, out in OUTS.items():
-            self.add_module(name, nn.Linear(WIDTH, out, bias=False))
-
+class Layers(nn.ModuleDict):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [getattr(self, name)(x) for name in OUTS]
+        return [layer(x) for layer in self.values()]
 
 
 def make(bits: int = 16, dropout: float = 0.0, targets: str = "qkv", **options: Any) -> Any:
     torch.manual_seed(1)
-    layers = Layers()
-    config = LoraConfig(
-        r=4, lora_alpha=6, lora_dropout=dropout, target_modules=list(targets), **options
-    )
-    model = get_peft_model(layers, config).base_model.model.train()
+    layers = Layers({name: nn.Linear(WIDTH, out, bias=False) for name, out in OUTS.items()})
+    fields = {"r": 4, "lora_alpha": 6, "lora_dropout": dropout, "target_modules": list(targets)}
+    model = get_peft_model(layers, LoraConfig(**fields, **options)).base_model.model.train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
         elif bits == 4 and "lora" not in name:
-            parent = model.get_submodule(name.rsplit(".", 1)[0])
-            parent.weight = Quantization(4, dtype="float32").quantize(parameter)
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            layer.weight = Quantization(4, dtype="float32").quantize(parameter)
     return model
 
 
@@ -49,13 +41,12 @@ def run(forward: Any, model: Any, of_input: bool = True) -> tuple[list, dict[str
     outs = forward(x)
     leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
     leaves |= {"x": x} if of_input else {}
-    loss = sum((out * probe).sum() for out, probe in zip(outs, probes, strict=True))
-    return outs, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    grads = torch.autograd.grad(outs, list(leaves.values()), probes)
+    return outs, dict(zip(leaves, grads, strict=True))
 
 
 def agree(have: Any, want: Any) -> None:
-    for mine, other in zip(have[0], want[0], strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(have[0], want[0], rtol=1e-5, atol=1e-5)
     assert have[1].keys() == want[1].keys()
     for name, other in want[1].items():
         assert other.any(), name
@@ -63,16 +54,7 @@ def agree(have: Any, want: Any) -> None:
 
 
 def together(model: Any) -> Any:
-    return lambda x: linears(x, model.q, model.k, model.v)
-
-
-def unpacked(model: Any) -> Any:
-    """The layers as PEFT computes them, over the weights that 4 bits stand for."""
-    plain = make()
-    for name in OUTS:
-        weight = Quantization(4, dtype="float32").roundtrip(getattr(plain, name).base_layer.weight)
-        getattr(plain, name).base_layer.weight.data = weight
-    return plain
+    return lambda x: linears(x, *model.values())
 
 
 @pytest.fixture
@@ -91,8 +73,12 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("of_input", [True, False])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_three_layers_are_one(bits: int, of_input: bool, counts: list[int]) -> None:
-    model = make(bits)
-    plain = model if bits == 16 else unpacked(model)
+    """Plain PEFT computes with the weights that 4 bits stand for."""
+    model, plain = make(bits), make()
+    if bits == 4:
+        for layer in plain.values():
+            weight = layer.base_layer.weight
+            weight.data = Quantization(4, dtype="float32").roundtrip(weight)
     agree(run(together(model), model, of_input), run(plain, plain, of_input))
     assert counts == [3]
 
@@ -103,8 +89,7 @@ def test_the_same_numbers_drop_out_in_both_passes() -> None:
     def written_out(x: torch.Tensor) -> list[torch.Tensor]:
         dropped, _ = torch.native_dropout(x, P, True)
         outs = []
-        for name in OUTS:
-            layer = getattr(model, name)
+        for layer in model.values():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             outs.append(layer.base_layer(x) + 1.5 * (dropped @ a.T) @ b.T)
         return outs
@@ -112,14 +97,6 @@ def test_the_same_numbers_drop_out_in_both_passes() -> None:
     agree(run(together(model), model), run(written_out, model))
     model.eval()
     agree(run(together(model), model), run(model, model))
-
-
-def test_dropout_is_repeated_to_the_bit() -> None:
-    x = torch.randn(500, 7)
-    dropped, kept = drop_out(x, P)
-    assert torch.equal(drop_again(x, kept, P), dropped)
-    assert 0.3 < (dropped == 0).float().mean() < 0.5
-    assert drop_out(x, 0.0)[0] is x is drop_again(x, None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -141,29 +118,19 @@ def test_only_layers_of_the_same_scale_are_computed_together(
     assert counts == wanted
 
 
-def test_adapters_that_are_off_or_merged_add_nothing(counts: list[int]) -> None:
-    model = make()
-    x = torch.randn(3, WIDTH)
-    for change in ("enable_adapters", "merge"):
-        for name in OUTS:
-            layer = getattr(model, name)
-            layer.enable_adapters(False) if change == "enable_adapters" else layer.merge()
-        for have, want in zip(together(model)(x), model(x), strict=True):
-            assert torch.equal(have, want)
-        for name in OUTS:
-            getattr(model, name).enable_adapters(True)
+@pytest.mark.parametrize("change", ["off", "merged"])
+def test_adapters_that_are_off_or_merged_add_nothing(change: str, counts: list[int]) -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    for layer in model.values():
+        layer.enable_adapters(False) if change == "off" else layer.merge()
+    assert all(map(torch.equal, together(model)(x), model(x)))
     assert counts == []
 
 
 def test_the_input_is_kept_once_and_no_weight() -> None:
     model, kept = make(4, dropout=P), []
     x = torch.randn(14, WIDTH, requires_grad=True)
-
-    def note(saved: torch.Tensor) -> torch.Tensor:
-        kept.append(saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         together(model)(x)
     wanted = [(14, WIDTH), (14, WIDTH), (14, 12), (12, WIDTH), (48, 4), (64, 4), (32, 4)]
     assert sorted(tuple(one.shape) for one in kept) == sorted(wanted)

@@ -1,7 +1,8 @@
 """The fused forwards change nothing of what the model computes.
 
-Only `liger_rope` is Liger's own here, in Triton's interpreter. The interpreter cannot run the other
-kernels, which are replaced by torch. So this compares how the functions are put together.
+Of Liger's kernels only `liger_rope` runs here, in Triton's interpreter and in one test. The
+interpreter cannot run the others, which are replaced by torch. So this compares how the functions
+are put together.
 """
 
 import hashlib
@@ -13,11 +14,13 @@ import pytest
 import torch
 from adapter_fixtures import add_random_adapters
 from finetune_fixtures import liger_in_torch
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
     pytest.skip("on a GPU, tests/gpu compares them", allow_module_level=True)
+
+from liger_kernel.transformers import functional
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.training.compute.liger import use_fused_forwards
@@ -25,13 +28,12 @@ from deepseek_moe.training.compute.liger import use_fused_forwards
 MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
 PARTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1, -1]])
+ROPE = functional.liger_rope
 
 
 @pytest.fixture(autouse=True)
 def kernels_that_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from liger_kernel.transformers import functional
-
-    for name, function in liger_in_torch().items():
+    for name, function in (liger_in_torch() | {"liger_rope": apply_rotary_pos_emb}).items():
         monkeypatch.setattr(functional, name, function)
 
 
@@ -43,39 +45,34 @@ def run(model: torch.nn.Module, labels: torch.Tensor, **inputs: Any) -> tuple[An
     return out, grads
 
 
+ADAPTED: dict[str, dict[str, Any] | None] = {
+    "all weights": None,
+    "adapters": {},  # with dropout: test_fused_lora.py
+    "a head that trains beside adapters": {"names": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
 @pytest.mark.parametrize("num_items", [None, 9])
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", ADAPTED)
 def test_loss_and_gradients_stay_the_same(
-    adapted: bool, num_items: Any, tiny_model: MakeModel
+    adapted: str, num_items: Any, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
     model = tiny_model(experts_implementation="grouped", aux_loss_alpha=0.01).train()
-    if adapted:
-        model = add_random_adapters(model)  # with dropout: test_fused_lora.py
+    if adapted == "all weights" and num_items:
+        monkeypatch.setattr(functional, "liger_rope", ROPE)
+    if (options := ADAPTED[adapted]) is not None:
+        model = add_random_adapters(model, **options)
     labels = IDS.masked_fill(PARTS < 0, -100)
     labels[0, :3] = -100
-    inputs = {"num_items_in_batch": num_items} if num_items else {}
-    want, want_grads = run(model, labels, **inputs)
+    want, want_grads = run(model, labels, num_items_in_batch=num_items)
     use_fused_forwards(model)
-    have, have_grads = run(model, labels, **inputs)
-    assert have.logits is None
+    have, have_grads = run(model, labels, num_items_in_batch=num_items)
+    assert have.logits is None and want.logits is not None
     torch.testing.assert_close(have.loss, want.loss)
     assert have_grads.keys() == want_grads.keys()
     for name, grad in want_grads.items():
         assert (have_grads[name] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
-
-
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens", "lm_head"]])
-def test_a_head_that_trains_beside_adapters(saved: list[str], tiny_model: MakeModel) -> None:
-    model = add_random_adapters(tiny_model().train(), ["q_proj"], modules_to_save=saved)
-    want, want_grads = run(model, IDS)
-    use_fused_forwards(model)
-    have, have_grads = run(model, IDS)
-    assert have.logits is None and want.logits is not None
-    torch.testing.assert_close(have.loss, want.loss)
-    assert sum("lm_head" in name for name in want_grads) == 1
-    for name, grad in want_grads.items():
-        torch.testing.assert_close(have_grads[name], grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_with_an_adapter_keeps_its_logits(tiny_model: MakeModel) -> None:
@@ -92,21 +89,15 @@ def test_a_batch_without_labels_trains_nothing(tiny_model: MakeModel) -> None:
     assert not any(grad.any() for grad in grads.values())
 
 
-def test_evaluation_has_logits(tiny_model: MakeModel) -> None:
+def test_evaluation_and_generation_stay_the_same(tiny_model: MakeModel) -> None:
     model = tiny_model().eval()
-    want = model(input_ids=IDS, labels=IDS)
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "do_sample": False}
+    want, made = model(input_ids=IDS, labels=IDS), model.generate(IDS, **options)
     use_fused_forwards(model)
     have = model(input_ids=IDS, labels=IDS)
     torch.testing.assert_close(have.logits, want.logits)
     torch.testing.assert_close(have.loss, want.loss)
-
-
-def test_generation_with_a_cache_stays_the_same(tiny_model: MakeModel) -> None:
-    model = tiny_model().eval()
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
-    want = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
-    use_fused_forwards(model)
-    assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), **options), want)
+    assert torch.equal(model.generate(IDS, **options), made)
 
 
 def test_training_and_evaluation_take_turns(tiny_model: MakeModel) -> None:
