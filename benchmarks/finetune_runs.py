@@ -1,27 +1,28 @@
-"""Runs finetune.py, and what multi_gpu.py runs on each GPU, in processes of their own.
+"""Runs finetune.py and other scripts, each in processes of its own, for several benchmarks."""
 
-The environment is passed on as it is, so that what it says of NCCL holds.
-"""
-
+import argparse
 import json
 import math
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from random_model import model_of_layers
+from tables import Report, Row, make_parser, require_gpus
+from tqdm import tqdm
+
+from deepseek_moe.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-ONE_RANK = str(HERE / "one_rank.py")
-LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
-
 LORA, QLORA = "--use_lora True --lora_r 64", "--use_lora True --bits 4 --lora_r 64"
 KEPT = "--gradient_checkpointing 0"
 QLORA_8BIT_ADAM = f"{QLORA} --optim adamw_bnb_8bit"
@@ -30,22 +31,62 @@ ZERO = "--deepspeed configs/ds_config_zero"
 STEPS, UNCOUNTED = 8, 4
 """Steps of a run whose rate is measured, and those at its beginning that do not count."""
 
-Until = Callable[[str], bool]
-"""Whether a process that has printed this may end."""
+
+def make_settings_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of the options of all benchmarks that have a table of settings."""
+    parser = make_parser(description)
+    parser.add_argument("--only", default="", help="settings in which a word begins so: LoRA, ...")
+    parser.add_argument("--num_hidden_layers", type=int, default=28)
+    folder = Path(tempfile.gettempdir(), "random-moe")
+    parser.add_argument("--folder", type=Path, default=folder, help="random models are kept here")
+    return parser
+
+
+def choose(names: Iterable[str], only: str) -> list[str]:
+    """The names in which a word begins with `only`: LoRA is not QLoRA.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [name for name in names if re.search(rf"(?<!\w){re.escape(only)}", name, re.IGNORECASE)]
+    if not found:
+        raise UserError(f"--only {only} names no setting; there are: {'; '.join(names)}")
+    return found
+
+
+def measure_settings(
+    args: argparse.Namespace,
+    part: str,
+    settings: Mapping[str, Any],
+    measure: Callable[[Any, Path, Path], Row],
+    **facts: Any,
+) -> None:
+    """Reports what `measure` finds of each setting that --only chooses.
+
+    Args:
+        measure: takes a setting, the folder of a random model (of fewer layers, or with half of the
+            picks on 8 experts, if its name says so), and a file of rows.
+        facts: go into the report before the rows.
+    """
+    chosen = choose(settings, args.only)
+    require_gpus()
+    report = Report(args)
+    report.contents |= facts
+    with rows_file(16 * STEPS, 4096) as data:
+        for name in tqdm(chosen, file=sys.stderr):
+            layers = 4 if "4 layers" in name else args.num_hidden_layers
+            model = model_of_layers(args.folder, layers, "skewed" in name)
+            report.add(part, {"name": name} | measure(settings[name], model, data))
 
 
 @contextmanager
-def rows_file(count: int, words: int) -> Iterator[Path]:
-    """A JSON file of random rows, longer than any setting's limit, so that each is cut to it."""
-    source, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
-
-    def text() -> str:
-        lengths = (source.randint(2, 8) for _ in range(words))
-        return " ".join("".join(source.choices(letters, k=length)) for length in lengths)
-
+def rows_file(count: int, length: int) -> Iterator[Path]:
+    """A JSON file of random rows of more than `length` tokens, so that each is cut."""
+    source, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz      "
+    outputs = ["".join(source.choices(letters, k=8 * length)) for _ in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.json")
-        rows = [{"instruction": "Write.", "output": text()} for _ in range(count)]
+        rows = [{"instruction": "Write.", "output": output} for output in outputs]
         file.write_text(json.dumps(rows))
         yield file
 
@@ -62,98 +103,86 @@ def command_of(model: Path, data: Path, rows: int, length: int, options: str, st
     return command + options
 
 
-def finetune(options: str, last_step: str = "", gpus: int = 1) -> str:
-    """What the script prints (under DeepSpeed by its launcher) up to `last_step`.
+def finetune(options: str, last_step: str = "", ranks: int = 1) -> str:
+    """What finetune.py prints up to `last_step`.
 
-    After that step it is ended, since its result need not be written.
+    After that step it is ended, since its result need not be written. Without DeepSpeed it is one
+    process, whatever `ranks` are.
     """
-    launcher = [sys.executable]
-    if "--deepspeed" in options:
-        launcher = [*LAUNCHER, "--num_gpus", str(gpus)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*launcher, "finetune.py", *options.split(), "--output_dir", f"{folder}/run"]
+        words = ["finetune.py", *options.split(), "--output_dir", f"{folder}/run"]
         until = (lambda printed: last_step in printed) if last_step else None
-        printed, code = run(command, Path(folder, "log"), math.inf, until)
+        ranks = ranks if "--deepspeed" in options else 0
+        printed, code = run(words, until, ranks=ranks)
     if code and not until:
         print(printed[-1500:], file=sys.stderr)
     return printed
 
 
-def steps_of(printed: str) -> list[tuple[float, float | None]]:
-    """Tokens/s of all GPUs, and GB of the first one, of each step that finetune.py printed.
+def speed_and_gigabytes(printed: str) -> tuple[float | None, float | None]:
+    """Tokens/s of all GPUs in the steps that count, and the most GB of the first one.
 
-    GB are the most so far, and None on CPUs.
+    Tokens/s are None if the run ended before, GB if no step printed any.
     """
     found = re.findall(r"([\d,]+) tok/s(?:  ([\d.]+) GB)?", printed)
-    return [(float(rate.replace(",", "")), float(size) if size else None) for rate, size in found]
+    gigabytes = max((float(size) for _, size in found if size), default=None)
+    if len(found) < STEPS:
+        return None, gigabytes
+    seconds = [1 / float(rate.replace(",", "")) for rate, _ in found[UNCOUNTED:STEPS]]  # a token
+    return len(seconds) / sum(seconds), gigabytes
 
 
-def measured_rate(steps: list[tuple[float, float | None]]) -> tuple[float, float | None] | None:
-    """Tokens/s of the steps that count, and the most GB; None if the run ended before."""
-    if len(steps) < STEPS:
-        return None
-    seconds = [1 / rate for rate, _ in steps[UNCOUNTED:STEPS]]  # a token
-    size = max((size for _, size in steps if size), default=None)
-    return len(seconds) / sum(seconds), size
-
-
-def dry_run_gigabytes(options: str, gpus: int = 1) -> float | None:
+def dry_run_gigabytes(options: str, ranks: int = 1) -> float | None:
     """What the dry run says that each GPU needs; None if it failed."""
-    found = re.search(r"in all +([\d.]+) (GB|MB)", finetune(f"{options} --dry_run True", "", gpus))
+    printed = finetune(f"{options} --dry_run True", ranks=ranks)
+    found = re.search(r"in all +([\d.]+) (GB|MB)", printed)
     return float(found[1]) / (1 if found[2] == "GB" else 1000) if found else None
 
 
-def deepspeed(
-    gpus: int, words: list[str], log: Path, timeout: float, until: Until | None = None
-) -> tuple[str, int]:
-    """`run` of one_rank.py under DeepSpeed's launcher, on a port that is free."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    launcher = [*LAUNCHER, "--num_gpus", str(gpus), "--master_port", str(port)]
-    try:
-        return run([*launcher, "--no_local_rank", ONE_RANK, *words], log, timeout, until)
-    finally:  # On CPUs DeepSpeed leaves 69 MB of memory for each process.
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            buffer.unlink(missing_ok=True)
-
-
-def torchrun(gpus: int) -> list[str]:
-    """The command that starts one_rank.py under torchrun, or alone on one GPU."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    return [sys.executable, *(launcher if gpus > 1 else []), ONE_RANK]
-
-
 def run(
-    command: list[str], log: Path, timeout: float, until: Until | None = None
+    words: list[str],
+    until: Callable[[str], bool] | None = None,
+    timeout: float = math.inf,
+    ranks: int = 0,
 ) -> tuple[str, int]:
-    """What a command printed (in the folder of finetune.py), and its exit code.
+    """What a script of Python printed (in the folder of finetune.py), and its exit code.
 
-    It is ended, with all its processes, after `timeout` seconds, or once `until` says so; if that
-    never comes, its last words are printed to stderr.
+    Args:
+        words: the script and its options.
+        until: ends it when this holds of what it printed. If it never does, that is shown.
+        timeout: seconds after which it is ended with all that it started.
+        ranks: how many processes form a group, each told who it is as by torchrun; 0 is one
+            process alone. One that fails ends the others.
     """
-
-    def printed() -> str:
-        return log.read_text(errors="replace")
-
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=HERE.parent / "finetune",
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
+    port = random.randrange(20_000, 30_000)  # below those that the system itself gives away
+    group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command, folder = [sys.executable, *words], HERE.parent / "finetune"
+    processes = []
     end = time.monotonic() + timeout
-    try:
-        while process.poll() is None and time.monotonic() < end:
-            if until and until(printed()):
-                break
-            time.sleep(0.2)
-    finally:  # after Ctrl-C too
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    code = process.wait()
-    if until and not until(printed()):
-        print(printed()[-1500:], file=sys.stderr)
-    return printed(), code
+    with tempfile.NamedTemporaryFile("w") as log:
+
+        def printed() -> str:
+            return Path(log.name).read_text(errors="replace")
+
+        try:
+            output = {"stdout": log, "stderr": log, "start_new_session": True}
+            for rank in range(max(ranks, 1)):
+                told = group | {"RANK": rank, "LOCAL_RANK": rank} if ranks else {}
+                environment = os.environ | {name: str(value) for name, value in told.items()}
+                processes.append(subprocess.Popen(command, cwd=folder, env=environment, **output))
+            while any(one.poll() is None for one in processes) and time.monotonic() < end:
+                if any(one.poll() for one in processes) or (until and until(printed())):
+                    break
+                time.sleep(0.2)
+        finally:  # after Ctrl-C too
+            for one in processes:
+                if one.poll() is None:
+                    os.killpg(one.pid, signal.SIGKILL)
+            # On CPUs DeepSpeed leaves 69 MB of memory for each process.
+            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+                buffer.unlink(missing_ok=True)
+        codes = [one.wait() for one in processes]
+        if until and not until(printed()):
+            print(printed()[-1500:], file=sys.stderr)
+        return printed(), next((code for code in codes if code), 0)

@@ -2,21 +2,17 @@
 
     python benchmarks/random_model.py --output /tmp/random-16b
     python benchmarks/random_model.py --output /tmp/random-4-layers --num_hidden_layers 4
-    python benchmarks/random_model.py --output /tmp/random-skewed --skew /tmp/random-16b
 
 The default is the configuration of the official 16B model. Weights are normal with a standard
 deviation of 0.006, embeddings of 0.02, norms are 1. This makes the routing nearly uniform, as in
 the official model; with smaller weights all tokens would go to the same experts. The tokenizer is
-the bundled one. --skew takes a checkpoint that this script wrote, and makes some rows of its
-routers larger, so that the first 8 of 64 experts get about half of all picks. The folder appears
-under its name when it is complete.
+the bundled one. The folder appears under its name when it is complete.
 """
 
 import argparse
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,42 +21,32 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
-from deepseek_moe.errors import RunError, UserError, exit_on_user_error
+from deepseek_moe.errors import RunError, exit_on_user_error
 from deepseek_moe.files import BUNDLED_MODEL, complete_or_absent, refuse_occupied
 from deepseek_moe.model.layout import official_tensors
 
-HOT, HOT_EXPERTS = 5, 8  # how much larger the rows are, and how many
+HOT, HOT_EXPERTS = 5, 8  # how much larger some rows of skewed routers are, and how many
 ROUTERS = "model-routers.safetensors"
 
 
-@contextmanager
-def new_model(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a folder to fill, which then becomes `folder`, or replaces the model there.
+def write_random_model(folder: Path, config: DeepseekConfig) -> None:
+    """Writes bf16 weights, a file for each layer and one for all routers.
 
     Raises:
-        UserError: `folder` holds anything (with `overwrite`: anything but a model).
+        UserError: `folder` holds anything.
         RunError: it cannot be written.
     """
-    if overwrite and (folder / "config.json").is_file():
-        shutil.rmtree(folder)
     refuse_occupied(folder)
     try:
         with complete_or_absent(folder) as aside:
-            yield aside
+            fill_folder(aside, config)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error
 
 
-def write_random_model(
-    folder: Path, config: DeepseekConfig, seed: int = 0, overwrite: bool = False
-) -> None:
-    """Writes bf16 weights, a file for each layer and one for all routers.
-
-    Raises:
-        UserError, RunError: as `new_model`.
-    """
+def fill_folder(folder: Path, config: DeepseekConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         tensors = official_tensors(DeepseekForCausalLM(config))
     files: dict[str, list[str]] = {}
@@ -76,35 +62,28 @@ def write_random_model(
         std = 0.02 if "embed_tokens" in name else 0.006
         return weight.normal_(0, std, generator=generator).cpu()
 
-    with new_model(folder, overwrite) as aside:
-        for file, names in tqdm(files.items(), unit="file"):
-            made = {name: make(name) for name in names}
-            save_file(made, aside / file, metadata={"format": "pt"})
-        places = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {}, "weight_map": places}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index))
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(BUNDLED_MODEL / name, aside)
-        config.architectures = ["DeepseekForCausalLM"]
-        config.dtype = torch.bfloat16
-        config.save_pretrained(aside)
+    for file, names in tqdm(files.items(), unit="file"):
+        save_file({name: make(name) for name in names}, folder / file, metadata={"format": "pt"})
+    places = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(BUNDLED_MODEL / name, folder)
+    config.architectures = ["DeepseekForCausalLM"]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
 
 
-def write_skewed_model(folder: Path, source: Path, overwrite: bool = False) -> None:
-    """Writes `source` with half of all picks on a few experts; all but the routers are links.
+def write_skewed_model(folder: Path, source: Path) -> None:
+    """Writes a random model `source` again with half of all picks on the first 8 experts.
 
-    Raises:
-        UserError: `source` is no model of this script, or `folder` itself; or as `new_model`.
+    Some rows of its routers are larger; all other files are links.
     """
-    if not (source / ROUTERS).is_file():
-        raise UserError(f"{source} has no {ROUTERS}; give --skew a model that this script wrote")
-    if folder.exists() and folder.samefile(source):
-        raise UserError(f"{source} would be written over itself; give another --output")
-    with new_model(folder, overwrite) as aside:
+    with complete_or_absent(folder) as aside:
+        ignored = shutil.ignore_patterns(ROUTERS)
+        options = {"copy_function": os.symlink, "ignore": ignored, "dirs_exist_ok": True}
+        shutil.copytree(source.resolve(), aside, **options)
         routers = load_file(source / ROUTERS)
-        for file in source.iterdir():
-            if file.name != ROUTERS:
-                (aside / file.name).symlink_to(file.resolve())
         for weight_ED in routers.values():
             weight_ED[:HOT_EXPERTS] *= HOT
         save_file(routers, aside / ROUTERS, metadata={"format": "pt"})
@@ -113,7 +92,7 @@ def write_skewed_model(folder: Path, source: Path, overwrite: bool = False) -> N
 def model_of_layers(folder: Path, layers: int, skewed: bool = False) -> Path:
     """The random model of so many layers in `folder`, which is written if it is not there."""
     model = folder / f"{layers}-layers"
-    if not all((model / name).exists() for name in ("config.json", ROUTERS)):
+    if not (model / ROUTERS).exists():
         write_random_model(model, DeepseekConfig(num_hidden_layers=layers))
     if not skewed:
         return model
@@ -126,20 +105,9 @@ def model_of_layers(folder: Path, layers: int, skewed: bool = False) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace the model in --output, and everything beside it",
-    )
     parser.add_argument("--num_hidden_layers", type=int, default=28)
-    parser.add_argument("--skew", type=Path, help="write the skewed form of this model")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.skew:
-        write_skewed_model(args.output, args.skew, args.overwrite)
-        return
-    config = DeepseekConfig(num_hidden_layers=args.num_hidden_layers)
-    write_random_model(args.output, config, args.seed, args.overwrite)
+    write_random_model(args.output, DeepseekConfig(num_hidden_layers=args.num_hidden_layers))
 
 
 if __name__ == "__main__":

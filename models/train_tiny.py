@@ -9,43 +9,47 @@ in every layer. The learning rate is warmed up, held, and falls to 0 over the la
 """
 
 import argparse
+import copy
 import json
 import lzma
 import math
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deepseek_moe import DeepseekConfig
 from deepseek_moe.errors import UserError, exit_on_user_error
 from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
 
-# Curly quotes and rare spaces would take too much of a vocabulary of 4,096.
+VOCABULARY = 4096
+# Curly quotes and rare spaces would take too much of it.
 PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\xa0": " ", "\x0c": "\n"})
 
 
-def read_documents(files: list[Path]) -> list[tuple[str, str]]:
-    """Pairs (split, text) of every document. The split is "train" if a line names none."""
-    documents = []
+def read_documents(files: list[Path]) -> dict[str, list[str]]:
+    """The documents of each split, which is "train" if a line names none."""
+    documents: dict[str, list[str]] = defaultdict(list)
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist; give .txt or .jsonl files")
         with (lzma.open if file.suffix == ".xz" else open)(file, "rt", encoding="utf-8") as handle:
-            if ".jsonl" in file.suffixes:
-                rows = [json.loads(line) for line in handle]
-                documents += [(row.get("split") or "train", row["text"]) for row in rows]
-            else:
-                documents.append(("train", handle.read()))
-    return [(split, text.translate(PLAIN).strip()) for split, text in documents]
+            lines = ".jsonl" in file.suffixes
+            rows = [json.loads(line) for line in handle] if lines else [{"text": handle.read()}]
+        for row in rows:
+            split = row.get("split") or "train"
+            documents[split].append(row["text"].translate(PLAIN).strip())
+    return documents
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> DeepseekTokenizer:
+def train_tokenizer(texts: list[str]) -> DeepseekTokenizer:
     """Byte-level BPE that splits text as the official one does: words, punctuation, digits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -58,9 +62,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> DeepseekTokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 2, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([BOS, EOS])
     return DeepseekTokenizer(
@@ -78,13 +81,12 @@ class Corpus:
 
     def __init__(self, texts: list[str], tokenizer: DeepseekTokenizer, device: str) -> None:
         encoded = tokenizer(texts, add_special_tokens=False).input_ids
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.documents = [[bos, *ids, eos] for ids in encoded]
+        self.bos = tokenizer.bos_token_id
+        self.documents = [[self.bos, *ids, tokenizer.eos_token_id] for ids in encoded]
         self.bytes = sum(len(text.encode()) for text in texts)
-        self.bos = bos
         self.ids = torch.tensor([i for ids in self.documents for i in ids], device=device)
         newline = tokenizer.convert_tokens_to_ids("Ċ")
-        paragraph = (self.ids[:-1] == newline) | (self.ids[:-1] == bos)
+        paragraph = (self.ids[:-1] == newline) | (self.ids[:-1] == self.bos)
         self.starts = torch.nonzero(paragraph).flatten()
 
     def sample(self, count: int, length: int) -> torch.Tensor:
@@ -97,7 +99,7 @@ class Corpus:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, corpus: Corpus, length: int) -> dict:
+def evaluate(model: PreTrainedModel, corpus: Corpus, length: int) -> dict[str, Any]:
     """The loss (nats a token, bits a byte), and each expert's picks divided by its even share."""
     model.eval()
     windows = []
@@ -129,38 +131,33 @@ def learning_rate(done: float, peak: float) -> float:
     return peak * min(1.0, done / 0.02, (1 - done) / 0.2)
 
 
-def train(model: torch.nn.Module, text: Corpus, season: Corpus, val: Corpus, args) -> list[dict]:
+def train(
+    model: PreTrainedModel, text: Corpus, season: Corpus, val: Corpus, args: argparse.Namespace
+) -> list[dict[str, float]]:
     """Trains `model`, leaves the weights of its best evaluation in it, and returns all evaluations.
 
     The optimizer keeps weights in fp32, because bf16 would round small steps away.
     """
     weights = list(model.parameters())
-    masters = [w.detach().float().clone().requires_grad_() for w in weights]
-    matrices = [m for m in masters if m.ndim > 1]
-    vectors = [m for m in masters if m.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": args.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    masters = [weight.detach().float().clone().requires_grad_() for weight in weights]
+    vectors = [master for master in masters if master.ndim == 1]
+    groups = [
+        {"params": [master for master in masters if master.ndim > 1]},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.95), "fused": True}
+    optimizer = torch.optim.AdamW(groups, **options)
     if args.compile:
         for layer in model.model.layers:
             layer.compile()
     steps = int(args.tokens / (args.batch_size * args.length))
-    log, best, best_weights = [], math.inf, None
+    log, best, best_state = [], math.inf, {}
     bar = tqdm(range(steps), unit="step", file=sys.stderr)
     for step in bar:
         done = step / steps
         seasoned = int(args.batch_size * (args.season_share if done < 0.8 else args.season_end))
-        windows = torch.cat(
-            [
-                text.sample(args.batch_size - seasoned, args.length),
-                season.sample(seasoned, args.length),
-            ]
-        )
+        plain = text.sample(args.batch_size - seasoned, args.length)
+        windows = torch.cat([plain, season.sample(seasoned, args.length)])
         loss = model(windows, labels=windows, use_cache=False).loss
         loss.backward()
         for master, weight in zip(masters, weights, strict=True):
@@ -170,21 +167,17 @@ def train(model: torch.nn.Module, text: Corpus, season: Corpus, val: Corpus, arg
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, args.learning_rate)
         optimizer.step()
-        copy_all(masters, weights)
+        with torch.no_grad():
+            for master, weight in zip(masters, weights, strict=True):
+                weight.copy_(master)
         if (step + 1) % max(1, steps // args.evaluations) == 0 or step + 1 == steps:
-            report = evaluate(model, val, args.length)
-            log.append({"step": step + 1, "train_loss": loss.item(), "val_loss": report["loss"]})
-            bar.set_postfix(train=f"{loss.item():.3f}", val=f"{report['loss']:.3f}")
-            if report["loss"] < best:
-                best, best_weights = report["loss"], [w.detach().clone() for w in weights]
-    copy_all(best_weights, weights)
+            val_loss = evaluate(model, val, args.length)["loss"]
+            log.append({"step": step + 1, "train_loss": loss.item(), "val_loss": val_loss})
+            bar.set_postfix(train=f"{loss.item():.3f}", val=f"{val_loss:.3f}")
+            if val_loss < best:
+                best, best_state = val_loss, copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_state)
     return log
-
-
-@torch.no_grad()
-def copy_all(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -211,23 +204,9 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_arguments()
-    torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    documents = read_documents(args.text)
-    seasoning = read_documents(args.season or args.text)
-    part = {name: [t for s, t in documents + seasoning if s == name] for name in ("val", "test")}
-    text = [t for s, t in documents if s == "train"]
-    season = [t for s, t in seasoning if s == "train"]
-    if not part["val"] or not part["test"]:
-        raise UserError(
-            "no held-out text; mark some JSON lines with split val and some with split test"
-        )
-
-    tokenizer = train_tokenizer(text + season, vocab_size=4096)
-    config = DeepseekConfig(
-        vocab_size=4096,
+def make_config(tokenizer: DeepseekTokenizer, args: argparse.Namespace) -> DeepseekConfig:
+    return DeepseekConfig(
+        vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=8 * 64,
         moe_intermediate_size=64,
@@ -241,32 +220,41 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    documents, seasoning = read_documents(args.text), read_documents(args.season or args.text)
+    held = [documents[split] + seasoning[split] for split in ("val", "test")]
+    if not all(held):
+        raise UserError("no held-out text; mark some JSON lines with split val, some with test")
+    texts = [documents["train"], seasoning["train"], *held]
+    tokenizer = train_tokenizer(texts[0] + texts[1])
     # Grouped products on a GPU need bf16. A CPU is faster in fp32.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).train()
-    corpora = [Corpus(texts, tokenizer, device) for texts in (text, season, *part.values())]
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters;",
-        " ".join(f"{len(c.ids):,}" for c in corpora),
-        "tokens of text, season, val, test",
-    )
-
+    model = AutoModelForCausalLM.from_config(make_config(tokenizer, args), dtype=dtype).to(device)
+    text, season, val, test = (Corpus(part, tokenizer, device) for part in texts)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = " ".join(f"{len(corpus.ids):,}" for corpus in (text, season, val, test))
+    print(f"{parameters:,} parameters; {sizes} tokens of text, season, val, test")
     start = time.time()
-    log = train(model, *corpora[:3], args)
+    evaluations = train(model.train(), text, season, val, args)
     report = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "tokens": args.tokens,
         "minutes": round((time.time() - start) / 60, 1),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "val": evaluate(model, corpora[2], args.length),
-        "test": evaluate(model, corpora[3], args.length),
-        "evaluations": log,
+        "val": evaluate(model, val, args.length),
+        "test": evaluate(model, test, args.length),
     }
     model.bfloat16().save_pretrained(args.output)
     tokenizer.model_max_length = args.length
     tokenizer.save_pretrained(args.output)
+    print(json.dumps(report))
+    report["evaluations"] = evaluations
     (args.output / "training.json").write_text(json.dumps(report) + "\n")
-    print(json.dumps({k: v for k, v in report.items() if k != "evaluations"}))
 
 
 if __name__ == "__main__":

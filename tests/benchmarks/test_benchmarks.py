@@ -1,13 +1,12 @@
-"""Each benchmark runs once, small and on a CPU, or says that it needs a GPU."""
+"""Each benchmark runs once on a CPU with a tiny model, or says that it needs a GPU."""
 
 import json
-import re
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,101 +17,96 @@ from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import UserError
 from deepseek_moe.files import BUNDLED_MODEL
 
-FOLDER = ROOT / "benchmarks"
-NUMBER = r"([\d,.]+)"
+slow = pytest.mark.slow
+Run = Callable[..., dict[str, Any]]
+STEP = "step {0}/8  loss 8.0  {0},000 tok/s  {0}.5 GB\n"
+PRINTED = "in all    2.0 GB\n" + "".join(map(STEP.format, range(1, 9)))
+"""What finetune.py prints in a dry run, and of eight steps on a GPU."""
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a benchmark as one of the others does."""
-    monkeypatch.syspath_prepend(FOLDER)
-    return import_module
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a benchmark after some of its names were `changed`, and returns its report."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def run(command: str, **changed: object) -> dict[str, Any]:
+        file = tmp_path / "report.json"
+        name, *options = command.split()
+        module = import_module(name)
+        for key, value in changed.items():
+            monkeypatch.setattr(f"{name}.{key}", value)
+        monkeypatch.setattr(sys, "argv", [name, *options, "--output_file", str(file)])
+        module.main()
+        return json.loads(file.read_text())
+
+    return run
 
 
-def run(command: str, *words: object, code: int = 0) -> str:
-    """What a script printed; `code` is the exit code that it must have."""
-    argv = [sys.executable, *command.split(), *map(str, words)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model in place of the random ones, on a machine that seems to have two GPUs."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    base = write_base(tmp_path / "base", num_hidden_layers=2)
+    for module in ("finetune_runs", "multi_gpu"):
+        monkeypatch.setattr(import_module(module), "model_of_layers", lambda *_: base)
+        monkeypatch.setattr(import_module(module), "require_gpus", lambda *_: None)
+    return base
 
 
-@pytest.mark.slow
-def test_decode(tmp_path: Path) -> None:
-    file = tmp_path / "decode.json"
-    sizes = "--new_tokens 6 --prompt_tokens 8 --batch_sizes 1 2 --prefill 2x16"
-    printed = run(f"benchmarks/decode.py --device cpu {sizes} --output_file {file}")
-    report = json.loads(file.read_text())
+def test_decode(run: Run, base: Path) -> None:
+    sizes = {"PREFILLS": [(2, 16)], "BATCHES": (1, 2), "PROMPT": 8, "NEW": 6}
+    report = run(f"decode --model {base}", **sizes)
     rows = [(row["weights"], row["batch_size"]) for row in report["decode"]]
     assert rows == [("float32", 1), ("float32", 2), ("int8", 1), ("int4", 1)]
-    for row in report["decode"]:
-        assert row["tokens_s"] > 0 and row["limit_tokens_s"] > 0
-        assert (row["stock_tokens_s"] is None) == row["weights"].startswith("int")
-    assert report["decode"][2]["unquantised_tokens_s"] == report["decode"][0]["tokens_s"]
-    assert report["decode"][0]["experts"] == 6 < report["decode"][1]["experts"]
-    assert report["prefill"][0]["tokens_s"] > 0
-    assert len(re.findall(rf" (?:float32|int\d) +{NUMBER} +[12] +{NUMBER} ", printed)) == 4
-    printed = run(f"benchmarks/decode.py --output_file {file}", code=2)
-    assert "is there already" in printed
+    for row in [*report["decode"], *report["prefill"]]:
+        assert 0 < row["of_limit"] == row["tokens_s"] / row["limit_tokens_s"]
+        assert (row["stock_tokens_s"] is None) == row.get("weights", "").startswith("int")
+    with pytest.raises(UserError, match="is there already"):
+        run(f"decode --model {base}", **sizes)
 
 
-@pytest.mark.slow
-def test_start() -> None:
-    printed = run("benchmarks/start.py --device cpu")
-    parts = "".join(rf"{part} {NUMBER} s .*" for part in ("imports", "load", "first token"))
-    assert len(re.findall(f"Triton cache: {parts}host memory at most {NUMBER} GB", printed)) == 2
+@slow
+def test_start(run: Run, base: Path) -> None:
+    [row] = run(f"start --model {base}", CACHES=["empty"])["start"]
+    assert 0 < row["imports"] < row["load"] < row["token 1"] < row["token 9"]
+    assert 0.1 < row["host_gigabytes"] < 10
 
 
-def test_random_model(module: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_random_model(run: Run, tmp_path: Path) -> None:
     """In the skewed model 8 of 64 experts get about half of all picks."""
-    random_model = module("random_model")
+    random_model = import_module("random_model")
     config = DeepseekConfig(
         hidden_size=256, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, vocab_size=4096, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
-    random_model.write_random_model(tmp_path / "even", config)
-    random_model.write_skewed_model(tmp_path / "skewed", tmp_path / "even")
-    model = DeepseekForCausalLM.from_pretrained(tmp_path / "skewed", dtype=torch.float32).eval()
+    random_model.write_random_model(tmp_path / "2-layers", config)
+    skewed = random_model.model_of_layers(tmp_path, 2, skewed=True)
+    model = DeepseekForCausalLM.from_pretrained(skewed, dtype=torch.float32).eval()
     chosen: list[torch.Tensor] = []
     model.model.layers[1].mlp.gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[2]))
     model(torch.randint(4096, (4, 64), generator=torch.Generator().manual_seed(0)))
     assert 0.4 < (torch.cat(chosen) < random_model.HOT_EXPERTS).float().mean() < 0.6
+    with pytest.raises(UserError, match="is there already"):
+        random_model.write_random_model(BUNDLED_MODEL, config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        *[(f"{name} --only r64", "no GPU was found") for name in ("train", "memory", "fits")],
-        *[
-            (f"{name} --only r65", "--only r65 names no setting")
-            for name in ("train", "memory", "fits")
-        ],
-        ("multi_gpu --gpus 2", "0 GPU.* is 2"),
-        (f"random_model --output {BUNDLED_MODEL}", "is there already"),
-    ],
-)
-def test_what_cannot_be_run_is_refused(
-    command: str,
-    said: str,
-    module: Callable[[str], ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    benchmark = module(command.split()[0])
-    monkeypatch.setattr(sys, "argv", command.split())
-    with pytest.raises(UserError, match=said):
-        benchmark.main()
+@pytest.mark.parametrize("name", ["train", "memory", "fits", "multi_gpu"])
+def test_what_cannot_be_run_is_refused(name: str, run: Run) -> None:
+    with pytest.raises(UserError, match=r"--only r65 names no setting; there are: .*LoRA"):
+        run(f"{name} --only r65")
+    with pytest.raises(UserError, match="0 GPUs were found"):
+        run(f"{name} --only QLoRA")
 
 
-def test_every_setting_is_one_that_finetune_takes(module: Callable[[str], ModuleType]) -> None:
-    command_of = module("finetune_runs").command_of
-    settings = [setting.options for setting in module("train").SETTINGS]
-    settings += [setting.options for setting in module("fits").SETTINGS if setting.rows]
-    settings += [options for *_, options in module("memory").SETTINGS.values()]
-    settings += module("multi_gpu").SETTINGS.values()
-    for options in set(settings):
-        words = command_of(Path("m"), Path("d"), 16, 1024, options, 9).split()
+def test_every_setting_is_one_that_finetune_takes(run: Run) -> None:
+    runs = import_module("finetune_runs")
+    settings = set(import_module("multi_gpu").SETTINGS.values())
+    settings |= {setting.options for setting in import_module("memory").SETTINGS.values()}
+    settings |= {one.options for one in import_module("fits").SETTINGS.values() if one.rows}
+    for options in settings:
+        words = runs.command_of(Path("m"), Path("d"), 16, 1024, options, 9).split()
         if "--deepspeed" in words:  # It wants its launcher.
             at = words.index("--deepspeed")
             assert (ROOT / "finetune" / words[at + 1]).is_file()
@@ -120,59 +114,94 @@ def test_every_setting_is_one_that_finetune_takes(module: Callable[[str], Module
         parse_arguments([*words, "--output_dir", "out"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_stock_train(method: str) -> None:
-    options = f"{method} --model {BUNDLED_MODEL} --rows 1 --length 8 --device cpu"
-    printed = run(f"benchmarks/stock_train.py {options}")
-    assert json.loads(re.findall(r"^{.*}$", printed, re.MULTILINE)[-1])["tokens_s"] > 0
+def test_memory(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_runs.finetune", lambda *_, **__: PRINTED)
+    [row] = run("memory --only QLoRA", SETTINGS=import_module("memory").SETTINGS)["memory"][-1:]
+    assert row == {"name": "QLoRA r64, ZeRO-2", "estimated": 2.0, "measured": 8.5, "ratio": 2 / 8.5}
 
 
-@pytest.mark.slow
-def test_fits(module: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    """A setting is trained, killed, resumed and used; one that finetune.py refuses does not fit."""
-    fits = module("fits")
-    base = write_base(tmp_path / "base", max_position_embeddings=512)
-    small = fits.Setting("small", 80, "", rows=2, length=32, whole=True)
-    peak, became = fits.try_setting(small, base)
-    assert peak is None and became.startswith("trained, saved, resumed, finished")
-    assert "continued a text: 50 tokens" in became
-    refused = small._replace(options="--lora_r 0 --use_lora True")
-    assert fits.try_setting(refused, base) == (None, "not trained and saved")
+def test_train(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rates are those of steps 5 to 8; stock transformers really trains."""
+    train = import_module("train")
+
+    def measured_stock(*words: object) -> dict[str, float]:
+        monkeypatch.setattr(sys, "argv", ["train", "--stock", *map(str, words)])
+        train.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    settings = {"LoRA": train.Setting(1, 8, "", "lora")}
+    monkeypatch.setattr("finetune_runs.finetune", lambda *_: PRINTED)
+    report = run("train", SETTINGS=settings, measured_stock=measured_stock)
+    [row] = report["lines"]
+    assert row["tokens_s"] == pytest.approx(4 / (1 / 5000 + 1 / 6000 + 1 / 7000 + 1 / 8000))
+    assert row["gigabytes"] == 8.5 and row["x_stock"] == row["tokens_s"] / row["stock_tokens_s"]
+    config = DeepseekConfig.from_pretrained(base)
+    flops = row["mfu"] * report["operations_s"] / row["tokens_s"]
+    weights = sum(weight.numel() for weight in DeepseekForCausalLM(config).parameters())
+    assert weights < flops < 6 * weights  # A token passes neither all experts nor the embeddings.
 
 
-@pytest.mark.slow
+@slow
+def test_fits(run: Run, base: Path) -> None:
+    """A setting is trained, killed, resumed and used."""
+    settings = {"small": import_module("fits").Setting(80, "--use_cpu True", rows=2, whole=True)}
+    [row] = run("fits", SETTINGS=settings, LENGTH=32)["fits"]
+    became = "trained, saved, resumed, finished, continued a text: 50 tokens"
+    assert row["became"].startswith(became)
+
+
+def test_multi_gpu_trains_what_fits_and_compares_rates(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dry run says 2 GB, and a GPU has as much, but the whole of it cannot be used."""
+    monkeypatch.setattr("finetune_runs.finetune", lambda *_, **__: PRINTED)
+    gpu = SimpleNamespace(total_memory=2.1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    shares = {"communication": 0.2, "exposed": 0.1}
+    command = "multi_gpu --gpus 4 1 2 --parts train"
+    rows = run(command, measured=lambda *_: (shares, PRINTED))["train"]
+    found = [(row["name"], row["gpus"], row["rows"], row["scaling"]) for row in rows]
+    scaling = {1: 1, 2: 1 / 2, 4: 1 / 4}
+    assert found[:3] == [("full, ZeRO-3", gpus, 0, None) for gpus in scaling]
+    assert found[3:6] == [("QLoRA, ZeRO-2", gpus, 16, scaling[gpus]) for gpus in scaling]
+
+
+@slow
 @pytest.mark.usefixtures("deepspeed_extensions")
-def test_multi_gpu_on_two_cpus(tmp_path: Path) -> None:
-    """Two processes talk, and generate the tokens of one."""
-    options = f"--only full --timeout 240 --folder {tmp_path}"
-    sizes = "--batch_sizes 1 3 --prompt_tokens 8 --new_tokens 8"
-    printed = run(f"benchmarks/multi_gpu.py --device cpu {options} {sizes}")
-    assert re.search(rf"link: {NUMBER} GB/s", printed)
-    percents = r"(\d+) % +(\d+) % +(\d+ %|-)"
-    found = re.findall(rf"full, ZeRO-3 +(\d) +2 +{NUMBER} +{NUMBER} +- +{percents}\n", printed)
-    assert [line[0] for line in found] == ["1", "2"], printed
-    assert int(found[1][3]) > 0 and found[0][5] == "-" != found[1][5]
-    found = re.findall(rf"(one|tensor|expert) +(\d) +(\d) +{NUMBER} +- +(\d+) +(\d+)\n", printed)
-    ways = [("one", "1"), ("tensor", "2"), ("expert", "2")]
-    tokens = [(*way, size, n, n) for way in ways for size, n in (("1", "8"), ("3", "24"))]
-    assert [(*line[:3], *line[4:]) for line in found] == tokens, printed
+def test_multi_gpu(run: Run, base: Path) -> None:
+    """Two processes talk, train, and generate the tokens of one."""
+    changed = {"ROWS": (2,), "LENGTH": 32, "BATCHES": (1, 3), "PROMPT": 8, "NEW": 8}
+    changed["SETTINGS"] = {"ZeRO-3": "--use_cpu True --deepspeed configs/ds_config_zero3.json"}
+    changed["WAYS"] = ("one", "tensor")
+    report = run("multi_gpu --gpus 2 --dtype float32", **changed)
+    assert report["bytes_s"] > 0
+    [row] = report["train"]
+    assert row["rows"] == 2 and row["tokens_s"] == pytest.approx(2 * 32 * 1000 / row["step_ms"])
+    assert 0 < row["communication"] < 1 and 0 <= row["exposed"] < 1
+    found = [(row["way"], row["gpus"], row["same"], row["tokens"]) for row in report["inference"]]
+    ways = [("one", 1), ("tensor", 2)]
+    assert found == [(*way, tokens, tokens) for way in ways for tokens in (8, 24)]
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.usefixtures("deepspeed_extensions")
-def test_a_rank_that_dies_in_a_save(tmp_path: Path) -> None:
-    options = f"--only QLoRA --kill --timeout 240 --folder {tmp_path}"
-    printed = run(f"benchmarks/multi_gpu.py --device cpu {options}")
-    became = re.search(r"QLoRA, ZeRO-2 +2 exit code \d+; went on from step 2, .* (\S+) of", printed)
-    assert became and float(became[1]) < 1e-4, printed
+def test_a_rank_that_dies_in_a_save(run: Run, base: Path) -> None:
+    options = "--use_cpu True --use_lora True --deepspeed configs/ds_config_zero2_no_offload.json"
+    changed = {"SETTINGS": {"LoRA": options}, "ROWS": (2,), "LENGTH": 32}
+    [row] = run(f"multi_gpu --kill --gpus 2 --folder {base.parent}", **changed)["kill"]
+    assert (row["exit_code"], row["kept"], row["steps_then"]) == (-9, "checkpoint-2", "3, 4")
+    assert row["apart"] < 1e-4
 
 
-def test_plots(tmp_path: Path) -> None:
+def test_plots(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every run draws the same bytes."""
-    names = [f"{name}.{kind}" for name in ("decode", "train") for kind in ("png", "svg")]
+    monkeypatch.syspath_prepend(ROOT / "images")
+    monkeypatch.setattr(sys, "argv", ["plots", "--output", str(tmp_path)])
     drawn = []
     for _ in range(2):
-        run(f"images/plots.py --output {tmp_path}")
+        import_module("plots").main()
+        names = ("decode.png", "train.png", "decode.svg", "train.svg")
         drawn.append([(tmp_path / name).read_bytes() for name in names])
     assert drawn[0] == drawn[1] and drawn[0][0][:4] == b"\x89PNG"
