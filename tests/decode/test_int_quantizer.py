@@ -27,7 +27,7 @@ MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91, 33], [0, 3, 62, 9, 9, 31, 7, 1]])
 # 192 and 160 columns: a row of groups, and one whose last group is smaller.
 WIDE = {"hidden_size": 192, "intermediate_size": 160, "num_hidden_layers": 2}
-WIDE |= {"moe_intermediate_size": 16, "initializer_range": 0.1}
+WIDE |= {"moe_intermediate_size": 16, "initializer_range": 0.1, "vocab_size": 1024}
 every_width = pytest.mark.parametrize("bits", [8, 4])
 
 
