@@ -9,7 +9,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -143,6 +143,20 @@ def refuse_occupied(folder: Path) -> None:
         raise UserError(f"{folder} is where a file system is mounted; give a new folder inside it")
     if folder.exists() and folder.samefile("."):
         raise UserError(f"{folder} is the current folder; give a new folder inside it")
+
+
+def describe_differences(
+    found: dict[str, Any], wanted: dict[str, Any], hashed: Collection[str]
+) -> dict[str, str]:
+    """The settings in which two commands differ, each with a phrase for a message. The values of
+    those in `hashed` say nothing to a reader."""
+    names = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    return {
+        name: f"other {name.replace('_', ' ')}"
+        if name in hashed
+        else f"{name}: {found.get(name)} there, {wanted.get(name)} now"
+        for name in names
+    }
 
 
 @contextmanager

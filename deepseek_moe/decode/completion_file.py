@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ..checkpoint import find_checkpoint, fingerprint
 from ..errors import RunError, UserError
-from ..files import check_writable, lock, write_aside
+from ..files import check_writable, describe_differences, lock, write_aside
 
 HASHED = ("model", "tokenizer", "prompts")
 
@@ -154,15 +154,9 @@ class CompletionFile:
             ) from error
 
     def _refuse_others(self, found: dict[str, Any]) -> None:
-        now = self.settings
-        differ = [name for name in found | now if found.get(name) != now.get(name)]
+        differ = describe_differences(found, self.settings, HASHED)
         if differ:
-            shown = "; ".join(
-                f"other {name}"
-                if name in HASHED
-                else f"{name}: {found.get(name)} there, {now.get(name)} now"
-                for name in differ
-            )
+            shown = "; ".join(differ.values())
             raise UserError(
                 f"{self.file} holds completions of another command ({shown}); repeat that one, "
                 "give another --output_file, or add --overwrite"
