@@ -95,7 +95,8 @@ class ExpertLayer:
         adapters: dict[str, Any] = {}
         for name, factors in self.factors.items():
             leaves[f"{name} A"], leaves[f"{name} B"] = a_ERI, b_ERO = [leaf(x) for x in factors]
-            adapters[name] = LowRank(a_ERI, b_ERO, self.dropout)
+            b_ORE = b_ERO.permute(2, 1, 0).contiguous()  # as PEFT stores it, the experts fastest
+            adapters[name] = LowRank(a_ERI, b_ORE.permute(2, 1, 0), self.dropout)
         torch.manual_seed(0)  # of the dropout
         out_TD = forward(experts, leaves["hidden"], index_TK, leaves["weights"], adapters)
         grads = torch.autograd.grad(out_TD, list(leaves.values()), self.probe_TD.to(out_TD.dtype))
