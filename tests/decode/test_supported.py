@@ -140,7 +140,7 @@ UNKNOWN: dict[str, Change] = {
     "epsilon of a norm": lambda m: setattr(layer(m).input_layernorm, "variance_epsilon", 0.5),
     "scaling": lambda m: set_all(m, "scaling", 0.5),
     "not causal": lambda m: setattr(layer(m).self_attn, "is_causal", False),
-    "heads in the config": lambda m: setattr(m.config, "num_attention_heads", 1),
+    "heads in the config": lambda m: setattr(m.config, "num_key_value_heads", 1),
     "max_norm": lambda m: setattr(m.model.embed_tokens, "max_norm", 0.1),
     "no shared experts": lambda m: setattr(layer(m).mlp, "shared_experts", None),
     "another activation": lambda m: setattr(layer(m).mlp.experts, "act_fn", nn.Tanh()),
