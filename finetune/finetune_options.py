@@ -254,11 +254,10 @@ def _refuse_other_values(parser: "_Parser", given: dict[str, Any]) -> None:
         if name not in given:
             continue
         value = " ".join(given.pop(name)) or ("" if taken == "" else "True")
-        if _same(value, taken):
-            continue
-        if why:
+        if why and not _same(value, taken):
             parser.error(f"--{name} {value} is not supported; {why}")
-        parser.error(f"there is no option --{name}; --help lists the options")
+        elif not _same(value, taken):
+            parser.error(f"there is no option --{name}; --help lists the options")
 
 
 class _Parser(argparse.ArgumentParser):

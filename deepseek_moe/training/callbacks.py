@@ -107,9 +107,6 @@ class StopAtSignal(TrainerCallback):
 
     Nothing is evaluated after the signal, since whoever stops a run may not wait for long. A second
     signal, more than 5 s later, ends the process at once.
-
-    transformers' --enable_jit_checkpoint saves at SIGTERM too, but each process decides for itself,
-    and its checkpoint has its final name before it is complete.
     """
 
     def __init__(self) -> None:

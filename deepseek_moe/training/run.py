@@ -50,8 +50,7 @@ DECIDE = (
 the same numbers are computed. Model, rows and batch size count too, however they are given."""
 DEFAULTS = {
     one.name: one.default
-    for kind in (ModelArguments, DataArguments, FineTuningArguments)
-    for one in fields(kind)
+    for one in (*fields(ModelArguments), *fields(DataArguments), *fields(FineTuningArguments))
     if one.default is not MISSING
 }
 """The value that a setting had in a run whose run.json does not have it."""

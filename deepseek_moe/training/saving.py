@@ -67,10 +67,7 @@ def gather_parameters(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
 
 
 def save_trained(
-    model: nn.Module,
-    folder: Path,
-    state: Mapping[str, torch.Tensor] | None,
-    shard_bytes: int,
+    model: nn.Module, folder: Path, state: Mapping[str, torch.Tensor] | None, shard_bytes: int
 ) -> None:
     """Writes what a run goes on from: the adapter that trains, or config and weights of the model.
 
@@ -109,12 +106,10 @@ def publish_checkpoint(output: Path, name: str, limit: int | None) -> None:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Tells whether `error`, or an error that it was raised from, is of a full GPU or host."""
     while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            return True
-        if getattr(error, "errno", None) == errno.ENOMEM:
-            return True
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        full |= getattr(error, "errno", None) == errno.ENOMEM
         text = str(error).lower()  # The host's allocator and libraries raise RuntimeError.
-        if "out of memory" in text or "allocate memory" in text:
+        if full or "out of memory" in text or "allocate memory" in text:
             return True
         error = error.__cause__
     return False
