@@ -1,8 +1,9 @@
 """Without Triton, as with a CPU build of PyTorch, everything works but the kernels."""
 
+import subprocess
 import sys
 
-from finetune_fixtures import command
+from text_fixtures import ROOT
 
 SCRIPT = """
 import runpy, sys
@@ -14,6 +15,7 @@ runpy.run_path("examples/completion.py", run_name="__main__")
 
 
 def test_the_examples_run() -> None:
-    done = command([sys.executable, "-c", SCRIPT])
-    assert done.code == 0, done.err
-    assert done.out.startswith("Once upon a time")
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
