@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.errors import RunError, exit_on_user_error
-from deepseek_moe.files import BUNDLED_MODEL, complete_or_absent, refuse_occupied
+from deepseek_moe.files import complete_or_absent, refuse_occupied
 from deepseek_moe.model.layout import official_tensors
 
 HOT, HOT_EXPERTS = 5, 8  # how much larger some rows of skewed routers are, and how many

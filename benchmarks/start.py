@@ -19,11 +19,11 @@ from contextlib import suppress
 import psutil
 from tables import DEVICE, Report, Row, make_parser
 
+from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.checkpoint import find_checkpoint
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.load import load
 from deepseek_moe.errors import UserError, exit_on_user_error
-from deepseek_moe.files import BUNDLED_MODEL
 from deepseek_moe.model.layout import weight_files
 
 PROMPT, NEW = 128, 9  # the ninth token comes after kernels are compiled and a graph is captured

@@ -16,10 +16,6 @@ from typing import IO, Any
 
 from .errors import RunError, UserError
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
-BUNDLED_MODEL = MODELS / "tiny-base"
-BUNDLED_CHAT_MODEL = MODELS / "tiny-chat"
-
 
 def check_writable(name: str | Path, overwrite: bool = True) -> Path:
     """The path of a file that can be written.

@@ -18,8 +18,8 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..bundled import BUNDLED_MODEL
 from ..errors import UserError, as_user_error, first_words
-from ..files import BUNDLED_MODEL
 from .compute.varlen_attention import VARLEN
 
 STEP_IN_BACKWARD = "adamw_8bit_in_backward"
@@ -63,6 +63,7 @@ class DataArguments:
     model_max_length: int = 512
     packing: bool = False
     skip_bad_rows: bool = False
+    columns: str = ""
     show_examples: int = 0
     dry_run: bool = False
 

@@ -14,8 +14,8 @@ from finetune_fixtures import ROOT, write_base
 from option_fixtures import parse_arguments
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.errors import UserError
-from deepseek_moe.files import BUNDLED_MODEL
 
 slow = pytest.mark.slow
 Run = Callable[..., dict[str, Any]]

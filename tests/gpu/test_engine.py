@@ -22,10 +22,10 @@ from gpu_fixtures import (
 )
 from transformers import PreTrainedModel
 
+from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.decode.engine import Rows, size_for
 from deepseek_moe.decode.generation import Generator
 from deepseek_moe.decode.sampling import Sampler, Sampling, greedy
-from deepseek_moe.files import BUNDLED_MODEL
 
 TIES = 0.02
 """The share of ids that may be others than the plain way's because of a near-tie."""

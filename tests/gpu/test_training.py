@@ -8,8 +8,8 @@ from expert_fixtures import ROUTINGS, ExpertLayer
 from gpu_fixtures import TEXT, distance
 
 from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.checkpoint import own_tokenizer
-from deepseek_moe.files import BUNDLED_MODEL
 from deepseek_moe.kernels.training import torch_ops
 from deepseek_moe.model.layout import EXPERT_STACKS
 from deepseek_moe.training.arguments import ALL_LINEARS, split_commas

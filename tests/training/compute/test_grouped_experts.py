@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.checkpoint import own_tokenizer
 from deepseek_moe.errors import UserError
-from deepseek_moe.files import BUNDLED_MODEL
 from deepseek_moe.kernels.training import torch_ops
 from deepseek_moe.model.layout import EXPERT_STACKS
 from deepseek_moe.training.compute.grouped_experts import GROUPED, grouped_experts_forward
