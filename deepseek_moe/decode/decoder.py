@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.decode import Place
-from ..kernels.int_weights import Weight
+from ..kernels.int_weights import Weight, words_and_groups
 from ..model.layout import EXPERT_STACKS
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
 
 FEW = 16  # tokens that take a kernel for each stage
+SILENT = 64  # width of the zeros that stand for shared experts in a model without
 Attention = Callable[[int, Tensor], Tensor]
 """(layer, queries [T, H * D]) -> [T, H * D]."""
 
@@ -65,8 +66,22 @@ class _Layer:
             )
         self.qkv = _lay_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = _weight(attention.o_proj)
-        self.gate_up = _lay_side_by_side([dense.gate_proj, dense.up_proj])
-        self.down = _weight(dense.down_proj)
+        if dense is None:  # the kernels of a mixture want a shared expert
+            D = attention.q_proj.in_features
+            self.gate_up = _zeros(self.experts_gate_up, 2 * SILENT, D)
+            self.down = _zeros(self.experts_down, D, SILENT)
+        else:
+            self.gate_up = _lay_side_by_side([dense.gate_proj, dense.up_proj])
+            self.down = _weight(dense.down_proj)
+
+
+def _zeros(like: Weight, rows: int, columns: int) -> Weight:
+    """A weight [rows, columns] of zeros, stored as `like` is."""
+    if like.scale is None:
+        return like._replace(data=like.data.new_zeros(rows, columns))
+    words, groups = words_and_groups(columns, like.bits)
+    zeros = like.data.new_zeros(rows, words), like.scale.new_zeros(rows, groups)
+    return Weight(*zeros, like.bits)
 
 
 class Decoder:

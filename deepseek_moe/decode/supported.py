@@ -152,8 +152,6 @@ def _is_as_assumed(module: nn.Module, model: deepseek.DeepseekForCausalLM) -> bo
             return module.variance_epsilon == model.model.norm.variance_epsilon
         case llama.LlamaRotaryEmbedding():
             return module.rope_type in ("default", "linear")
-        case deepseek.DeepseekMoE():
-            return module.shared_experts is not None
         case deepseek.DeepseekMLP():
             return _can_be_joined(module.gate_proj, module.up_proj)
         case llama.LlamaAttention():

@@ -1,7 +1,9 @@
 """Every field of a DeepSeekMoE config.json, and a refusal of what the code does not implement."""
 
+from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -21,6 +23,21 @@ logger = logging.get_logger(__name__)
 
 ROPE_TYPES = ("default", "linear", "dynamic")
 
+# Fields of other models: the values at which they change nothing, and what this model has instead.
+# To ignore another value would be to compute another model.
+FOREIGN_FIELDS = {
+    **dict.fromkeys(
+        ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        ((None, 0), "no latent attention (MLA), as DeepSeek-V2 and V3 have it"),
+    ),
+    "topk_method": ((None, "greedy", "group_limited_greedy"), "the choice of the largest scores"),
+    "n_group": ((None, 1), "experts in one group"),
+    "topk_group": ((None, 1), "experts in one group"),
+    "routed_scaling_factor": ((None, 1), "weights of experts that are not scaled"),
+    "mlp_bias": ((None, False), "no biases in its MLPs"),
+    "sliding_window": ((None,), "attention to the whole context"),
+}
+
 
 @strict
 class DeepseekConfig(PreTrainedConfig):
@@ -36,12 +53,16 @@ class DeepseekConfig(PreTrainedConfig):
     `rope_scaling` is null or `{"type": "linear" | "dynamic", "factor": f}`. `pretraining_tp` split
     products on the training cluster; the result is the same, so it has no effect here.
 
+    In a file, null means the default. A `head_dim` must be `hidden_size / num_attention_heads`.
+    Fields of other models are ignored where they would change nothing.
+
     Raises:
         ValueError: a field has a value that the model does not implement; the message names both.
     """
 
     model_type = "deepseek"
     keys_to_ignore_at_inference = ["past_key_values"]
+    auto_map = {}  # TRL asks for it; it is no field, so that files do not get it
     attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 
     base_model_tp_plan = {
@@ -100,14 +121,14 @@ class DeepseekConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, head_dim: int | None = None, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         # Other engines look for pad_token_id; this family pads with the end-of-sentence token.
         if self.pad_token_id is None and isinstance(self.eos_token_id, int):
             self.pad_token_id = self.eos_token_id
         super().__post_init__(**kwargs)
-        self._refuse_what_is_not_implemented()
+        self._refuse_what_is_not_implemented(head_dim)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -118,7 +139,11 @@ class DeepseekConfig(PreTrainedConfig):
         """
         if "name_or_path" in kwargs and not kwargs.get("return_unused_kwargs"):
             _warn_of_other_tokenizer(str(kwargs["name_or_path"]))
-        return super().from_dict(config_dict, **kwargs)
+        needed = {f.name for f in fields(cls) if NoneType not in get_args(f.type)}
+        given = {
+            n: value for n, value in config_dict.items() if value is not None or n not in needed
+        }
+        return super().from_dict(given, **kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -145,12 +170,23 @@ class DeepseekConfig(PreTrainedConfig):
         fields["rope_scaling"] = None if kind == "default" else rope
         return fields
 
-    def _refuse_what_is_not_implemented(self) -> None:
+    def _refuse_what_is_not_implemented(self, head_dim: int | None) -> None:
         def need(field: str, implemented: bool, wanted: str, value: object = None) -> None:
             if not implemented:
-                found = f"config field {field} is {getattr(self, field, value)!r}"
-                raise ValueError(f"{found}, but this model implements {wanted}")
+                found = getattr(self, field) if value is None else value
+                raise ValueError(
+                    f"config field {field} is {found!r}, but this model implements {wanted}"
+                )
 
+        for field, (harmless, wanted) in FOREIGN_FIELDS.items():
+            need(field, getattr(self, field, None) in harmless, wanted)
+        if stored := getattr(self, "quantization_config", None):
+            method = stored.get("quant_method") if isinstance(stored, dict) else None
+            raise ValueError(
+                f"config field quantization_config says that the weights are stored as {method}, "
+                "but this model reads bf16, fp16 and fp32; get the checkpoint that was not "
+                "quantised (int8 and int4 are made of it while it loads)"
+            )
         heads, experts = self.num_attention_heads, self.n_routed_experts
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         rope_types = f"{', '.join(ROPE_TYPES)} only"
@@ -159,16 +195,14 @@ class DeepseekConfig(PreTrainedConfig):
         need("hidden_act", self.hidden_act in ACT2FN, "the activations of transformers only")
         need("num_attention_heads", heads >= 1, "1 and above")
         need("hidden_size", self.hidden_size % heads == 0, f"multiples of {heads} heads")
+        equal = head_dim in (None, self.head_dim)
+        need("head_dim", equal, f"hidden_size / num_attention_heads ({self.head_dim})", head_dim)
         divides = heads % self.num_key_value_heads == 0
         need("num_key_value_heads", divides, f"divisors of num_attention_heads ({heads})")
         if experts:
             need("moe_layer_freq", self.moe_layer_freq >= 1, "1 and above")
             enough = 1 <= (self.num_experts_per_tok or 0) <= experts
             need("num_experts_per_tok", enough, f"1 to n_routed_experts ({experts})")
-        for field in ("topk_method", "n_group", "routed_scaling_factor", "q_lora_rank"):
-            # DeepSeek-V2 and V3 have these fields. To ignore one is to compute another model.
-            harmless = getattr(self, field, None) in (None, "greedy", 1, 1.0)
-            need(field, harmless, "none of DeepSeek-V2's additions")
 
 
 def _warn_of_other_tokenizer(checkpoint: str) -> None:

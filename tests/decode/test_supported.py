@@ -126,6 +126,7 @@ REBUILT: dict[str, Change] = {
     "layer removed": lambda m: m.model.layers.pop(2),
     "layer's module": lambda m: setattr(layer(m), "mlp", copy.deepcopy(m.model.layers[2].mlp)),
     "names": lambda m: swap_names(layer(m).mlp.shared_experts),
+    "no shared experts": lambda m: setattr(layer(m).mlp, "shared_experts", None),
 }
 """Into a model that the engine computes too."""
 
@@ -142,7 +143,6 @@ UNKNOWN: dict[str, Change] = {
     "not causal": lambda m: setattr(layer(m).self_attn, "is_causal", False),
     "heads in the config": lambda m: setattr(m.config, "num_key_value_heads", 1),
     "max_norm": lambda m: setattr(m.model.embed_tokens, "max_norm", 0.1),
-    "no shared experts": lambda m: setattr(layer(m).mlp, "shared_experts", None),
     "another activation": lambda m: setattr(layer(m).mlp.experts, "act_fn", nn.Tanh()),
     "wrapped": lambda m: m.set_submodule("lm_head", nn.Sequential(m.lm_head, nn.Tanh())),
 }
