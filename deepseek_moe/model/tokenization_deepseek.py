@@ -14,16 +14,34 @@ from transformers import BatchEncoding, TokenizersBackend
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 
-# The format of the chat models. chat.py renders the same, and a test compares them.
+# The format of the chat models. chat.py renders the same, and a test compares them. The generation
+# marks tell other trainers what an answer is. They change no character of the text.
 CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}
+{{- content -}}
+{%- else -%}
+{%- for part in content -%}
+{%- if part.type != "text" -%}
+{{- raise_exception("this model reads text only, not a content part of type " + part.type) -}}
+{%- endif -%}
+{{- part.text -}}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- if message.role == "user" -%}
-{{- "User: " + message.content + "\n\n" -}}
+{{- "User: " + text(message.content) + "\\n\\n" -}}
 {%- elif message.role == "assistant" -%}
-{{- "Assistant: " + message.content + eos_token -}}
+{{- "Assistant:" -}}
+{%- generation -%}
+{{- " " + text(message.content) + eos_token -}}
+{%- endgeneration -%}
 {%- elif message.role == "system" -%}
-{{- message.content + "\n\n" -}}
+{{- text(message.content) + "\\n\\n" -}}
+{%- else -%}
+{{- raise_exception("role " + message.role + " is unknown; use user, assistant or system") -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -39,7 +57,8 @@ class DeepseekTokenizer(TokenizersBackend):
 
     BOS is added to plain text, stays single if the text already begins with it (as a rendered chat
     does), and is left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json,
-    so that every reader of that file adds it too.
+    so that every reader of that file adds it too. Character offsets point into the given text; in a
+    batch of which only some texts begin with BOS, those of these texts count from behind it.
     """
 
     padding_side = "left"  # a batch is continued at its right end
@@ -69,8 +88,18 @@ class DeepseekTokenizer(TokenizersBackend):
         # `__call__`, `encode` and `tokenize` have only this private method in common, of
         # transformers' tokenization_utils_tokenizers.py.
         if add_special_tokens and self.add_bos_token:
-            text = _without_bos(text, self.bos_token)
+            texts = [text] if isinstance(text, str) else text
+            written = [isinstance(one, str) and one.startswith(self.bos_token) for one in texts]
+            if written and all(written) and not self.add_eos_token and not kwargs.get("text_pair"):
+                add_special_tokens = False  # keeps the text, into which offsets point, as it is
+            else:
+                text = _without_bos(text, self.bos_token)
         return super()._encode_plus(text, *args, add_special_tokens=add_special_tokens, **kwargs)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own. Templates of transformers 4 find their additional tokens, too."""
+        kwargs.setdefault("additional_special_tokens", self.extra_special_tokens)
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         """As transformers' own, with a class name and fields that other readers know too.

@@ -1,0 +1,138 @@
+"""Conversations in the words of a chat template that a checkpoint brings.
+
+A template is a small program (Jinja) that writes a conversation as text. It need not say which part
+of the text an answer is. This module finds the answers, so that exactly they are trained on.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .errors import UserError, first_words
+
+Span = tuple[int, int]
+"""The characters from the first number to the one before the second."""
+
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says where answers are
+
+
+def write(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    add_generation_prompt: bool = False,
+) -> str:
+    """The text of a conversation by the tokenizer's template.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    return _write(tokenizer, messages, add_generation_prompt)[0]
+
+
+def find_answers(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], text: str
+) -> list[Span]:
+    """Where each answer stands in `text`, the conversation as `write` returns it.
+
+    An answer ends with the special token that ends it. If the template has marks of its own
+    (`{% generation %}`), they count. Else the conversation is written up to each answer and to its
+    end, and both must be beginnings of `text`.
+
+    Raises:
+        UserError: the template writes answers in such a way that this cannot be told.
+    """
+    if MARKED.search(tokenizer.get_chat_template()):
+        spans = _write(tokenizer, messages, False, marks=True)[1]
+        answers = sum(message.get("role") == "assistant" for message in messages)
+        if len(spans) != answers:
+            raise UserError(
+                f"the checkpoint's chat template marks {len(spans)} answers of {answers}; put its "
+                "{% generation %} marks around each answer"
+            )
+        return spans
+    special = _special_tokens(tokenizer)
+    spans = []
+    for number, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = write(tokenizer, messages[:number], add_generation_prompt=True)
+        after = write(tokenizer, messages[: number + 1])
+        end = max(
+            (after.rfind(token) + len(token) for token in special if token in after), default=0
+        )
+        if not (text.startswith(after) and after.startswith(before) and end > len(before)):
+            raise UserError(
+                "the checkpoint's chat template does not tell which part of a text an answer is: "
+                f"answer {len(spans) + 1} of a conversation is written otherwise once more follows,"
+                " or ends with no special token; put {% generation %} marks into the template"
+            )
+        spans.append((len(before), end))
+    return spans
+
+
+def refuse_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]
+) -> None:
+    """Raises a UserError if a message spells a special token, with which it could end a turn."""
+    for number, message in enumerate(messages, 1):
+        for token in _special_tokens(tokenizer):
+            if token in message["content"]:
+                raise UserError(
+                    f"message {number} spells {token}, a special token of this checkpoint's chat "
+                    "template; leave it out"
+                )
+
+
+def writes_as(
+    template: str, special_tokens: dict[str, str], probe: Sequence[dict[str, Any]], text: str
+) -> bool:
+    """Whether `template` writes the conversation `probe`, which asks for an answer, as `text`."""
+    return _try_template(template, json.dumps([special_tokens, list(probe)])) == text
+
+
+@lru_cache(maxsize=8)  # compiling a template takes much longer than writing a conversation
+def _try_template(template: str, given: str) -> str | None:
+    special_tokens, probe = json.loads(given)
+    try:
+        (text,), _ = render_jinja_template(
+            conversations=[probe],
+            chat_template=template,
+            add_generation_prompt=True,
+            **special_tokens,
+        )
+    except (TemplateError, TypeError, ValueError):
+        return None
+    return text
+
+
+def _write(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    add_generation_prompt: bool,
+    marks: bool = False,
+) -> tuple[str, list[Span]]:
+    try:
+        (text,), spans = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            chat_template=tokenizer.get_chat_template(),
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=marks,
+            **tokenizer.special_tokens_map,
+            additional_special_tokens=tokenizer.extra_special_tokens,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint's chat template refuses the conversation: {first_words(error)}; "
+            "change its roles or their order"
+        ) from error
+    return text, [tuple(span) for span in spans[0]] if marks else []
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -1,0 +1,143 @@
+"""Chat templates that a checkpoint brings: ids, and exactly the answers trained on."""
+
+import copy
+from itertools import groupby
+from typing import Any
+
+import pytest
+from text_fixtures import BUNDLED, OFFICIAL, assistant, needs_official, system, tokenizer_of, user
+
+from deepseek_moe.chat import has_own_template, render, render_within
+from deepseek_moe.errors import UserError
+from deepseek_moe.model.tokenization_deepseek import EOS
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|start|>' + message.role + '\n' + message.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+# The names of the special tokens come from a list, as in templates of transformers 4.
+BY_PLACE = CHATML.replace("'<|start|>'", "additional_special_tokens[0]").replace(
+    "'<|end|>\n'", "additional_special_tokens[1] + '\n'"
+)
+MARKED = (
+    "{% for message in messages %}{{ '<|start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message.content + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+TALK = [system("Be short."), user("One?"), assistant("Two."), user("Three?"), assistant("Four.")]
+
+
+def with_template(template: str) -> Any:
+    tokenizer = copy.deepcopy(tokenizer_of(BUNDLED))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|start|>", "<|end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def parts(tokenizer: Any, ids: list[int], mask: list[int]) -> list[tuple[int, str]]:
+    groups = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    return [(trained, tokenizer.decode([i for i, _ in pairs])) for trained, pairs in groups]
+
+
+@pytest.mark.parametrize("template", [CHATML, BY_PLACE, MARKED], ids=["plain", "list", "marked"])
+def test_the_answers_with_the_tokens_that_end_them_are_trained_on(template: str) -> None:
+    tokenizer = with_template(template)
+    assert has_own_template(tokenizer)
+    ids, mask = render(tokenizer, TALK)
+    assert parts(tokenizer, ids, mask) == [
+        (0, "<|start|>system\nBe short.<|end|>\n<|start|>user\nOne?<|end|>\n<|start|>assistant\n"),
+        (1, "Two.<|end|>"),
+        (0, "\n<|start|>user\nThree?<|end|>\n<|start|>assistant\n"),
+        (1, "Four.<|end|>"),
+        (0, "\n"),
+    ]
+    assert ids == tokenizer.apply_chat_template(TALK)["input_ids"]
+
+
+def test_an_answer_that_is_marked_is_not_trained_on() -> None:
+    tokenizer = with_template(CHATML)
+    talk = [*TALK[:2], TALK[2] | {"train": False}, *TALK[3:]]
+    ids, mask = render(tokenizer, talk)
+    assert [text for trained, text in parts(tokenizer, ids, mask) if trained] == ["Four.<|end|>"]
+    assert ids == render(tokenizer, TALK)[0]
+    bundled = tokenizer_of(BUNDLED)
+    ids, mask = render(bundled, talk)
+    assert [text for trained, text in parts(bundled, ids, mask) if trained] == [f" Four.{EOS}"]
+    assert ids == render(bundled, TALK)[0]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_question_is_asked_in_the_words_of_training(template: str) -> None:
+    tokenizer = with_template(template)
+    asked, dropped = render_within(tokenizer, TALK[:4], room=100)
+    assert dropped == 0
+    assert render(tokenizer, TALK)[0][: len(asked)] == asked
+    assert asked == tokenizer.apply_chat_template(TALK[:4], add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        # The last answer is written otherwise than the same answer with more behind it.
+        CHATML.replace("message.content", "(message.content if loop.last else 'dropped')"),
+        # No special token ends an answer.
+        CHATML.replace("<|end|>", ""),
+        # Only the last answer is marked.
+        MARKED.replace("message.role == 'assistant'", "loop.last"),
+    ],
+)
+def test_a_template_that_does_not_tell_answers_is_refused_for_training_only(other: str) -> None:
+    tokenizer = with_template(other)
+    with pytest.raises(UserError, match="chat template"):
+        render(tokenizer, TALK)
+    asked, _ = render(tokenizer, TALK[:4], add_generation_prompt=True)
+    template = tokenizer.apply_chat_template(TALK[:4], add_generation_prompt=True)
+    assert asked == template["input_ids"]
+
+
+def test_what_the_template_refuses_is_said_in_one_line() -> None:
+    tokenizer = with_template("{{ raise_exception('roles must\nalternate') }}")
+    with pytest.raises(UserError, match="refuses the conversation: roles must alternate; change"):
+        render(tokenizer, TALK)
+
+
+def test_a_message_cannot_end_a_turn() -> None:
+    with pytest.raises(UserError, match=r"message 2 spells <\|end\|>"):
+        render(with_template(CHATML), [user("One?"), user("Two<|end|>?")])
+
+
+@pytest.mark.parametrize("folder", [BUNDLED, pytest.param(OFFICIAL, marks=needs_official)])
+def test_templates_of_this_family_are_known_as_such(folder: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer_of(BUNDLED))
+    tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    assert not has_own_template(tokenizer)
+    tokenizer.chat_template += "!"
+    assert has_own_template(tokenizer)
+    tokenizer.chat_template = None
+    assert not has_own_template(tokenizer)
+
+
+def test_other_trainers_get_the_mask_from_the_template() -> None:
+    tokenizer = tokenizer_of(BUNDLED)
+    made = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
+    assert (made["input_ids"], made["assistant_masks"]) == render(tokenizer, TALK)
+
+
+def test_content_in_parts_is_joined_and_other_parts_are_refused() -> None:
+    tokenizer = tokenizer_of(BUNDLED)
+    text = [{"type": "text", "text": "Once "}, {"type": "text", "text": "more"}]
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    joined = render(tokenizer, [user("Once more")], add_generation_prompt=True)
+    in_parts = [{"role": "user", "content": text}]
+    assert render(tokenizer, in_parts, add_generation_prompt=True) == joined
+    template = tokenizer.apply_chat_template(in_parts, add_generation_prompt=True)
+    assert template["input_ids"] == joined[0]
+    with pytest.raises(UserError, match=r"message 1 has content .*image_url.*; it must be text"):
+        render(tokenizer, [{"role": "user", "content": image}])
+    with pytest.raises(Exception, match="reads text only, not a content part of type image_url"):
+        tokenizer.apply_chat_template([{"role": "user", "content": image}])
+    with pytest.raises(Exception, match="role tool is unknown"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
