@@ -92,6 +92,8 @@ def quantized_bytes(numbers: int, config: DeepseekConfig, bits: int, dtype: torc
 class IntConfig(QuantizationConfigMixin):
     """For `from_pretrained(quantization_config=)` of an original checkpoint; `bits` is 4 or 8."""
 
+    quantizes_experts = True  # DeepseekForCausalLM.from_pretrained asks
+
     def __init__(self, bits: int) -> None:
         self.quant_method = METHOD
         self.bits = bits

@@ -14,20 +14,27 @@ class Sequences(NamedTuple):
     number_T: torch.Tensor | None = None  # from 0, -1 for padding; None: each row is a sequence
     count: int = 0
     aux_loss_scale: float = 1.0  # multiplies the gradient of the balance loss
+    weight_G: torch.Tensor | None = None  # how much each counts; None: alike, 1 in sum
 
 
 def balance_loss(
-    scores_TE: torch.Tensor, index_TK: torch.Tensor, sequence_T: torch.Tensor, num_sequences: int
+    scores_TE: torch.Tensor,
+    index_TK: torch.Tensor,
+    sequence_T: torch.Tensor,
+    num_sequences: int,
+    weight_G: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """How unevenly the experts are used: 1 if all are used alike, up to E if all tokens pick one.
 
     sum_e f_e * P_e, where f_e is the number of picks of expert e over its even share, and P_e its
-    mean score (equations 12 to 14 of the paper), in each sequence, averaged over the sequences.
-    Only P carries gradient. `sequence_T` numbers the sequence of each token from 0 to
-    `num_sequences` - 1, none of which may be empty; tokens of a negative number do not count.
+    mean score (equations 12 to 14 of the paper), in each sequence, averaged over the sequences, or
+    weighted by `weight_G`. Only P carries gradient. `sequence_T` numbers the sequence of each token
+    from 0 to `num_sequences` - 1; tokens of a negative number do not count.
     """
+    if weight_G is None:
+        weight_G = scores_TE.new_full((num_sequences,), 1 / num_sequences)
     with torch.autocast(scores_TE.device.type, enabled=False):
-        return _BalanceLoss.apply(scores_TE, index_TK, sequence_T, num_sequences)
+        return _BalanceLoss.apply(scores_TE, index_TK, sequence_T, weight_G)
 
 
 class _BalanceLoss(torch.autograd.Function):
@@ -40,17 +47,17 @@ class _BalanceLoss(torch.autograd.Function):
         scores_TE: torch.Tensor,
         index_TK: torch.Tensor,
         sequence_T: torch.Tensor,
-        num_sequences: int,
+        weight_G: torch.Tensor,
     ) -> torch.Tensor:
         E, K = scores_TE.shape[-1], index_TK.shape[-1]
-        numbers_G1 = torch.arange(num_sequences, device=scores_TE.device)[:, None]
+        numbers_G1 = torch.arange(len(weight_G), device=scores_TE.device)[:, None]
         member_GT = (sequence_T == numbers_G1).to(scores_TE.dtype)
-        length_G1 = member_GT.sum(dim=1, keepdim=True)
+        length_G1 = member_GT.sum(dim=1, keepdim=True).clamp(min=1)  # all may be padding
         picked_TE = torch.zeros_like(scores_TE).scatter_(1, index_TK, 1.0)
         f_GE = member_GT @ picked_TE * (E / K) / length_G1
         P_GE = member_GT @ scores_TE / length_G1
-        ctx.save_for_backward(f_GE / (length_G1 * num_sequences), sequence_T)
-        return (f_GE * P_GE).sum(dim=1).mean()
+        ctx.save_for_backward(f_GE * weight_G[:, None] / length_G1, sequence_T)
+        return (f_GE * P_GE).sum(dim=1) @ weight_G
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

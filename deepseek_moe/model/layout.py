@@ -1,12 +1,14 @@
 """The tensors of a checkpoint: their names on disk and in memory, and whether all are there."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
@@ -50,6 +52,55 @@ def official_parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tup
             yield f"{prefix}.{expert}.{matrix}.weight", where
 
 
+def stack_official_experts(
+    experts: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    *_: Any,
+) -> None:
+    """Lets `load_state_dict` take experts by their official names, as they stand in files.
+
+    It is a pre-hook of torch's `load_state_dict`. Trainers and scripts hand the content of files to
+    that method, some of them file by file (not `strict`): the experts that are there are filled.
+
+    Raises:
+        ValueError: the state dict is an adapter with LoRA on the linears of single experts.
+    """
+    refuse_adapters_of_experts(name for name in state_dict if name.startswith(prefix))
+    for stack, matrices in EXPERT_STACKS.items():
+        parameter = getattr(experts, stack)
+        places = {
+            name: where
+            for name, where in official_parts(f"{prefix}{stack}", tuple(parameter.shape))
+            if name in state_dict
+        }
+        if not places or (strict and len(places) < len(parameter) * len(matrices)):
+            continue  # torch says what is missing
+        filled = parameter.detach().clone()
+        for name, where in places.items():
+            filled[where].copy_(state_dict.pop(name))
+        state_dict[f"{prefix}{stack}"] = filled
+
+
+def refuse_adapters_of_experts(names: Iterable[str]) -> None:
+    """Refuses LoRA on experts for which the model has no place. PEFT would leave it out, silently.
+
+    It comes from transformers 4, where each expert had linears of its own.
+
+    Raises:
+        ValueError: one of the `names`, which were found to be of no parameter, is of this kind.
+    """
+    for name in names:
+        if re.search(r"\.experts\.(.*\.)?lora_", name):
+            raise ValueError(
+                "this adapter has LoRA on the linears of single experts, for which stacked experts "
+                "have no place; merge it into its base: python -m deepseek_moe.export --model BASE "
+                "--adapter ADAPTER --output FOLDER"
+            )
+
+
 def official_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of `model` (may be on meta) has on disk."""
     return {
@@ -69,7 +120,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def refuse_wrong_checkpoint(
-    path: str | Path, kwargs: dict[str, Any], model_class: type[PreTrainedModel]
+    path: str | Path,
+    kwargs: dict[str, Any],
+    model_class: type[PreTrainedModel],
+    free: tuple[str, ...] = (),
 ) -> None:
     """`refuse_wrong_tensors` for what `from_pretrained` would read, if it is on this disk."""
     if kwargs.keys() & {"state_dict", "gguf_file", "key_mapping"}:
@@ -87,18 +141,15 @@ def refuse_wrong_checkpoint(
             f"{found} names weights of its own ({config.transformers_weights}), which may be a "
             "pickle; take transformers_weights out"
         )
-    # Files of quantised weights (the config says so) hold other tensors. Weights that are quantised
-    # while they are read (the keyword) lie there like any; transformers takes any shape of them.
-    if hasattr(config, "quantization_config"):
-        _refuse_8_bit_floats(Path(found).parent, _stored_tensors(Path(found).parent))
-    else:
-        with torch.device("meta"):
-            wanted = model_class(config)
-        refuse_wrong_tensors(Path(found).parent, wanted)
+    with torch.device("meta"):
+        wanted = model_class(config)
+    refuse_wrong_tensors(Path(found).parent, wanted, free)
 
 
-def refuse_wrong_tensors(folder: Path, model: PreTrainedModel) -> None:
+def refuse_wrong_tensors(folder: Path, model: PreTrainedModel, free: tuple[str, ...] = ()) -> None:
     """Compares the headers of the safetensors files in `folder` with what `model` (on meta) wants.
+
+    Tensors whose names begin with one of `free` are not compared.
 
     Raises:
         ValueError: names the tensors that are missing, surplus, of another shape or no floats.
@@ -112,6 +163,8 @@ def refuse_wrong_tensors(folder: Path, model: PreTrainedModel) -> None:
         found = {f"model.{name}": shape for name, shape in found.items()}
         found["lm_head.weight"] = (model.config.vocab_size, model.config.hidden_size)
     wanted = official_tensors(model)
+    wanted = {name: shape for name, shape in wanted.items() if not name.startswith(free)}
+    found = {name: shape for name, shape in found.items() if not name.startswith(free)}
     wrong = [f"{name} is missing" for name in wanted if name not in found]
     wrong += [f"{n} {fault}" for n, (dtype, _) in stored.items() if (fault := dtype_fault(dtype))]
     for name, shape in found.items():

@@ -16,9 +16,10 @@ D hidden size.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
@@ -40,7 +41,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balance_loss import AddLossGradient, Sequences, balance_loss
 from .configuration_deepseek import DeepseekConfig
-from .layout import first_few, refuse_wrong_checkpoint
+from .layout import (
+    first_few,
+    refuse_adapters_of_experts,
+    refuse_wrong_checkpoint,
+    stack_official_experts,
+)
 
 
 @dataclass
@@ -103,6 +109,21 @@ class DeepseekExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
+        self.register_load_state_dict_pre_hook(stack_official_experts)
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, expert: int) -> "Expert":
+        """`experts[i].gate_proj.weight` reads and writes what the expert has in the stacks."""
+        if not -len(self) <= expert < len(self):
+            raise IndexError(f"expert {expert} of {len(self)}")
+        width = self.down_proj.shape[-1]
+        return Expert(
+            ExpertMatrix(self.gate_up_proj, (expert, slice(width))),
+            ExpertMatrix(self.gate_up_proj, (expert, slice(width, None))),
+            ExpertMatrix(self.down_proj, (expert, slice(None))),
+        )
 
     def forward(
         self, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -113,6 +134,30 @@ class DeepseekExperts(nn.Module):
     def matrices(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one expert: gate above up [2F, D], and down [D, F]."""
         return self.gate_up_proj[expert], self.down_proj[expert]
+
+
+class ExpertMatrix:
+    """A matrix of one expert. Its `weight` is a view of a stack; assigning to it copies."""
+
+    def __init__(self, stack: nn.Parameter, where: tuple[int, slice]) -> None:
+        self._stack, self._where = stack, where
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._stack[self._where]
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            self._stack[self._where] = value
+
+
+class Expert(NamedTuple):
+    """One of the routed experts, with the names that its matrices have in a checkpoint."""
+
+    gate_proj: ExpertMatrix
+    up_proj: ExpertMatrix
+    down_proj: ExpertMatrix
 
 
 def loop_over_experts(
@@ -172,13 +217,15 @@ class DeepseekMoE(nn.Module):
         logits_TE, weights_TK, index_TK = self.gate(hidden_TD, routing)
         loss = None
         if self.training and self.aux_loss_alpha > 0:
-            number_T, count, scale = sequences or Sequences()
+            number_T, count, scale, weight_G = sequences or Sequences()
             if number_T is None:
                 B, L = hidden_BLD.shape[:2]
                 number_T, count = torch.arange(B * L, device=hidden_BLD.device) // L, B
             if not self.seq_aux:
                 number_T, count = number_T.clamp(max=0), 1
-            loss = balance_loss(logits_TE.softmax(dim=-1), routing.index_TK, number_T, count)
+                weight_G = None if weight_G is None else weight_G.sum(0, keepdim=True)
+            scores_TE = logits_TE.softmax(dim=-1)
+            loss = balance_loss(scores_TE, routing.index_TK, number_T, count, weight_G)
             routing.aux_loss = self.aux_loss_alpha * loss.detach()
         shared_BLD = self.shared_experts(hidden_BLD) if self.shared_experts is not None else None
         # The routed experts come last: a checkpointed layer is computed again only as far as the
@@ -230,6 +277,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         "attentions": LlamaAttention,
     }
 
+    _free_heads: tuple[str, ...] = ()  # of these, a checkpoint may have none, or others
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -248,22 +297,42 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         """As transformers' own, but every tensor must be there with its shape, and no other.
 
         Raises:
-            ValueError: names the wrong tensors. transformers would warn and use random ones.
+            ValueError: names the wrong tensors. transformers would warn and use random ones. Or
+                `quantization_config` is of a library that quantises linears only, not the experts.
         """
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None and not getattr(quantization, "quantizes_experts", False):
+            raise ValueError(
+                "this quantization_config would leave the experts, most of the model, as they are; "
+                "to generate, use deepseek_moe.load(..., quantization='int4'); to train, "
+                "finetune.py --bits 4"
+            )
         path = pretrained_model_name_or_path
+        whole = cls if cls._free_heads else DeepseekForCausalLM
         local = path is not None and Path(path).is_dir()
         if local:
-            refuse_wrong_checkpoint(path, kwargs, DeepseekForCausalLM)
+            refuse_wrong_checkpoint(path, kwargs, whole, cls._free_heads)
         try:
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         finally:  # Now the files of a hub id are here. An error that names tensors says more.
             if path is not None and not local:
-                refuse_wrong_checkpoint(path, kwargs, DeepseekForCausalLM)
+                refuse_wrong_checkpoint(path, kwargs, whole, cls._free_heads)
         wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         wrong += [f"{key} is not of this model" for key in sorted(info["unexpected_keys"])]
+        wrong = [fault for fault in wrong if not fault.startswith(cls._free_heads)]
         if wrong:
             raise ValueError(f"{path} does not hold this model: {first_few(wrong)}")
         return (model, info) if output_loading_info else model
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, but an adapter whose experts it would leave out is refused.
+
+        Raises:
+            ValueError: the adapter has LoRA on the linears of single experts.
+        """
+        info = super().load_adapter(*args, **kwargs)
+        refuse_adapters_of_experts(info.unexpected_keys)
+        return info
 
 
 class DeepseekModel(DeepseekPreTrainedModel):
@@ -296,16 +365,19 @@ class DeepseekModel(DeepseekPreTrainedModel):
         sequence_ids: torch.LongTensor | None = None,
         num_sequences: int | None = None,
         aux_loss_scale: float = 1.0,
+        sequence_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> "DeepseekModelOutput":
-        """Three arguments are for the balance loss in training.
+        """Four arguments are for the balance loss in training.
 
         Args:
             sequence_ids: [B, L] numbers the sequences of the batch from 0 (-1: padding), so that
-                each counts by itself in padded and packed rows too. Without it a row is a sequence.
+                each counts by itself in padded and packed rows too. Without it a row is a sequence,
+                as far as a 2-D `attention_mask` has ones.
             num_sequences: how many they are. Without it the GPU is asked, and waited for.
             aux_loss_scale: multiplies the gradient of the balance loss. Where gradients are
                 accumulated, it is the share of this batch in the sequences of the step.
+            sequence_weights: how much each sequence counts. Without it they count alike.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -327,10 +399,14 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         hidden_BLD = inputs_embeds
         cos_sin = self.rotary_emb(hidden_BLD, position_ids=position_ids)
-        sequences = Sequences(aux_loss_scale=aux_loss_scale)
-        if sequence_ids is not None:
+        if sequence_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            num_sequences = len(attention_mask)
+            rows = torch.arange(num_sequences, device=attention_mask.device)[:, None]
+            sequence_ids = torch.where(attention_mask.bool(), rows, -1)
+        sequences = Sequences(None, 0, aux_loss_scale, sequence_weights)
+        if sequence_ids is not None and self.training:
             count = int(sequence_ids.max()) + 1 if num_sequences is None else num_sequences
-            sequences = Sequences(sequence_ids.flatten(), count, aux_loss_scale)
+            sequences = Sequences(sequence_ids.flatten(), count, aux_loss_scale, sequence_weights)
         aux_losses = []
         for layer in self.layers:
             routing = Routing()
@@ -393,6 +469,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         takes the labels while training, and there are no logits.
         """
         # generate and Trainer read the signature above to see what the model takes.
+        if self.training and not kwargs.keys() & {"sequence_ids", "aux_loss_scale"}:
+            kwargs["sequence_weights"] = _weights_of_rows(labels, kwargs.get("num_items_in_batch"))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -420,6 +498,20 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+def _weights_of_rows(
+    labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor | None:
+    """How much the balance loss of each row counts under a trainer other than this package's.
+
+    transformers' Trainer gives the number of labels in all batches of a step, of all processes, and
+    then multiplies the loss by the number of processes. A row counts as its labels do.
+    """
+    if labels is None or num_items_in_batch is None:
+        return None
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return (labels != -100).sum(dim=1) * (world / num_items_in_batch)
 
 
 __all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekPreTrainedModel"]

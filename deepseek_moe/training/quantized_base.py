@@ -206,6 +206,8 @@ class _ExpertsToo:
 class ExpertsTooConfig(BitsAndBytesConfig):
     """Names the quantizers below instead of transformers' own."""
 
+    quantizes_experts = True  # DeepseekForCausalLM.from_pretrained asks
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.quant_method = f"experts_too_{4 if self.load_in_4bit else 8}bit"

@@ -1,0 +1,80 @@
+"""The balance loss under transformers' own Trainer, which gives other arguments than ours."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from deepseek_moe import DeepseekForCausalLM
+
+MakeModel = Callable[..., DeepseekForCausalLM]
+LENGTHS = (3, 9, 5, 4, 8, 7, 2, 6)
+
+
+def rows() -> list[dict[str, list[int]]]:
+    dice = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, 96, (length,), generator=dice).tolist() for length in LENGTHS]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def collate(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pads on the right to 12 ids, with a mask."""
+    fill = {"input_ids": 1, "labels": -100, "attention_mask": 0}
+    batch = [row | {"attention_mask": [1] * len(row["labels"])} for row in features]
+    return {
+        name: torch.tensor([row[name] + [value] * (12 - len(row[name])) for row in batch])
+        for name, value in fill.items()
+    }
+
+
+def gradients(
+    model: Any, folder: Path, batch: int, data: list[dict[str, list[int]]]
+) -> dict[str, torch.Tensor]:
+    """The gradients of one step over all rows, as the optimizer (plain SGD) applies them."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=len(LENGTHS) // batch,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model, arguments, train_dataset=data, data_collator=collate).train()
+    return {name: before[name] - p for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_accumulated_batches_count_as_much_as_one(
+    seq_aux: bool, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    """Without `seq_aux`, the tokens of a batch count together, so that only equal rows compare."""
+    options = {"aux_loss_alpha": 5.0, "seq_aux": seq_aux}
+    data = rows() if seq_aux else rows()[1:2] * len(LENGTHS)
+    at_once = gradients(tiny_model(**options), tmp_path, 8, data)
+    without = gradients(tiny_model(aux_loss_alpha=0.0), tmp_path, 8, data)
+    gate = "model.layers.1.mlp.gate.weight"
+    assert (at_once[gate] - without[gate]).norm() > without[gate].norm()
+    one_by_one = gradients(tiny_model(**options), tmp_path, 1, data)
+    for name, gradient in at_once.items():
+        torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_counts_in_no_batch(tiny_model: MakeModel) -> None:
+    model, row = tiny_model(aux_loss_alpha=1.0).train(), rows()[1]
+    alone = model(torch.tensor([row["input_ids"]])).aux_loss
+    padded = collate([row])
+    labels = padded.pop("labels")
+    assert torch.allclose(model(**padded).aux_loss, alone)
+    del padded["attention_mask"]
+    assert not torch.allclose(model(**padded).aux_loss, alone)
+    assert labels.shape == padded["input_ids"].shape
