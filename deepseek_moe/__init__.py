@@ -7,25 +7,16 @@ After this import, the Auto classes of transformers know the model. Two words ar
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto import tokenization_auto
-
 from .model.configuration_deepseek import DeepseekConfig
 from .model.modeling_deepseek import DeepseekForCausalLM, DeepseekModel
 from .model.tokenization_deepseek import DeepseekTokenizer
+from .registration import register
 
 if TYPE_CHECKING:
     from .decode.generation import Generator
     from .decode.load import load
 
-AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
-AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
-AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
-AutoTokenizer.register(DeepseekConfig, fast_tokenizer_class=DeepseekTokenizer, exist_ok=True)
-# The published files name the class LlamaTokenizerFast, which is wrong. transformers has no public
-# way to say so. It keeps these two tables of models whose registered class counts instead.
-tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add("deepseek")
-tokenization_auto.TOKENIZER_MAPPING_NAMES["deepseek"] = DeepseekTokenizer.__name__
+register()
 
 __all__ = [
     "DeepseekConfig",

@@ -62,13 +62,14 @@ def test_decoding_and_training_stand_apart(room: str, other: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "starts", [("decode.generation",), ("training.examples", "training.build")]
+    ("starts", "most"),
+    [(("decode.generation",), 4300), (("training.examples", "training.build"), 4500)],
 )
-def test_a_reader_of_either_path_meets_few_lines(starts: tuple[str, ...]) -> None:
+def test_a_reader_of_either_path_meets_few_lines(starts: tuple[str, ...], most: int) -> None:
     """From ids to ids, and from a row to the gradient of an expert."""
     modules = set().union(*map(reached, starts))
     lines = {m: len(MODULES[m].read_text(encoding="utf-8").splitlines()) for m in modules}
-    assert sum(lines.values()) <= 4300, lines
+    assert sum(lines.values()) <= most, lines
 
 
 IMPORT = """
@@ -76,7 +77,7 @@ import sys
 import deepseek_moe
 
 rooms = {name.split(".")[1] for name in sys.modules if name.startswith("deepseek_moe.")}
-assert rooms == {"model"}, rooms
+assert rooms == {"model", "registration"}, rooms
 slow = {"bitsandbytes", "datasets", "deepspeed", "peft"} & sys.modules.keys()
 assert not slow, slow
 from deepseek_moe import Generator, load
