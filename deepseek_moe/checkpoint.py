@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             _read_object(folder / name)
-    kind = _read_object(folder / "config.json").get("model_type")
+    fields = _read_object(folder / "config.json")
+    kind = fields.get("model_type") or ", ".join(fields.get("architectures") or ["unknown"])
     if kind != DeepseekConfig.model_type:
         raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
     _refuse_incomplete_weights(folder)
@@ -209,6 +211,32 @@ def fingerprint(folder: Path) -> str:
 def is_outdated(recorded: object) -> bool:
     """Whether `recorded`, from a run.json, is a fingerprint of an older version of this code."""
     return isinstance(recorded, str) and not recorded.startswith(FORMAT)
+
+
+def refuse_other_base(folder: Path, base: Path) -> None:
+    """Refuses a `base` other than the run.json says that fine-tuning left in `folder` or above it.
+
+    Raises:
+        UserError: what is in `folder` was trained over another base.
+    """
+    whole = folder.resolve()  # "." and links have another parent by name
+    for file in (whole / "run.json", whole.parent / "run.json"):
+        if file.is_file():
+            try:
+                trained_over = json.loads(file.read_text(encoding="utf-8"))["settings"]["model"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a run.json of another program
+            if is_outdated(trained_over):
+                print(
+                    f"{file} is of an older version of this code, so it was not checked that "
+                    f"{folder} was trained over {base}",
+                    file=sys.stderr,
+                )
+            elif trained_over != fingerprint(base):
+                raise UserError(
+                    f"{folder} was not trained over {base}, by {file}; give the --model that was"
+                )
+            return
 
 
 def _describe_tensors(file: Path) -> Iterator[tuple[str, bytes]]:

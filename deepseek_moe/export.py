@@ -10,7 +10,6 @@ experts and the file that is being written, or all of a DeepSpeed checkpoint.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import ADAPTER_FILE, DTYPES, Checkpoint, find_checkpoint, fingerprint, is_outdated
+from .checkpoint import ADAPTER_FILE, DTYPES, Checkpoint, find_checkpoint, refuse_other_base
 from .checkpoint_writer import write_checkpoint
 from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
@@ -35,7 +34,7 @@ def main() -> None:
     with redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout
         base = find_checkpoint(args.model)
         for folder in filter(None, (args.adapter, args.deepspeed_checkpoint)):
-            _refuse_other_base(folder, base)
+            refuse_other_base(folder, base)
         if args.adapter:
             tensors = merged_tensors(base, args.adapter)
         elif args.deepspeed_checkpoint:
@@ -75,28 +74,6 @@ def parse_arguments() -> argparse.Namespace:
         "--max_shard_size", metavar="SIZE", default="5GB", help="of a weight file; default 5GB"
     )
     return parser.parse_args()
-
-
-def _refuse_other_base(folder: Path, base: Path) -> None:
-    """Compares `base` with the run.json that fine-tuning left in `folder` or above it, if any."""
-    whole = folder.resolve()  # "." and links have another parent by name
-    for file in (whole / "run.json", whole.parent / "run.json"):
-        if file.is_file():
-            try:
-                trained_over = json.loads(file.read_text(encoding="utf-8"))["settings"]["model"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a run.json of another program
-            if is_outdated(trained_over):
-                print(
-                    f"{file} is of an older version of this code, so it was not checked that "
-                    f"{folder} was trained over {base}",
-                    file=sys.stderr,
-                )
-            elif trained_over != fingerprint(base):
-                raise UserError(
-                    f"{folder} was not trained over {base}, by {file}; give the --model that was"
-                )
-            return
 
 
 def consolidated_tensors(base: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ No model with weights is built. Each tensor is read, changed and handed on when 
 that no more than one stack of experts is in memory.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
+from torch import nn
+from tqdm import tqdm
 
-from ..checkpoint import ADAPTER_FILE, Checkpoint
+from ..checkpoint import ADAPTER_FILE, Checkpoint, refuse_other_base
 from ..errors import UserError, as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import dtype_fault, first_few, official_parts
-from ..model.modeling_deepseek import DeepseekForCausalLM
+from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
 from .quantized_base import Quantization
 
 # The fields of PEFT's config that may differ from their defaults, because they change nothing but
@@ -63,13 +66,33 @@ def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tenso
                 piece = weight[where]
                 if name in change.low_rank:
                     piece = piece.float() + scaling * (b[where] @ a[where[:1]])
+                elif part in change.low_rank:  # an expert that has an adapter of its own
+                    own_a, own_b, own_scaling = change.factors(part)
+                    piece = piece.float() + own_scaling * (own_b @ own_a)
                 yield part, piece
 
     return tensors()
 
 
+def merge_into(model: DeepseekForCausalLM, base: Path, adapter: Path) -> None:
+    """Gives `model`, which was loaded from `base` and not quantised, the merged weights.
+
+    Raises:
+        UserError: as for `merged_tensors`, or the adapter was trained over another base.
+    """
+    refuse_other_base(adapter, base)
+    places = {
+        part: parameter.data[where]
+        for name, parameter in model.named_parameters()
+        for part, where in official_parts(name, tuple(parameter.shape))
+    }
+    tensors = merged_tensors(base, adapter)
+    for name, tensor in tqdm(tensors, "merging", len(places), unit="tensor", leave=False):
+        places[name].copy_(tensor)
+
+
 class _Adapter:
-    """A LoRA adapter of PEFT: which parameters it changes, and how.
+    """A LoRA adapter of PEFT: which parameters, or experts of a stack, it changes, and how.
 
     A model that PEFT wraps tells which tensors the adapter must have, to which parameter each
     belongs, and its scale.
@@ -77,9 +100,11 @@ class _Adapter:
 
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self.folder, self.checkpoint = folder, checkpoint
-        wrapped = _wrap(folder, checkpoint.config)
+        config = _lora_config(folder)
         with as_user_error(f"{folder / ADAPTER_FILE}", "get the adapter anew"):
             self.file = safe_open(folder / ADAPTER_FILE, framework="pt")
+        apart = any(re.search(r"\.experts\.\d+\.", name) for name in self.file.keys())  # noqa: SIM118
+        wrapped = _wrap(folder, config, checkpoint.config, apart)
         self._refuse_other_tensors(wrapped)
         self.low_rank, self.replaced = _find_changes(wrapped, folder)
         changed = self.low_rank.keys() | self.replaced.keys()
@@ -89,7 +114,7 @@ class _Adapter:
                 f"{folder} changes the embedding or the head, which this base ties to each other; "
                 "untie the base and train anew"
             )
-        if unknown := changed - checkpoint.parameters.keys():
+        if unknown := changed - checkpoint.parameters.keys() - checkpoint.official.keys():
             raise UserError(
                 f"{folder} changes {first_few(sorted(unknown))}, which this base has not: adapters "
                 "inside of a module that was saved whole; name it in one of the two and train anew"
@@ -107,7 +132,7 @@ class _Adapter:
         """
         key, scaling = self.low_rank[parameter]
         a, b = (self.file.get_tensor(f"{key}.lora_{x}.weight").float() for x in "AB")
-        shape = self.checkpoint.parameters[parameter]
+        shape = self.checkpoint.parameters.get(parameter, ())
         if len(shape) == 3:
             a = a.unflatten(0, (shape[0], -1))
             b = b.unflatten(1, (-1, shape[0])).permute(2, 0, 1)
@@ -175,13 +200,24 @@ def _lora_config(folder: Path) -> peft.LoraConfig:
     return config
 
 
-def _wrap(folder: Path, model_config: DeepseekConfig) -> peft.PeftModel:
-    """A model without weights, with the adapter's tensors in their places."""
-    config = _lora_config(folder)
+def _wrap(
+    folder: Path, config: peft.LoraConfig, model_config: DeepseekConfig, experts_apart: bool
+) -> peft.PeftModel:
+    """A model without weights, with the adapter's tensors in their places.
+
+    With transformers 4 each expert had linears of its own, and LoRA on them: `experts_apart`.
+    """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a model that will not run
+        model = DeepseekForCausalLM(model_config)
+        if experts_apart:
+            width = model_config.moe_intermediate_size
+            for layer in model.model.layers:
+                if layer.is_moe:
+                    experts = [DeepseekMLP(model_config, width) for _ in layer.mlp.experts]
+                    layer.mlp.experts = nn.ModuleList(experts)
         with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
-            return peft.get_peft_model(DeepseekForCausalLM(model_config), config)
+            return peft.get_peft_model(model, config)
 
 
 def _find_changes(
