@@ -38,6 +38,7 @@ with quiet_interrupt():
     from deepseek_moe.training.build import build_model, quantization_of
     from deepseek_moe.training.disk_need import disk_need
     from deepseek_moe.training.resume import Layout, refuse_damaged
+    from deepseek_moe.training.rows import parse_columns
     from deepseek_moe.training.run import Run, settings_of
     from deepseek_moe.training.trainer import FineTuner, leave_together
 
@@ -115,6 +116,7 @@ def load_data(
 
     def load(paths: list[str]) -> Dataset:
         how = {"skip_bad_rows": data.skip_bad_rows, "cache_dir": options.cache_dir}
+        how["columns"] = parse_columns(data.columns)
         rows, report = examples.load_examples(paths, tokenizer, data.model_max_length, **how)
         say(report)
         return rows

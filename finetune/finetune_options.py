@@ -53,6 +53,7 @@ GROUPS = {
         Option("eval_fraction", float, 0.0, "hold out this part of the rows to evaluate on"),
         Option("model_max_length", int, 512, "tokens of an example; a longer one is cut", least=2),
         Option("packing", bool, False, "put several examples into each row of model_max_length"),
+        Option("columns", str, "", "your names of the fields: instruction=query,output=text"),
         Option("skip_bad_rows", bool, False, "leave out unusable rows instead of stopping"),
         Option("train_sampling_strategy", str, "group_by_length", "order", ORDERS),
         Option("dataloader_drop_last", bool, False, "leave out the last batch if it is not full"),

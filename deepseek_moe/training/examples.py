@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import chat
 from ..errors import UserError, unwrap_cache_error
 from ..model.configuration_deepseek import DeepseekConfig
-from .rows import FORMAT_VERSION, cache_key, column, digest, good_rows, read_rows
+from .rows import FORMAT_VERSION, cache_key, column, digest, good_rows, read_rows, unused_fields
 
 IGNORED = -100  # a label that the loss leaves out
 ROWS_PER_PROCESS = 2000  # for fewer rows, starting a process takes longer than it saves
@@ -45,11 +45,12 @@ def load_examples(
     *,
     skip_bad_rows: bool = False,
     cache_dir: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Dataset, str]:
     """All rows of all paths, checked, rendered and cut to `max_length` ids, on disk.
 
     Files are encoded once for a tokenizer, and then found in the cache. Of several processes, one
-    must therefore go first. `paths` and `cache_dir` are those of `rows.read_rows`.
+    must therefore go first. `paths`, `cache_dir` and `columns` are those of `rows.read_rows`.
 
     Returns:
         The examples (input_ids; trained: 1 for ids to train on; length; source: "FILE line N"), and
@@ -58,11 +59,11 @@ def load_examples(
     Raises:
         UserError: there are unreadable files, bad rows that are not skipped, or no row to train on.
     """
-    rows = read_rows(paths, cache_dir)
+    rows = read_rows(paths, cache_dir, columns)
     good = good_rows(rows, skip_bad_rows)
-    special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    spoken = (tokenizer.special_tokens_map, tokenizer.chat_template)
     vocabulary = tokenizer.backend_tokenizer.to_str()
-    key = digest(FORMAT_VERSION, cache_key(rows), vocabulary, special, max_length)
+    key = digest(FORMAT_VERSION, cache_key(rows), vocabulary, spoken, max_length)
     encoded = _encode(good, tokenizer, max_length, key)
     answer = column(encoded, "answer")
     kept = np.flatnonzero(answer)
@@ -80,6 +81,8 @@ def load_examples(
         report += f"; {cut:,} cut to {max_length:,} tokens, so without EOS"
     if dropped := len(good) - len(kept):
         report += f"; {dropped:,} dropped (no answer within {max_length:,} tokens)"
+    if unused := unused_fields(rows):
+        report += f"; fields not used: {', '.join(unused)}"
     examples = encoded.select_columns(list(EXAMPLES))
     return (examples.select(kept) if dropped else examples), report
 
@@ -94,7 +97,7 @@ def _encode(
             _encode_batch,
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
-            remove_columns=["messages", "problem"],
+            remove_columns=["messages", "problem", "unused"],
             features=Features(EXAMPLES | {"answer": Value("int32"), "cut": Value("bool")}),
             num_proc=processes if processes > 1 else None,
             new_fingerprint=key,
@@ -106,8 +109,11 @@ def _encode_batch(
     rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, list[Any]]:
     encoded: dict[str, list[Any]] = defaultdict(list)
-    for messages in rows["messages"]:
-        ids, trained = chat.render(tokenizer, json.loads(messages))
+    for source, messages in zip(rows["source"], rows["messages"], strict=True):
+        try:
+            ids, trained = chat.render(tokenizer, json.loads(messages))
+        except UserError as error:  # the checkpoint's own template may refuse a conversation
+            raise UserError(f"{source}: {error}") from error
         encoded["cut"].append(len(ids) > max_length)
         encoded["input_ids"].append(ids[:max_length])
         encoded["trained"].append(trained[:max_length])

@@ -1,9 +1,6 @@
 """Files -> checked rows: each is a conversation, or says what is wrong with it, and where it is.
 
-A row is `{"instruction": ..., "output": ...}`, perhaps with an `input`, which follows the
-instruction on a new line. Or it is `{"messages": [{"role": ..., "content": ...}, ...]}`, and the
-last message is the assistant's. If a row has both, `messages` counts. A null counts as absent.
-Other fields are ignored.
+conversations.py says what a row may look like.
 """
 
 import csv
@@ -13,8 +10,7 @@ import io
 import json
 import lzma
 import re
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,23 +20,25 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from pyarrow import parquet
 
-from ..chat import Message
 from ..errors import UserError, as_user_error, unwrap_cache_error
+from .conversations import FIELDS, BadRow, find_conversation, make_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the names of cache files. Raise it whenever the same data becomes other rows, examples or
 packed rows, so that old caches are not read."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # as in checkpoint.py
 SHOWN = 3  # bad rows that an error names
 
-CHECKED = Features({name: Value("string") for name in ("source", "messages", "problem")})
+CHECKED = Features({name: Value("string") for name in ("source", "messages", "problem", "unused")})
 
 Rows = Iterator[tuple[str, Any]]
-"""The place in the file, and the row as parsed, or a _BadRow that says why it was not parsed."""
+"""The place in the file, and the row as parsed, or a BadRow that says why it was not parsed."""
 
 
-def read_rows(paths: Sequence[str], cache_dir: str | None = None) -> Dataset:
+def read_rows(
+    paths: Sequence[str], cache_dir: str | None = None, columns: Mapping[str, str] | None = None
+) -> Dataset:
     """Every row of all paths, parsed and checked, bad ones too. Files are read once, and then found
     in the cache.
 
@@ -48,22 +46,25 @@ def read_rows(paths: Sequence[str], cache_dir: str | None = None) -> Dataset:
         paths: files (JSON array, JSON lines, CSV, each also as .gz or .xz; parquet), folders of
             them (without their subfolders), or hub ids of datasets with a train split.
         cache_dir: as for `datasets.load_dataset`.
+        columns: as for `find_conversation`.
 
     Returns:
-        The columns source ("FILE line N"), messages (a conversation, as JSON) and problem (empty
-        for a good row).
+        The columns source ("FILE line N"), messages (a conversation, as JSON), problem (empty for a
+        good row) and unused (the names of the fields that were not used, a line each).
 
     Raises:
         UserError: a path does not exist, or a file cannot be read or has no rows.
     """
     found = [source for path in paths for source in _find_sources(path, cache_dir)]
+    columns = tuple(sorted((columns or {}).items()))
     with unwrap_cache_error():
         return Dataset.from_generator(
             _checked_rows,
             features=CHECKED,
             cache_dir=cache_dir,
-            gen_kwargs={"found": tuple(found)},  # a list would be divided among processes
-            fingerprint=digest(FORMAT_VERSION, [_identity(source) for _, source in found]),
+            # Lists would be divided among processes.
+            gen_kwargs={"found": tuple(found), "columns": columns},
+            fingerprint=digest(FORMAT_VERSION, [_identity(one) for _, one in found], columns),
         )
 
 
@@ -119,16 +120,23 @@ def _identity(source: Path | Dataset) -> tuple[Any, ...]:
     return (str(source.resolve()), status.st_size, status.st_mtime_ns)
 
 
-def _checked_rows(found: Sequence[tuple[str, Path | Dataset]]) -> Iterator[dict[str, str]]:
+def _checked_rows(
+    found: Sequence[tuple[str, Path | Dataset]], columns: Sequence[tuple[str, str]]
+) -> Iterator[dict[str, str]]:
     for name, source in found:
         place = None
         for place, row in _rows_of(name, source):
+            messages, problem, unused = [], "", []
             try:
-                messages, problem = _messages(row), ""
-            except _BadRow as error:
-                messages, problem = [], str(error)
-            text = json.dumps(messages, ensure_ascii=False)
-            yield {"source": f"{name} {place}", "messages": text, "problem": problem}
+                messages, unused = find_conversation(row, dict(columns))
+            except BadRow as error:
+                problem = str(error)
+            yield {
+                "source": f"{name} {place}",
+                "messages": json.dumps(messages, ensure_ascii=False),
+                "problem": problem,
+                "unused": "\n".join(unused),
+            }
         if place is None:
             raise UserError(f"{name} has no rows; give a file with some")
 
@@ -159,19 +167,19 @@ def _json_rows(stream: BinaryIO) -> Rows:
             continue
         if first and line.lstrip().startswith(b"["):
             whole = b"\n" * (number - 1) + line + stream.read()  # errors name the line
-            yield from _numbered(json.loads(whole.decode()))
+            yield from _numbered(json.loads(whole.decode(), object_pairs_hook=make_object))
             return
         first = False
         try:
-            row = json.loads(line.decode())
+            row = json.loads(line.decode(), object_pairs_hook=make_object)
         except UnicodeDecodeError as error:
-            row = _BadRow(f"byte {error.start + 1} is not UTF-8 (convert it), wanted a JSON object")
+            row = BadRow(f"byte {error.start + 1} is not UTF-8 (convert it), wanted a JSON object")
         except json.JSONDecodeError as error:
-            row = _BadRow(
+            row = BadRow(
                 f"invalid JSON ({error.msg} at column {error.colno}), wanted an object on one line"
             )
         except (ValueError, RecursionError) as error:  # a huge number, or too deep
-            row = _BadRow(f"invalid JSON ({error}), wanted an object on one line")
+            row = BadRow(f"invalid JSON ({error}), wanted an object on one line")
         yield f"line {number}", row
 
 
@@ -179,19 +187,27 @@ def _csv_rows(stream: BinaryIO) -> Rows:
     csv.field_size_limit(2**31 - 1)  # the default refuses long answers
     reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
     header = next(reader, [])
+    _refuse_twice(header)
     line = reader.line_num + 1
     for fields in reader:
         if len(fields) == len(header):
             yield f"line {line}", dict(zip(header, fields, strict=True))
         elif fields:
             found = f"found {len(fields)} fields, wanted {len(header)} as in the header"
-            yield f"line {line}", _BadRow(f"{found} (fields with commas need quotes)")
+            yield f"line {line}", BadRow(f"{found} (fields with commas need quotes)")
         line = reader.line_num + 1
 
 
 def _parquet_rows(stream: BinaryIO) -> Rows:
-    batches = parquet.ParquetFile(stream).iter_batches(batch_size=1000)
+    file = parquet.ParquetFile(stream)
+    _refuse_twice(file.schema_arrow.names)
+    batches = file.iter_batches(batch_size=1000)
     return _numbered(chain.from_iterable(batch.to_pylist() for batch in batches))
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"the column {twice[0]} occurs twice")
 
 
 OPENERS: dict[str, Callable[..., BinaryIO]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -208,73 +224,30 @@ def _reader(file: Path) -> Callable[[BinaryIO], Rows] | None:
     return READERS.get(inner.suffix.lower())
 
 
-# --- Is the row good?
+# --- What others need too
 
 
-class _BadRow(ValueError):
-    """Says what was found in a row, and what was wanted."""
+def parse_columns(given: str) -> dict[str, str]:
+    """What `--columns instruction=question,output=answer` says: our names, and those of the data.
 
-
-def _messages(row: Any) -> list[Message]:
-    """The row as a conversation for `chat.render`. Raises a _BadRow if it is none."""
-    if isinstance(row, _BadRow):
-        raise row
-    if not isinstance(row, dict):
-        raise _BadRow(f"found {_name(row)}, wanted an object with instruction and output")
-    if row.get("messages") is not None:
-        return _checked_messages(row["messages"])
-    for field in ("instruction", "output"):
-        if field not in row:
-            fields = ", ".join(map(str, row)) or "no field"
-            raise _BadRow(f"no {field}: found {fields}, wanted instruction and output, or messages")
-        _check_text(row[field], field, is_answer=field == "output")
-    question, extra = row["instruction"], row.get("input")
-    if extra is not None:
-        _check_text(extra, "input")
-        question += f"\n{extra}" if extra.strip() else ""
-    answer = {"role": "assistant", "content": row["output"]}
-    return [{"role": "user", "content": question}, answer]
-
-
-def _checked_messages(messages: Any) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise _BadRow(f"messages is {_name(messages)}, wanted a list of role and content")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise _BadRow(f"message {number} is {_name(message)}, wanted role and content")
-        role = message.get("role")
-        if role not in ("user", "assistant", "system"):
-            raise _BadRow(
-                f"message {number} has role {reprlib.repr(role)}, wanted user, assistant or system"
+    Raises:
+        UserError: it says nothing of the kind, or a name is not one of FIELDS.
+    """
+    columns = {}
+    for pair in filter(None, given.split(",")):
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not equals or not theirs or ours not in FIELDS or ours in columns:
+            raise UserError(
+                f"--columns {pair!r} is no name of {', '.join(FIELDS)} with the name that your "
+                "data has for it; write --columns instruction=question,output=answer"
             )
-        what = f"content of message {number}"
-        _check_text(message.get("content"), what, is_answer=role == "assistant")
-    if role != "assistant":
-        raise _BadRow(f"the last message has role {reprlib.repr(role)}, wanted assistant")
-    return [{key: message[key] for key in ("role", "content")} for message in messages]
+        columns[ours] = theirs
+    return columns
 
 
-def _check_text(value: Any, what: str, is_answer: bool = False) -> None:
-    if not isinstance(value, str):
-        raise _BadRow(f"{what} is {_name(value)}, wanted text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _BadRow(
-            f"{what} has half a character ({value[error.start]!a}), wanted text"
-        ) from None
-    if is_answer and not value.strip():
-        raise _BadRow(f"{what} is empty, wanted an answer")
-
-
-def _name(value: Any) -> str:
-    if value is None:
-        return "null"
-    kinds = {str: "text", bool: "truth value", int: "number", float: "number", dict: "object"}
-    return f"{kinds.get(type(value), type(value).__name__)} {reprlib.repr(value)}"
-
-
-# --- What examples.py needs too
+def unused_fields(rows: Dataset) -> list[str]:
+    """The names of the fields that were used in no row in which they are."""
+    return sorted({name for names in set(column(rows, "unused")) for name in names.splitlines()})
 
 
 def column(dataset: Dataset, name: str) -> np.ndarray:

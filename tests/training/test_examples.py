@@ -62,7 +62,7 @@ def test_examples_are_what_chat_renders(
 ) -> None:
     monkeypatch.setattr("deepseek_moe.training.examples.ROWS_PER_PROCESS", 2)  # so of several
     rows = [*ROWS[:2], {"question": "a"}, *ROWS[2:]]
-    with pytest.raises(UserError, match=r"^1 of 5 rows are bad: .*x\.jsonl line 3: no instruction"):
+    with pytest.raises(UserError, match=r"^1 of 5 rows are bad: .*x\.jsonl line 3: no answer"):
         load(rows)
     examples, report = load(rows, skip_bad_rows=True)
     assert contents(examples) == rendered(ROWS)
@@ -125,7 +125,7 @@ def test_the_format_is_that_of_its_version(load: Load) -> None:
     """
     examples, _ = load(ROWS * 5)
     made = fingerprint(examples), fingerprint(pack(examples, 256))
-    assert (FORMAT_VERSION, *made) == (1, "25def8c105c28b5f", "750357ae4a0cebaf")
+    assert (FORMAT_VERSION, *made) == (2, "25def8c105c28b5f", "750357ae4a0cebaf")
 
 
 def test_split(load: Load) -> None:

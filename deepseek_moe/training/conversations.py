@@ -1,0 +1,195 @@
+"""A row of data -> a conversation for `chat.render`, or what is wrong with the row.
+
+People write the same things under different names:
+
+    messages              a list of role (user, assistant, system) and content
+    conversations         the same as from (human, gpt, system) and value, as in ShareGPT
+    instruction, output   with input, which follows the instruction on a new line
+    prompt, completion    texts, or lists of messages, of which the prompt is not trained on
+    question, answer
+
+All may have `system` beside them, and the pairs `history` (earlier pairs of question and answer).
+If a row has several forms, the first of this list counts. A null counts as absent.
+
+An answer that is marked by `weight` 0, `train` false or `trainable` false is not trained on.
+"""
+
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..chat import Message
+
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
+LISTS = ("messages", "conversations")
+BESIDE = ("input", "history", "system")
+FIELDS = (*LISTS, *(name for pair in PAIRS for name in pair), *BESIDE)
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+MARKS = ("weight", "train", "trainable")
+KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *MARKS}
+
+
+class BadRow(ValueError):
+    """Says what was found in a row, and what was wanted."""
+
+
+class RepeatedField(dict):
+    """An object of JSON in which a name occurs twice, `name`. One of the two values is lost."""
+
+    name: str
+
+
+def make_object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for json's `object_pairs_hook`."""
+    pairs = list(pairs)
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        made = RepeatedField(made)
+        made.name = next(name for name in names if names.count(name) > 1)
+    return made
+
+
+def find_conversation(row: Any, columns: Mapping[str, str]) -> tuple[list[Message], list[str]]:
+    """The conversation of a row, and the names of the fields that it does not use.
+
+    Args:
+        columns: names of FIELDS, and the names that the row has for them.
+
+    Raises:
+        BadRow: the row is no conversation that ends with an answer to train on.
+    """
+    if isinstance(row, BadRow):
+        raise row
+    row = _object(row, "the row", "an object with instruction and output")
+    row = {name: value for name, value in row.items() if value is not None}
+    given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    found = {name: value for name, value in row.items() if name not in columns.values()} | given
+    name = next((name for name in LISTS if name in found), None)
+    if name is None:
+        messages, used = _pair(found)
+    else:
+        messages, used = _messages(found[name], name), (name, "system")
+        if messages[0]["role"] != "system":
+            messages = [*_system(found), *messages]
+    _check_order(messages)
+    unused = [columns.get(field, field) for field in found if field not in used]
+    if name is not None:
+        keys = {key for message in found[name] for key in message if message[key] is not None}
+        unused += [f"{columns.get(name, name)}.{key}" for key in sorted(keys - KEYS)]
+    return messages, unused
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
+    for names in PAIRS:
+        if set(names) & row.keys():
+            break
+    else:
+        fields = ", ".join(map(str, row)) or "no field"
+        raise BadRow(f"found {fields}; wanted instruction and output, or messages")
+    question, answer = names
+    for name in names:
+        if name not in row:
+            raise BadRow(f"no {name}: found {', '.join(map(str, row))}")
+    if isinstance(row[question], list):  # as in TRL
+        before = [message | {"train": False} for message in _messages(row[question], question)]
+        return [*before, *_messages(row[answer], answer)], names
+    texts = [_text(row[name], name) for name in (question, "input") if name in row]
+    asked = "\n".join(text for text in texts if text.strip())
+    if not asked:
+        raise BadRow(f"{question} is empty, wanted a question")
+    messages = _system(row)
+    for number, pair in enumerate(_history(row.get("history")), 1):
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            content = _text(text, f"turn {number} of history", not_empty=True)
+            messages.append({"role": role, "content": content})
+    messages.append({"role": "user", "content": asked})
+    content = _text(row[answer], answer, not_empty=True)
+    messages.append({"role": "assistant", "content": content})
+    return messages, (*names, *BESIDE)
+
+
+def _system(row: Mapping[str, Any]) -> list[Message]:
+    text = _text(row.get("system", ""), "system")
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def _history(value: Any) -> list[Any]:
+    pairs = [] if value in (None, "") else value
+    if not isinstance(pairs, list) or any(not isinstance(p, list) or len(p) != 2 for p in pairs):
+        raise BadRow(f"history is {_name(value)}, wanted a list of [question, answer]")
+    return pairs
+
+
+def _messages(value: Any, field: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{field} is {_name(value)}, wanted a list of role and content")
+    return [_message(message, number) for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, number: int) -> Message:
+    message = _object(message, f"message {number}", "role and content")
+    role = message.get("role") or message.get("from")
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ("user", "assistant", "system"):
+        raise BadRow(
+            f"message {number} has role {reprlib.repr(role)}, wanted user, assistant or system"
+        )
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise BadRow(f"message {number} has {name}, which this model's chats do not know")
+    content = message.get("value") if message.get("content") is None else message["content"]
+    content = _text(content, f"content of message {number}", not_empty=role != "system")
+    made = {"role": role, "content": content}
+    for name in MARKS:
+        if (mark := message.get(name)) is not None:
+            if mark not in (0, 1):
+                raise BadRow(f"{name} of message {number} is {_name(mark)}, wanted 0 or 1")
+            if role == "assistant" and not mark:
+                made["train"] = False
+    return made
+
+
+def _check_order(messages: list[Message]) -> None:
+    """The first message (but for a system prompt) asks, and the last answers."""
+    roles = [message["role"] for message in messages]
+    first = next((role for role in roles if role != "system"), None)
+    if first != "user":
+        raise BadRow(f"the first message has role {reprlib.repr(first)}, wanted user (a question)")
+    if roles[-1] != "assistant":
+        raise BadRow(f"the last message has role {reprlib.repr(roles[-1])}, wanted assistant")
+    if not any(m.get("train", True) for m in messages if m["role"] == "assistant"):
+        raise BadRow("every answer is marked as not to be trained on")
+
+
+def _object(value: Any, what: str, wanted: str) -> Mapping[str, Any]:
+    if isinstance(value, RepeatedField):
+        raise BadRow(f"{value.name} occurs twice in {what}, wanted each name once")
+    if not isinstance(value, dict):
+        raise BadRow(f"{what} is {_name(value)}, wanted {wanted}")
+    return value
+
+
+def _text(value: Any, what: str, not_empty: bool = False) -> str:
+    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
+        value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise BadRow(f"{what} is {_name(value)}, wanted text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{what} has half a character ({value[error.start]!a}), wanted text") from None
+    if not_empty and not value.strip():
+        raise BadRow(f"{what} is empty, wanted text")
+    return value
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and "text" in part
+
+
+def _name(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds = {str: "text", bool: "truth value", int: "number", float: "number", dict: "object"}
+    return f"{kinds.get(type(value), type(value).__name__)} {reprlib.repr(value)}"

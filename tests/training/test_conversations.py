@@ -1,0 +1,143 @@
+"""Rows as people have them -> conversations, or what is wrong with them."""
+
+from typing import Any
+
+import pytest
+from text_fixtures import assistant, system, user
+
+from deepseek_moe.errors import UserError
+from deepseek_moe.training.conversations import BadRow, find_conversation, make_object
+from deepseek_moe.training.rows import parse_columns
+
+ASKED = [user("Who?"), assistant("The king.")]
+PARTS = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]
+
+
+def sharegpt(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "unused"),
+    [
+        ({"instruction": "Who?", "output": "The king."}, ASKED, []),
+        ({"prompt": "Who?", "completion": "The king.", "id": 7}, ASKED, ["id"]),
+        ({"question": "Who?", "answer": "The king.", "url": "x", "id": None}, ASKED, ["url"]),
+        ({"messages": ASKED, "instruction": "a", "output": "b"}, ASKED, ["instruction", "output"]),
+        (sharegpt(("human", "Who?"), ("gpt", "The king.")), ASKED, []),
+        ({"conversations": ASKED}, ASKED, []),
+        ({"messages": [user("Who?") | {"content": PARTS}, ASKED[1]]}, ASKED, []),
+        (
+            {"messages": [user("Who?") | {"name": "Ann"}, ASKED[1] | {"thinking": "hm"}]},
+            ASKED,
+            ["messages.name", "messages.thinking"],
+        ),
+        (
+            {"prompt": ASKED[:1], "completion": ASKED[1:]},
+            [ASKED[0] | {"train": False}, ASKED[1]],
+            [],
+        ),
+        (
+            {"instruction": "Sum", "input": "1, 2", "output": "3"},
+            [user("Sum\n1, 2"), assistant("3")],
+            [],
+        ),
+        ({"instruction": "", "input": "Who?", "output": "The king."}, ASKED, []),
+        ({"instruction": "Who?", "input": " ", "output": "The king."}, ASKED, []),
+        (
+            {"instruction": "And?", "output": "He slept.", "history": [["Who?", "The king."]]}
+            | {"system": "Be brief."},
+            [system("Be brief."), *ASKED, user("And?"), assistant("He slept.")],
+            [],
+        ),
+        (
+            {"instruction": "Who?", "output": "The king.", "history": [], "system": ""},
+            ASKED,
+            [],
+        ),
+        ({"messages": ASKED, "system": "Be brief."}, [system("Be brief."), *ASKED], []),
+    ],
+)
+def test_every_form_of_a_row(row: dict[str, Any], messages: list[Any], unused: list[str]) -> None:
+    assert find_conversation(row, {}) == (messages, unused)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"trainable": False}])
+def test_a_marked_answer_is_context(mark: dict[str, Any]) -> None:
+    row = {"messages": [user("a"), assistant("wrong") | mark, user("b"), assistant("right")]}
+    messages, unused = find_conversation(row, {})
+    assert [message.get("train", True) for message in messages] == [True, False, True, True]
+    assert unused == []
+    row["messages"][1] |= dict.fromkeys(mark, True)
+    assert all("train" not in message for message in find_conversation(row, {})[0])
+
+
+def test_columns_of_other_names() -> None:
+    columns = parse_columns("instruction=query, output=text,system=persona")
+    row = {"query": "Who?", "text": "The king.", "persona": "Be brief.", "output": "?", "n": 1}
+    messages, unused = find_conversation(row, columns)
+    assert messages == [system("Be brief."), *ASKED]
+    assert unused == ["n"]
+    with pytest.raises(BadRow, match="no output: found instruction"):
+        find_conversation({"query": "Who?"}, columns)
+
+
+@pytest.mark.parametrize("given", ["instruction", "query=output", "output=", "input=a,input=b"])
+def test_columns_that_are_none(given: str) -> None:
+    with pytest.raises(UserError, match="write --columns instruction=question,output=answer"):
+        parse_columns(given)
+
+
+def talk(*messages: Any) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a", "id": "b"}, "found text, id; wanted instruction and output, or messages"),
+        ({}, "found no field; wanted"),
+        ({"instruction": "a"}, "no output: found instruction"),
+        ({"instruction": True, "output": "b"}, "instruction is truth value True, wanted text"),
+        ({"instruction": "a", "input": 1.5, "output": "b"}, "input is number 1.5, wanted text"),
+        ({"instruction": "a", "output": "b\ud800"}, "output has half a character ('\\ud800')"),
+        (
+            {"instruction": "", "input": "", "output": "b"},
+            "instruction is empty, wanted a question",
+        ),
+        ({"instruction": " \n", "output": "b"}, "instruction is empty, wanted a"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "history is text 'c', wanted a list"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c"]]},
+            "history is list [['c']], wanted",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["c", ""]]}, "turn 1 of history is"),
+        ("a", "the row is text 'a', wanted an object"),
+        (talk(), "messages is list [], wanted a list of role and content"),
+        ({"messages": {"role": "user"}}, "messages is object {'role': 'user'}, wanted a list"),
+        (talk("hello"), "message 1 is text 'hello', wanted role and content"),
+        (talk(user("a")), "the last message has role 'user', wanted assistant"),
+        (talk(assistant("a")), "the first message has role 'assistant', wanted user"),
+        (talk(system("a")), "the first message has role None, wanted user"),
+        (talk(user(""), assistant("b")), "content of message 1 is empty, wanted text"),
+        (talk(user("a"), {"role": "tool", "content": "b"}), "message 2 has role 'tool', wanted"),
+        (talk(user("a"), {"role": "assistant"}), "content of message 2 is null, wanted text"),
+        (
+            talk(user("a"), assistant(" "), user("c"), assistant("d")),
+            "content of message 2 is empty",
+        ),
+        (talk(user("a"), assistant("b") | {"tool_calls": [{}]}), "message 2 has tool_calls, which"),
+        (talk(user("a"), assistant("b") | {"weight": 0.5}), "weight of message 2 is number 0.5"),
+        (talk(user("a"), assistant("b") | {"weight": 0}), "every answer is marked as not to be"),
+        (
+            talk({"role": "user", "content": [{"type": "image"}]}, assistant("b")),
+            "content of message 1 is list [{'type': 'image'}], wanted text",
+        ),
+        (make_object([("a", 1), ("b", 2), ("a", 3)]), "a occurs twice in the row"),
+    ],
+)
+def test_what_is_wrong_is_said(row: Any, said: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        find_conversation(row, {})
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
