@@ -4,6 +4,7 @@ Nothing beyond the standard library is imported before it is needed.
 """
 
 import atexit
+import errno
 import os
 import sys
 import threading
@@ -47,12 +48,22 @@ def exit_on_user_error() -> Iterator[None]:
         found, exit_code = str(error).split(". ")[0] or "out of memory", 2
         message = f"{found}; use a smaller batch, fewer tokens, --dtype bfloat16 or another GPU"
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        _drop_output()
+        message, exit_code = f"the output cannot be written: {error.strerror}; make room", 1
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def _drop_output() -> None:
+    """Lets Python's exit not fail once more at what is still to be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_memory_error(error: Exception) -> bool:

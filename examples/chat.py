@@ -8,13 +8,11 @@ Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, Ctrl-D 
 ends a conversation that is piped.
 """
 
-import argparse
-
-from shared_options import add_model_options, add_sampling_options, ctrl_c_leaves
+from shared_options import OptionParser, add_model_options, add_sampling_options, ctrl_c_leaves
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Talks with a DeepSeek-MoE chat model.")
+    parser = OptionParser(description="Talks with a DeepSeek-MoE chat model.")
     add_model_options(parser, bundled="models/tiny-chat")
     parser.add_argument("--prompt", help="ask this, print the answer, leave")
     add_sampling_options(parser, max_new_tokens=512)

@@ -3,6 +3,7 @@
     python examples/completion.py --prompt "Once upon a time" --max_new_tokens 100
     python examples/completion.py --model deepseek-ai/deepseek-moe-16b-base --prompt "..."
     python examples/completion.py --prompts_file prompts.jsonl --output_file completions.jsonl
+    python examples/completion.py < story.txt
 
 The text goes to stdout as it is made, everything else to stderr.
 """
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from shared_options import (
+    OptionParser,
     add_model_options,
     add_sampling_options,
     ctrl_c_leaves,
     positive,
     sampling_arguments,
+    stdin_is_piped,
 )
 from tqdm import tqdm
 
@@ -28,15 +31,19 @@ def main() -> None:
     args = parse_arguments()
     with ctrl_c_leaves():  # these imports take seconds
         from deepseek_moe import Generator, load
-        from deepseek_moe.chat import TextStream
+        from deepseek_moe.bundled import BUNDLED_MODEL
+        from deepseek_moe.chat import TextStream, end_ids
+        from deepseek_moe.checkpoint import find_checkpoint
         from deepseek_moe.decode.completion_file import CompletionFile, hash_inputs
         from deepseek_moe.decode.prompts import complete_in_batches, read_prompts
         from deepseek_moe.decode.sampling import Sampling
         from deepseek_moe.errors import exit_on_user_error
-        from deepseek_moe.files import BUNDLED_MODEL
 
     with exit_on_user_error():
-        prompts = read_prompts(args.prompt, args.prompts_file)
+        given = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+        if not given and not args.prompts_file and stdin_is_piped():
+            given = [text] if (text := sys.stdin.read()) else []
+        prompts = read_prompts(given, args.prompts_file)
         sample = Sampling(**sampling_arguments(args))
         name, output = args.model or str(BUNDLED_MODEL), None
         if args.output_file:
@@ -48,11 +55,15 @@ def main() -> None:
                 print(f"{output} already", file=sys.stderr)
                 return
         model, tokenizer = load(name, args.dtype, args.device, args.quantization)
+        if args.adapter:
+            from deepseek_moe.training.merge_lora import merge_into
+
+            merge_into(model, find_checkpoint(name), Path(args.adapter))
         generator = Generator(model)
         encoded = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
-        options = (args.max_new_tokens, sample, {tokenizer.eos_token_id})
+        options = (args.max_new_tokens, sample, end_ids(tokenizer, model))
         steps = generator.stream(encoded, *options)  # refuses a prompt that is too long
-        start, made = time.perf_counter(), 0
+        start, made, early = time.perf_counter(), 0, 0
         if len(prompts) == 1 and not output:
             text = TextStream(tokenizer)
             print(prompts[0], end="", flush=True)
@@ -60,23 +71,29 @@ def main() -> None:
                 print(text.add(token), end="", flush=True)
                 made += 1
             print()
+            early = int(made < args.max_new_tokens)
         else:
             batches = complete_in_batches(generator, encoded, *options, args.batch_size, output)
             for at, ids in batches:
                 made += sum(map(len, ids))
+                early += sum(len(new) < args.max_new_tokens for new in ids)
                 completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 if output:
                     output.add(completions)
                 else:
                     print_batch(at, prompts[at:], completions)
         seconds = time.perf_counter() - start
-        print(f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
+        said = f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s"
+        if early:
+            said += f"; {early} of {len(prompts)} texts ended, or filled the context of "
+            said += f"{generator.context} tokens, before --max_new_tokens {args.max_new_tokens}"
+        print(said, file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Continues text with DeepSeek-MoE.")
+    parser = OptionParser(description="Continues text with DeepSeek-MoE.")
     add_model_options(parser, bundled="models/tiny-base")
-    says = "text to continue; may be repeated"
+    says = "text to continue; may be repeated; - (or none, if something is piped in) reads stdin"
     parser.add_argument("--prompt", action="append", default=[], help=says)
     says = 'one prompt a line: text, "text" or {"prompt": "text"}'
     parser.add_argument("--prompts_file", type=Path, help=says)
@@ -97,7 +114,9 @@ def parse_arguments() -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is written, besides the model and the prompts."""
     settings = sampling_arguments(args)
-    settings |= {name: getattr(args, name) for name in ("dtype", "quantization", "max_new_tokens")}
+    settings |= {
+        name: getattr(args, name) for name in ("dtype", "quantization", "max_new_tokens", "adapter")
+    }
     # Where nothing is drawn, batches may be of any size.
     return settings | {"batch_size": args.batch_size if args.temperature else None}
 

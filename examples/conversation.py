@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import ANSI
@@ -13,18 +14,23 @@ from shared_options import sampling_arguments
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe import Generator, load
-from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, render_within
+from deepseek_moe.bundled import BUNDLED_CHAT_MODEL
+from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, end_ids, render_within
+from deepseek_moe.checkpoint import find_checkpoint
 from deepseek_moe.decode.prompts import check_prompt, noted_interrupts
 from deepseek_moe.decode.sampling import Sampler, Sampling
-from deepseek_moe.errors import UserError
-from deepseek_moe.files import BUNDLED_CHAT_MODEL, write_text
+from deepseek_moe.errors import UserError, as_user_error
+from deepseek_moe.files import write_text
 
 HELP = """\
 /reset      forget the conversation
 /undo       forget the last question and its answer
+/retry      ask the last question again
 /save FILE  write the conversation as JSON; /save --overwrite FILE if it is there already
+/load FILE  go on with a conversation that was saved
 /system     about system prompts
 /help       this list
+/exit       leave
 Ctrl-C stops an answer, Ctrl-D leaves."""
 
 
@@ -35,6 +41,13 @@ def talk(args: argparse.Namespace) -> None:
     sample = Sampling(**sampling_arguments(args))
     name = args.model or str(BUNDLED_CHAT_MODEL)
     model, tokenizer = load(name, args.dtype, args.device, args.quantization)
+    if args.adapter:
+        from deepseek_moe.training.merge_lora import merge_into
+
+        merge_into(model, find_checkpoint(name), Path(args.adapter))
+    note(f"talking to {name}" + (f" with {args.adapter}" if args.adapter else ""))
+    if "base" in Path(name).name.lower() and not args.adapter:
+        note("by its name it is a base model: it continues texts, and was not taught to chat")
     conversation = Conversation(Generator(model), tokenizer, args.max_new_tokens, sample)
     if args.prompt is not None:
         conversation.ask(args.prompt)
@@ -43,6 +56,8 @@ def talk(args: argparse.Namespace) -> None:
     if not interactive:  # bytes that are not UTF-8 become a question that ask() refuses
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     for line in typed_lines() if interactive else sys.stdin:
+        if line.strip() in ("/exit", "/quit"):
+            return
         try:
             conversation.turn(line.strip())
         except UserError as error:
@@ -77,8 +92,12 @@ class Conversation:
         elif command == "/undo":
             note("the last turn is forgotten" if self.messages else "there is nothing to undo")
             del self.messages[-2:]
+        elif command == "/retry":
+            self.retry()
         elif command == "/save":
             self.save(rest.strip())
+        elif command == "/load":
+            self.load(rest.strip())
         elif command == "/system":
             note(NO_SYSTEM_PROMPT)
         elif command == "/help":
@@ -96,24 +115,56 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": check_prompt(question)}]
         ids, dropped = render_within(self.tokenizer, asked, self.room)
-        steps = self.generator.stream(
-            [ids], self.max_new_tokens, self.sample, {self.tokenizer.eos_token_id}
-        )
+        stop = end_ids(self.tokenizer, self.generator.model)
+        steps = self.generator.stream([ids], self.max_new_tokens, self.sample, stop)
         if dropped > self.dropped:
             note(f"the context is full: the oldest {dropped} messages are no longer seen")
         self.dropped = dropped
-        answer, text = "", TextStream(self.tokenizer)
-        with noted_interrupts(signal.SIGINT) as interrupted:
-            for (token,) in steps:
-                piece = text.add(token)
-                piece = piece if answer else piece.lstrip()
-                answer += piece
-                print(piece, end="", flush=True)
-                if interrupted:
-                    note(" (stopped)")
-                    break
+        answer, made, text, why = "", 0, TextStream(self.tokenizer), ""
+        try:
+            with noted_interrupts(signal.SIGINT) as interrupted:
+                for (token,) in steps:
+                    piece = text.add(token)
+                    piece = piece if answer else piece.lstrip()
+                    answer, made = answer + piece, made + 1
+                    print(piece, end="", flush=True)
+                    if interrupted:
+                        why = "stopped"
+                        break
+        except KeyboardInterrupt:  # pressed again, before the next token
+            why = "stopped"
+        if not why and made == self.max_new_tokens:
+            why = f"cut after --max_new_tokens {made}"
+        if not why and made + len(ids) == self.generator.context:
+            why = f"cut: the context of {self.generator.context} tokens is full"
+        if why:
+            note(f" ({why})")
         print(flush=True)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def retry(self) -> None:
+        """Asks the last question again. If it is refused, the old answer stays."""
+        if not self.messages:
+            raise UserError("there is no question yet")
+        before = self.messages
+        self.messages = before[:-2]
+        try:
+            self.ask(before[-2]["content"])
+        except UserError:
+            self.messages = before
+            raise
+
+    def load(self, name: str) -> None:
+        """Takes a conversation of `save` in place of this one."""
+        what = f"{name or 'no file'} is no conversation that /save has written"
+        with as_user_error(what, "give its file: /load FILE"):
+            messages = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+            roles = [message["role"] for message in messages]
+            texts = [message["content"] for message in messages]
+            if roles != ["user", "assistant"] * (len(roles) // 2) or not all(map(str.strip, texts)):
+                raise ValueError("questions and answers do not take turns")
+        self.messages, self.dropped = messages, 0
+        note(f"{len(messages)} messages are loaded")
 
     def save(self, name: str) -> None:
         first, _, rest = name.partition(" ")

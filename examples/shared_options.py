@@ -4,18 +4,52 @@ This file imports only the standard library, so that --help and wrong options an
 """
 
 import argparse
+import difflib
 import os
+import re
 import signal
-from collections.abc import Iterator
+import stat
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+DRAWN = ("top_k", "top_p", "min_p", "seed")  # those that say how tokens are drawn
 
 
-def add_model_options(parser: argparse.ArgumentParser, bundled: str) -> None:
+class OptionParser(argparse.ArgumentParser):
+    """Takes --max-new-tokens for --max_new_tokens, and says more about options that are wrong."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        words = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words]
+        found, unknown = self.parse_known_args(words, namespace)
+        if sys.stdout is None:
+            self.error("the standard output is closed; send it to a file, or to /dev/null")
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the options"
+            self.error(f"there is no option {name}; {hint}")
+        for name in DRAWN:
+            if not found.temperature and getattr(found, name) != self.get_default(name):
+                self.error(f"--{name} has no effect without --temperature; add --temperature 1")
+        if found.adapter and found.quantization:
+            self.error(
+                "an adapter cannot be merged into quantised weights; merge it with python -m "
+                "deepseek_moe.export --adapter first, and give the result as --model"
+            )
+        return found
+
+
+def add_model_options(parser: OptionParser, bundled: str) -> None:
     """Adds the options of `load`. Without --model the caller takes the `bundled` model."""
     says = f"a folder or a hub id; the default is {bundled}"
     parser.add_argument("--model", help=says)
+    says = "the folder of a LoRA adapter, which is merged into the model in memory"
+    parser.add_argument("--adapter", help=says)
     says = "auto: the checkpoint's on a GPU; float32 on a CPU if it fits, else bfloat16"
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", default="auto", choices=dtypes, help=says)
@@ -24,7 +58,7 @@ def add_model_options(parser: argparse.ArgumentParser, bundled: str) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def add_sampling_options(parser: OptionParser, max_new_tokens: int) -> None:
     """Adds --max_new_tokens and the arguments of `Sampling`, whose defaults are greedy."""
     penalty = "above 1 makes what is in the prompt or answer less likely, below 1 likelier"
     for name, kind, default, says in (
@@ -50,6 +84,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"it is {number}; it must be 1 or more")
     return number
+
+
+def stdin_is_piped() -> bool:
+    """Whether stdin is a pipe or a file; not a terminal, and not /dev/null."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return False
+    kind = os.fstat(sys.stdin.fileno()).st_mode
+    return stat.S_ISFIFO(kind) or stat.S_ISREG(kind)
 
 
 @contextmanager

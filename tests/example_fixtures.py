@@ -33,6 +33,7 @@ def run(script: str, *args: object, stdin: bytes = b"", terminal: bool = False) 
     code, out, err = 0, io.StringIO(), io.StringIO()
     given = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
     given.isatty = lambda: terminal
+    given.fileno = lambda: 0  # pytest's own, which is no pipe
     with (
         patch("sys.argv", [script, *map(str, args)]),
         patch("sys.path", [str(EXAMPLES), *sys.path]),

@@ -125,7 +125,7 @@ def test_a_stopped_batch_is_gone_on_with(tmp_path: Path, options: list[str], num
         again = run(*command)
     assert (again.code, again.out) == (0, "")
     assert again.err == f"5 of 5 completions are in {output} already\n"
-    assert_error(run(*command, "--seed", 1), "there, 1 now", str(output))
+    assert_error(run(*command, "--repetition_penalty", 2), "there, 2.0 now", str(output))
 
 
 def test_what_is_refused_before_the_work_leaves_all_files_as_they_are(tmp_path: Path) -> None:

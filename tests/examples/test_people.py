@@ -1,0 +1,175 @@
+"""What people type and pipe into both examples, and what they are told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from adapter_fixtures import ADAPTED, load, make_adapter
+from example_fixtures import ENVIRONMENT, EXAMPLES, assert_error, run
+from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
+
+from deepseek_moe import Generator
+from deepseek_moe.checkpoint_writer import write_checkpoint
+from deepseek_moe.decode.sampling import greedy
+from deepseek_moe.errors import UserError
+from deepseek_moe.training.merge_lora import merged_tensors
+
+with patch("sys.path", [str(EXAMPLES), *sys.path]):
+    from conversation import Conversation
+
+both_scripts = pytest.mark.parametrize("script", ["completion.py", "chat.py"])
+
+
+def talk(*lines: str, new: int = 6) -> Conversation:
+    conversation = Conversation(Generator(bundled_model()), tokenizer_of(BUNDLED), new, greedy)
+    for line in lines:
+        conversation.turn(line)
+    return conversation
+
+
+@both_scripts
+def test_dashes_are_underscores_and_the_nearest_option_is_named(script: str) -> None:
+    wanted = run(script, "--prompt", "Once", "--max_new_tokens", 3)
+    dashed = run(script, "--prompt", "Once", "--max-new-tokens=3")
+    assert (dashed.code, dashed.out) == (0, wanted.out)
+    assert_error(run(script, "--max_tokens", 3), "no option --max_tokens; did you mean --max_new_")
+    assert_error(run(script, "--zzzzz"), "no option --zzzzz; --help lists the options")
+
+
+@pytest.mark.parametrize("option", ["--top_p=0.9", "--top_k=5", "--min_p=0.1", "--seed=0"])
+@both_scripts
+def test_options_of_sampling_need_a_temperature(script: str, option: str) -> None:
+    said = f"{option.partition('=')[0]} has no effect without --temperature"
+    assert_error(run(script, "--prompt", "Once", option), said)
+    done = run(script, "--prompt", "Once", option, "--temperature=1", "--max_new_tokens=2")
+    assert done.code == 0, done.err
+
+
+@both_scripts
+def test_an_adapter_is_merged_in_memory(script: str, tmp_path: Path) -> None:
+    model = load(BUNDLED, dtype=torch.float32)
+    adapter = make_adapter(model, tmp_path / "adapter", 0.05, **ADAPTED)
+    whole, words = tmp_path / "whole", ["--prompt", "Once upon a time", "--max_new_tokens", 8]
+    with_adapter = run(script, *words, "--model", BUNDLED, "--adapter", adapter)
+    assert with_adapter.code == 0, with_adapter.err
+    assert with_adapter.out != run(script, *words, "--model", BUNDLED).out
+    write_checkpoint(merged_tensors(BUNDLED, adapter), BUNDLED, whole, dtype=torch.float32)
+    assert with_adapter.out == run(script, *words, "--model", whole).out
+    refused = run(script, *words, "--adapter", adapter, "--quantization", "int4")
+    assert_error(refused, "cannot be merged into quantised weights")
+    assert_error(run(script, *words, "--adapter", tmp_path), "adapter_config.json does not exist")
+
+
+# --- Completions
+
+
+def completion(line: str) -> subprocess.CompletedProcess[str]:
+    """A line for bash, in which $@ is the program with few tokens to make."""
+    program = [sys.executable, "examples/completion.py", "--max_new_tokens", "4"]
+    return subprocess.run(
+        ["bash", "-c", line, "bash", *program],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "begins"),
+    [
+        ("printf 'The old king\nhad' | \"$@\"", "The old king\nhad"),
+        ("printf 'A bird' | \"$@\" --prompt -", "A bird"),
+        ("printf 'A bird' | \"$@\" --prompt Gold", "Gold"),
+        ('"$@" < /dev/null', "Once upon a time"),
+        ('printf "" | "$@"', "Once upon a time"),
+    ],
+)
+def test_what_is_piped_in_is_a_prompt(line: str, begins: str) -> None:
+    done = completion(line)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(begins)
+    assert done.stdout.count("A bird") == begins.count("A bird")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_or_closed_output_is_one_line() -> None:
+    for line, code in (('"$@" > /dev/full', 1), ('"$@" >&-', 2)):
+        done = completion(line)
+        assert done.returncode == code
+        assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_fewer_tokens_than_asked_are_explained() -> None:
+    """The stop id is the third id that greedy decoding makes."""
+    tokenizer = tokenizer_of(BUNDLED)
+    prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "The old king")]
+    ids = Generator(bundled_model()).generate(prompts, 4)
+    words = ["completion.py", "--prompt", "Once upon a time", "--max_new_tokens", 4]
+    assert "before" not in run(*words).err
+    with patch("deepseek_moe.chat.end_ids", lambda *_: {ids[0][2]}):
+        assert "; 1 of 1 texts ended, or filled the context of 1024 tokens" in run(*words).err
+        assert "; 1 of 2 texts ended" in run(*words, "--prompt", "The old king").err
+
+
+# --- Chats
+
+
+def test_the_model_is_named_and_a_base_model_is_warned_of() -> None:
+    done = run("chat.py", "--prompt", "Hi", "--max_new_tokens", 2)
+    assert "talking to " in done.err and "tiny-chat" in done.err
+    assert "base model" not in done.err
+    done = run("chat.py", "--prompt", "Hi", "--max_new_tokens", 2, "--model", BUNDLED)
+    assert "by its name it is a base model" in done.err
+
+
+def test_retry_asks_again_and_exit_leaves() -> None:
+    asked = talk("One?", "Two?")
+    again = talk("One?", "Two?", "/retry")
+    assert again.messages == asked.messages
+    with pytest.raises(UserError, match="there is no question yet"):
+        talk("/retry")
+    done = run("chat.py", "--max_new_tokens", 2, stdin=b"Hi\n/exit\nNever asked\n")
+    assert (done.code, done.out.count("\n")) == (0, 1)
+
+
+def test_load_takes_what_save_has_written(tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    saved = talk("One?", f"/save {file}")
+    assert talk(f"/load {file}").messages == saved.messages
+    assert talk(f"/load {file}", "Two?").messages == talk("One?", "Two?").messages
+    for content in ("not JSON", "[1]", json.dumps(saved.messages[1:]), '{"role": "user"}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="is no conversation that /save has written"):
+            talk(f"/load {file}")
+    with pytest.raises(UserError, match="no file is no conversation"):
+        talk("/load")
+
+
+def test_an_answer_that_is_cut_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk("One?", new=3)
+    assert "(cut after --max_new_tokens 3)" in capsys.readouterr().err
+    with patch("conversation.end_ids", lambda *_: range(4096)):
+        conversation.turn("Two?")
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_two_ctrl_c_stop_the_answer_and_keep_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    def pressed_twice(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return greedy(logits, seen)
+
+    conversation = talk("One?")
+    conversation.sample = pressed_twice
+    conversation.turn("Two?")
+    assert "(stopped)" in capsys.readouterr().err
+    conversation.sample = greedy
+    conversation.turn("Three?")
+    assert [m["content"] for m in conversation.messages[::2]] == ["One?", "Two?", "Three?"]
