@@ -4,11 +4,13 @@ Letters: N steps, B sequences, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+from finetune_fixtures import write_base
 from gpu_fixtures import (
     LOGITS,
     Ids,
@@ -94,6 +96,19 @@ def test_two_runs_are_equal_bit_for_bit(batch: int, pair: TwoWays, new_tokens: i
     first, second = (pair.fast.generate(prompts, new_tokens) for _ in range(2))
     assert first == second
     assert torch.equal(*(logits_before(pair.fast, prompts, first) for _ in range(2)))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_a_model_without_shared_experts(
+    quantization: str | None, device: torch.device, dtype: str, tmp_path: Path
+) -> None:
+    """In the shape of DeepMixtral: no dense layer, weights of experts that sum to 1, few heads."""
+    shape = {"n_shared_experts": None, "first_k_dense_replace": 0, "norm_topk_prob": True}
+    shape |= {"num_key_value_heads": 1, "hidden_size": 256, "moe_intermediate_size": 192}
+    folder = write_base(tmp_path / "base", initializer_range=0.05, **shape)
+    pair = TwoWays(str(folder), device, dtype, quantization)
+    for batch in BATCHES:
+        assert_logits_agree(pair, batch, 4)
 
 
 def test_long_prompts_go_through_in_pieces(pair: TwoWays, new_tokens: int) -> None:
