@@ -59,7 +59,7 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
         if (folder / name).is_file():
             _read_object(folder / name)
     fields = _read_object(folder / "config.json")
-    kind = fields.get("model_type") or ", ".join(fields.get("architectures") or ["unknown"])
+    kind = fields.get("model_type") or ", ".join(fields.get("architectures") or []) or None
     if kind != DeepseekConfig.model_type:
         raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
     _refuse_incomplete_weights(folder)

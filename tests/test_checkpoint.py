@@ -173,7 +173,7 @@ BROKEN: list[tuple[Change, tuple[str, ...]]] = [
     (fields(scoring_func="sigmoid"), ("scoring_func",)),
     (fields(hidden_size="wide"), ("hidden_size",)),
     (fields(num_attention_heads=0), ("num_attention_heads",)),
-    (fields(quantization_config={"quant_method": "gptq", "bits": 4}), ("optimum",)),
+    (fields(quantization_config={"quant_method": "gptq", "bits": 4}), ("stored as gptq",)),
     # transformers would read these weights unchecked, and a pickle too, if it has such a name.
     (fields(transformers_weights="adapter_model.bin"), ("take transformers_weights out",)),
     (write("adapter_config.json", b"{}"), ("holds an adapter", "merge it first")),

@@ -68,9 +68,14 @@ def stack_official_experts(
     Raises:
         ValueError: the state dict is an adapter with LoRA on the linears of single experts.
     """
-    refuse_adapters_of_experts(name for name in state_dict if name.startswith(prefix))
+    own = [name for name in state_dict if name.startswith(prefix)]
+    refuse_adapters_of_experts(own)
+    if not any(name.removeprefix(prefix).partition(".")[0].isdigit() for name in own):
+        return
     for stack, matrices in EXPERT_STACKS.items():
         parameter = getattr(experts, stack)
+        if parameter.dim() != 3:  # divided by DeepSpeed's ZeRO-3; torch says what is missing
+            continue
         places = {
             name: where
             for name, where in official_parts(f"{prefix}{stack}", tuple(parameter.shape))

@@ -14,11 +14,11 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.training.run import RUN_FILE, Run, settings_of
 
 CHANGES_NOTHING = (
-    "model_name_or_path attn_implementation cache_dir data_path eval_data_path skip_bad_rows "
+    "model_name_or_path cache_dir data_path eval_data_path columns skip_bad_rows "
     "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing deepspeed "
-    "recompute_experts single_gpu_full ddp_timeout use_cpu merge_on_save output_dir save_strategy "
-    "save_steps save_total_limit eval_strategy eval_steps per_device_eval_batch_size dry_run "
-    "show_examples logging_steps report_to disable_tqdm"
+    "attn_implementation recompute_experts single_gpu_full ddp_timeout use_cpu merge_on_save "
+    "output_dir save_strategy save_steps save_total_limit eval_strategy eval_steps "
+    "per_device_eval_batch_size dry_run show_examples logging_steps report_to disable_tqdm"
 )
 # As the code before noted them.
 LORA = {"lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.1, "modules_to_save": "", "bits": 16}
