@@ -38,7 +38,8 @@ class Option(NamedTuple):
 
 ORDERS = ("group_by_length", "random", "sequential")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant")
-SCHEDULES += ("constant_with_warmup", "inverse_sqrt")
+SCHEDULES += ("constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr")
+SCHEDULES += ("cosine_warmup_with_min_lr", "warmup_stable_decay")
 
 # fmt: off
 GROUPS = {
@@ -76,6 +77,7 @@ GROUPS = {
         Option("max_steps", int, -1, "stop after so many steps, whatever the epochs"),
         Option("learning_rate", float, 5e-5, "the highest one", least=0),
         Option("lr_scheduler_type", str, "linear", "its course", SCHEDULES),
+        Option("lr_scheduler_kwargs", str, None, """JSON for it, such as '{"min_lr": 1e-6}'"""),
         Option("warmup_steps", float, 0, "steps of warm-up; below 1: that part of all steps"),
         Option("optim", str, "adamw_torch_fused", "also adamw_bnb_8bit, sgd, ..."),
         Option("weight_decay", float, 0.0, "weight decay of AdamW"),
@@ -128,8 +130,9 @@ OLD_NAMES = {
     "--max_length": "--model_max_length",
     "--per_gpu_train_batch_size": "--per_device_train_batch_size",
     "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "--warmup_ratio": "--warmup_steps",  # which is a share of all steps if it is below 1
 }
-WITHOUT_EFFECT = ("logging_dir", "overwrite_output_dir", "save_safetensors", "group_by_length")
+WITHOUT_EFFECT = ("logging_dir", "overwrite_output_dir", "save_safetensors")
 """Options of older versions of transformers; `make_arguments` notes that they have no effect."""
 
 # Other options of transformers' Trainer are taken only at the value that they have here.
@@ -162,7 +165,7 @@ UNUSED = {
     "ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph "
     "eval_accumulation_steps fsdp_config gradient_checkpointing_kwargs greater_is_better "
     "hub_model_id hub_private_repo hub_revision hub_token include_for_metrics label_names "
-    "liger_kernel_config lr_scheduler_kwargs metric_for_best_model neftune_noise_alpha "
+    "liger_kernel_config metric_for_best_model neftune_noise_alpha "
     "optim_args optim_target_modules parallelism_config run_name tf32 "
     "torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id "
     "trackio_space_id trackio_static_space_id",
@@ -194,6 +197,9 @@ def parse_options(argv: Sequence[str] | None = None) -> dict[str, Any]:
         hint = f"did you mean {near[0]}?" if near else "--help lists the options"
         parser.error(f"there is no option {name}; {hint}")
     _refuse_other_values(parser, given)
+    if (grouped := given.pop("group_by_length", None)) is not None:
+        order = "group_by_length" if grouped else "random"
+        given.setdefault("train_sampling_strategy", order)
     for name, remedy in REQUIRED.items():
         if not given.get(name):
             parser.error(f"--{name} is {'empty' if name in given else 'missing'}; {remedy}")
@@ -241,6 +247,7 @@ def _parser() -> "_Parser":
             group.add_argument(f"--{name}", help=text, **values[kind])
     hidden = argparse.SUPPRESS
     parser.add_argument("--local_rank", type=int, help=hidden)  # DeepSpeed's launcher adds it
+    parser.add_argument("--group_by_length", help=hidden, **values[bool])  # its old name
     for name in WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", nargs="?", help=hidden)
     for name in (*REFUSED, *" ".join(UNUSED.values()).split()):

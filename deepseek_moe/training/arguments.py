@@ -9,12 +9,13 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -211,6 +212,23 @@ def _check_training(training: FineTuningArguments) -> None:
         raise UserError("--max_steps is 0; nothing would train; leave it out for whole epochs")
     if not 0 < training.num_train_epochs < math.inf and training.max_steps < 0:
         raise UserError(f"--num_train_epochs is {training.num_train_epochs}; nothing would train")
+    # What Trainer makes after the model is loaded is made once before, over one number.
+    schedule = f"--lr_scheduler_type {training.lr_scheduler_type.value} cannot be made"
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
+    with as_user_error(schedule, "change it, or --lr_scheduler_kwargs"):
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    if training.optim != STEP_IN_BACKWARD:
+        with (
+            as_user_error(f"--optim {optimizer_name(training)} cannot be made", "use another"),
+            suppress(ValueError),  # some want the model
+        ):
+            Trainer.get_optimizer_cls_and_kwargs(training)
 
 
 def _check_evaluation(data: DataArguments, training: FineTuningArguments) -> None:

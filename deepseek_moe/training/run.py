@@ -43,8 +43,9 @@ HASHED = ("model", "data", "eval_data")
 DECIDE = (
     "use_lora trainable lora_rank lora_alpha lora_dropout modules_to_save bits quant_type "
     "double_quant eval_fraction model_max_length packing train_sampling_strategy "
-    "dataloader_drop_last num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps "
-    "optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed full_determinism bf16"
+    "dataloader_drop_last num_train_epochs max_steps learning_rate lr_scheduler_type "
+    "lr_scheduler_kwargs warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "max_grad_norm seed full_determinism bf16"
 )
 """Options that decide the result. Others say where and when something is saved or shown, or how
 the same numbers are computed. Model, rows and batch size count too, however they are given."""

@@ -1,5 +1,6 @@
 """The options of finetune.py: what is understood, what they become, and what is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from finetune_fixtures import SCRIPT
 from finetune_options import OPTIONS, REFUSED, UNUSED
 from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, ROOT
-from transformers import get_scheduler
 
 from deepseek_moe.errors import UserError
 from deepseek_moe.training.arguments import (
@@ -82,10 +82,22 @@ def test_every_option_of_transformers_is_known_with_its_default() -> None:
     assert not others
 
 
+WITH_KWARGS = {
+    "cosine_with_min_lr": {"min_lr": 1e-5},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+}
+
+
 @pytest.mark.parametrize("name", OPTIONS["lr_scheduler_type"].choices)
-def test_every_schedule_needs_no_more_options(name: str) -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10)
+def test_every_schedule_can_be_made(name: str) -> None:
+    words = ["--data_path", "x", "--output_dir", "out", "--lr_scheduler_type", name]
+    if name in WITH_KWARGS:
+        with pytest.raises(UserError, match=f"--lr_scheduler_type {name} cannot be made: "):
+            parse_arguments(words)
+        words += ["--lr_scheduler_kwargs", json.dumps(WITH_KWARGS[name])]
+    kwargs = parse_arguments(words)[2].lr_scheduler_kwargs
+    assert (kwargs or {}) == WITH_KWARGS.get(name, {})
 
 
 # --- What is understood
@@ -94,15 +106,31 @@ def test_every_schedule_needs_no_more_options(name: str) -> None:
 def test_old_names_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     model, data, training = parse(
         "--evaluation_strategy no --gradient_checkpointing True --use_lora --lora_r 64 "
-        "--max_length 9 --per_gpu_train_batch_size 3 --logging_dir x --group_by_length=True"
+        "--max_length 9 --per_gpu_train_batch_size 3 --logging_dir x --warmup_ratio 0.1"
     )
     assert (model.lora_rank, data.model_max_length) == (64, 9)
     assert training.gradient_checkpointing and training.per_device_train_batch_size == 3
     assert training.eval_strategy == "no"
     said = capsys.readouterr()
     assert said.out == ""
-    assert "--logging_dir has no effect" in said.err and "--group_by_length has" in said.err
+    assert "--logging_dir has no effect" in said.err
+    assert training.warmup_steps == 0.1  # a share of all steps
     assert parse("--activation_checkpointing")[2].gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("words", "order"),
+    [
+        ("", "group_by_length"),
+        ("--group_by_length", "group_by_length"),
+        ("--group_by_length True", "group_by_length"),
+        ("--group_by_length False", "random"),
+        ("--group_by_length=False", "random"),
+        ("--group_by_length False --train_sampling_strategy sequential", "sequential"),
+    ],
+)
+def test_the_old_option_of_grouping_has_its_meaning(words: str, order: str) -> None:
+    assert parse(words)[2].train_sampling_strategy == order
 
 
 def test_flags_and_dashes_are_understood() -> None:
@@ -155,6 +183,10 @@ def test_parsing_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--bf16 perhaps", "--bf16: invalid true_or_false value"),
         ("--lr_scheduler_type wavy", "--lr_scheduler_type is wavy; use one of linear, cosine"),
         ("--optim wavy", "wavy"),
+        ("--optim galore_adamw", "--optim galore_adamw cannot be made: "),
+        ('--lr_scheduler_type polynomial --lr_scheduler_kwargs {"lr_end":1}', "polynomial cannot"),
+        ("--lr_scheduler_kwargs [1]", "--lr_scheduler_type linear cannot be made"),
+        ('--gradient_checkpointing_kwargs {"nonsense":true}', "no option --gradient_check"),
         ("--deepspeed nowhere.json", "nowhere.json cannot be read"),
         ("--num_train_epochs nan", "--num_train_epochs is nan"),
         ("--num_train_epochs 0", "--num_train_epochs is 0"),
