@@ -33,7 +33,7 @@ with quiet_interrupt():
     from transformers.integrations.deepspeed import is_deepspeed_available
 
     from deepseek_moe import DeepseekConfig, DeepseekTokenizer, errors
-    from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer
+    from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer, refuse_other_base
     from deepseek_moe.training import arguments, dry_run, examples
     from deepseek_moe.training.build import build_model, quantization_of
     from deepseek_moe.training.disk_need import disk_need
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     with args.main_process_first():  # It downloads and prepares; the others find it done.
         folder = find_checkpoint(options.model_name_or_path, cache_dir=options.cache_dir)
         tokenizer = own_tokenizer(folder)
+        if options.adapter:
+            refuse_other_base(Path(options.adapter), folder)
         train, evaluation = load_data(settings, tokenizer)
         examples.refuse_longer(train, evaluation, DeepseekConfig.from_pretrained(folder))
         rows = examples.pack(train, data.model_max_length) if data.packing else train

@@ -61,6 +61,7 @@ GROUPS = {
     ],
     "what trains": [
         Option("use_lora", bool, False, "train adapters instead of the weights"),
+        Option("adapter", str, None, "go on from this LoRA adapter, with its rank and modules"),
         Option("trainable", str, None, "modules that train, by comma; else all (LoRA: all linear)"),
         Option("lora_rank", int, 8, "rank of the adapters; --lora_r is the same", least=1),
         Option("lora_alpha", float, 32.0, "adapters are scaled by alpha / rank"),

@@ -36,6 +36,7 @@ class ModelArguments:
     attn_implementation: str = "auto"
     cache_dir: str | None = None
     use_lora: bool = False
+    adapter: str | None = None
     trainable: str | None = None
     lora_rank: int = 8
     lora_alpha: float = 32.0
@@ -116,6 +117,8 @@ def make_arguments(given: Mapping[str, Any]) -> Arguments:
     for name in sorted(given.keys() - set().union(*groups)):
         print(f"note: --{name} has no effect on transformers 5", file=sys.stderr)
     model, data = ModelArguments(**groups[0]), DataArguments(**groups[1])
+    if model.adapter:
+        _take_adapter(model, given)
     training = _training_arguments(groups[2])
     _refuse_unneeded(given, model, training)
     _check_model(model, training)
@@ -124,6 +127,17 @@ def make_arguments(given: Mapping[str, Any]) -> Arguments:
     _check_reporters(training)
     _settle_single_gpu_full(model, training, clips="max_grad_norm" in given)
     return model, data, training
+
+
+def _take_adapter(model: ModelArguments, given: Mapping[str, Any]) -> None:
+    """Takes rank and alpha of the adapter to go on from; it decides what trains, too."""
+    for name in ("lora_rank", "lora_alpha", "trainable", "modules_to_save"):
+        if name in given:
+            raise UserError(f"--{name} is that of --adapter {model.adapter}; leave one of them out")
+    file = Path(model.adapter) / "adapter_config.json"
+    with as_user_error(f"--adapter: {file} cannot be read", "give the folder of a LoRA adapter"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        model.lora_rank, model.lora_alpha = int(config["r"]), float(config["lora_alpha"])
 
 
 def _training_arguments(given: dict[str, Any]) -> FineTuningArguments:
@@ -176,7 +190,14 @@ def _refuse_unneeded(
     given: Mapping[str, Any], model: ModelArguments, training: FineTuningArguments
 ) -> None:
     """Refuses options that have no effect beside the others."""
-    lora = ("lora_rank", "lora_alpha", "lora_dropout", "modules_to_save", "merge_on_save")
+    lora = (
+        "adapter",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "modules_to_save",
+        "merge_on_save",
+    )
     for options, is_used, wanted in (
         (lora, model.use_lora, "--use_lora True"),
         (("quant_type", "double_quant"), model.bits == 4, "--bits 4"),

@@ -22,18 +22,8 @@ from ..errors import UserError, as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import dtype_fault, first_few, official_parts
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
+from .adapter_config import read_adapter_config
 from .quantized_base import Quantization
-
-# The fields of PEFT's config that may differ from their defaults, because they change nothing but
-# A, B and their scale. Any other (DoRA, biases, new variants) is refused.
-MERGEABLE = {
-    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("task_type", "inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout"),
-    *("use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "modules_to_save"),
-    *("target_modules", "target_parameters", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern"),
-}
-INITS = (True, False, "gaussian", "orthogonal")  # all others change the base, too
 
 
 def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -100,7 +90,7 @@ class _Adapter:
 
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self.folder, self.checkpoint = folder, checkpoint
-        config = _lora_config(folder)
+        config = read_adapter_config(folder)
         with as_user_error(f"{folder / ADAPTER_FILE}", "get the adapter anew"):
             self.file = safe_open(folder / ADAPTER_FILE, framework="pt")
         apart = any(re.search(r"\.experts\.\d+\.", name) for name in self.file.keys())  # noqa: SIM118
@@ -173,31 +163,6 @@ class _Adapter:
                 f"{self.folder} changes nothing: every lora_B is zero, as before training; give "
                 "the adapter of a trained checkpoint"
             )
-
-
-def _lora_config(folder: Path) -> peft.LoraConfig:
-    file = folder / "adapter_config.json"
-    for needed in (file, folder / ADAPTER_FILE):
-        if not needed.is_file():
-            inside = folder / "adapter"  # where a run with --merge_on_save puts it
-            there = inside if (inside / ADAPTER_FILE).is_file() else "the folder of a PEFT adapter"
-            raise UserError(f"{needed} does not exist; give {there}")
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} cannot be used: {error!r}; get the adapter anew") from error
-    if type(config) is not peft.LoraConfig:
-        raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
-    plain = peft.LoraConfig().to_dict()
-    other = {k: v for k, v in config.to_dict().items() if k not in MERGEABLE and v != plain[k]}
-    if config.init_lora_weights not in INITS:
-        other["init_lora_weights"] = config.init_lora_weights
-    if other:
-        found = first_few([f"{name}={value!r}" for name, value in other.items()])
-        raise UserError(f"{folder} has {found}; only plain LoRA can be merged here: use PEFT's own")
-    config.init_lora_weights = False
-    config.lora_dropout = 0.0  # matters while training only, and PEFT refuses it on experts
-    return config
 
 
 def _wrap(

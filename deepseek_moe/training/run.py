@@ -4,6 +4,7 @@
 checkpoint if these are the same, or says that the run is finished.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,9 +19,9 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint import fingerprint, is_outdated
+from ..checkpoint import ADAPTER_FILE, fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..files import describe_differences, lock, write_aside
 from ..model.layout import first_few
 from . import examples
@@ -38,7 +39,7 @@ WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUAN
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "balance_loss.py", "layout.py")
 """Patterns of the names that a run writes into its folder, or removes from it, beside RUN_FILE."""
-HASHED = ("model", "data", "eval_data")
+HASHED = ("model", "data", "eval_data", "adapter")
 """Settings that are stored as hashes, so that messages only name them."""
 DECIDE = (
     "use_lora trainable lora_rank lora_alpha lora_dropout modules_to_save bits quant_type "
@@ -206,7 +207,13 @@ def settings_of(
         "model": fingerprint(folder),
         "data": examples.fingerprint(train),
         "eval_data": examples.fingerprint(evaluation) if evaluation else None,
+        "adapter": _hash_adapter(model.adapter) if model.adapter else None,
         "trainable": split_commas(model.trainable),
         "batch_size": batch * training.world_size,
         "zero_stage": zero_stage(training),
     }
+
+
+def _hash_adapter(folder: str) -> str:
+    with as_user_error(f"--adapter {folder} cannot be read", "give the folder of a LoRA adapter"):
+        return hashlib.sha256((Path(folder) / ADAPTER_FILE).read_bytes()).hexdigest()[:16]

@@ -6,12 +6,17 @@ its experts, which costs the rank instead of the width, and allows dropout.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint import ADAPTER_FILE
 from ..errors import UserError, as_user_error
+from ..model.layout import first_few
+from .adapter_config import read_adapter_config
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
 from .expert_lora import register_expert_lora
 from .quantized_base import full_shape
@@ -83,6 +88,26 @@ def add_lora(
             )
     # It goes into the saved file, where plain PEFT would refuse dropout on experts.
     config.lora_dropout = 0.0
+    return adapted
+
+
+def go_on_from(model: PreTrainedModel, folder: Path, dropout: float) -> PeftModel:
+    """`model` with the adapter in `folder`, which trains on.
+
+    Raises:
+        UserError: it is no LoRA adapter of this model.
+    """
+    config = read_adapter_config(folder)
+    config.lora_dropout, config.inference_mode = dropout, False
+    register_expert_lora(config)
+    with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
+        adapted = get_peft_model(model, config)
+        if model.device.type != "meta":
+            found = set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE))
+            lost = [n for n in found.missing_keys if ".lora_" in n or ".modules_to_save." in n]
+            if wrong := [*found.unexpected_keys, *lost]:
+                raise ValueError(f"{first_few(wrong)} is missing or surplus")
+    config.lora_dropout = 0.0  # as in `add_lora`
     return adapted
 
 
@@ -193,6 +218,8 @@ def weights_passed(model: nn.Module) -> float:
 
 def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:
     """`model`, in which only that trains which `options` name."""
+    if options.adapter:
+        return go_on_from(model, Path(options.adapter), options.lora_dropout)
     if options.use_lora:
         return add_lora(
             model,
