@@ -118,7 +118,7 @@ def test_the_first_output_is_the_real_one() -> None:
 
 def test_the_requirements_files_exist_and_are_pinned() -> None:
     files = set(re.findall(r"-r (requirements[\w.-]+)", EVERYTHING))
-    assert files == {"requirements.txt", "requirements-dev.txt"}
+    assert files == {f"requirements{kind}.txt" for kind in ("", "-dev", "-interop")}
     for file in files:
         for line in (ROOT / file).read_text().splitlines():
             assert re.match(r"(#|$|-e \.|triton|[^#]*==)", line.strip()), line
