@@ -23,7 +23,6 @@ from .model.layout import official_parts, official_tensors, refuse_wrong_tensors
 from .model.modeling_deepseek import DeepseekForCausalLM
 from .model.tokenization_deepseek import DeepseekTokenizer
 
-ADAPTER_FILE = "adapter_model.safetensors"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import ADAPTER_FILE, DTYPES, Checkpoint, find_checkpoint, refuse_other_base
+from .checkpoint import DTYPES, Checkpoint, find_checkpoint, refuse_other_base
 from .checkpoint_writer import write_checkpoint
 from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
 from .model.layout import first_few, official_parts
+from .training.adapter_config import ADAPTER_FILE
 from .training.merge_lora import merged_tensors
 
 

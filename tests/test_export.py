@@ -19,9 +19,10 @@ from text_fixtures import BUNDLED
 from transformers import AutoTokenizer
 
 from deepseek_moe import DeepseekForCausalLM, checkpoint_writer, export
-from deepseek_moe.checkpoint import ADAPTER_FILE, fingerprint
+from deepseek_moe.checkpoint import fingerprint
 from deepseek_moe.checkpoint_writer import AUTO_MAP, add_code, write_checkpoint
 from deepseek_moe.errors import RunError, UserError, exit_on_user_error
+from deepseek_moe.training.adapter_config import ADAPTER_FILE
 from deepseek_moe.training.merge_lora import merged_tensors
 
 MakeModel = Callable[..., DeepseekForCausalLM]

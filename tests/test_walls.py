@@ -63,7 +63,7 @@ def test_decoding_and_training_stand_apart(room: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("starts", "most"),
-    [(("decode.generation",), 4300), (("training.examples", "training.build"), 4500)],
+    [(("decode.generation",), 4300), (("training.examples", "training.build"), 4700)],
 )
 def test_a_reader_of_either_path_meets_few_lines(starts: tuple[str, ...], most: int) -> None:
     """From ids to ids, and from a row to the gradient of an expert."""

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import peft
 
-from ..checkpoint import ADAPTER_FILE
 from ..errors import UserError
 from ..model.layout import first_few
+
+ADAPTER_FILE = "adapter_model.safetensors"
 
 # The fields of PEFT's config that may differ from their defaults, because they change nothing but
 # A, B and their scale. Any other (DoRA, biases, new variants) is refused.

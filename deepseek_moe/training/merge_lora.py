@@ -17,12 +17,12 @@ from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoint import ADAPTER_FILE, Checkpoint, refuse_other_base
+from ..checkpoint import Checkpoint, refuse_other_base
 from ..errors import UserError, as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import dtype_fault, first_few, official_parts
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
-from .adapter_config import read_adapter_config
+from .adapter_config import ADAPTER_FILE, read_adapter_config
 from .quantized_base import Quantization
 
 

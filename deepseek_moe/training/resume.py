@@ -22,9 +22,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import TrainerState
 
-from ..checkpoint import ADAPTER_FILE, Checkpoint
+from ..checkpoint import Checkpoint
 from ..errors import CollectiveRunError, RunError, UserError, first_words
 from ..model.layout import weight_files
+from .adapter_config import ADAPTER_FILE
 from .arguments import FineTuningArguments, zero_stage
 from .compute.adamw_in_backward import StepInBackward
 from .quantized_base import QUANTIZATION_FILE

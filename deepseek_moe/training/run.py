@@ -19,12 +19,13 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint import ADAPTER_FILE, fingerprint, is_outdated
+from ..checkpoint import fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
 from ..errors import UserError, as_user_error
 from ..files import describe_differences, lock, write_aside
 from ..model.layout import first_few
 from . import examples
+from .adapter_config import ADAPTER_FILE
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
 from .merge_lora import merged_tensors
 from .quantized_base import QUANTIZATION_FILE

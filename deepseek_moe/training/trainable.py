@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import ADAPTER_FILE
 from ..errors import UserError, as_user_error
 from ..model.layout import first_few
-from .adapter_config import read_adapter_config
+from .adapter_config import ADAPTER_FILE, read_adapter_config
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
 from .expert_lora import register_expert_lora
 from .quantized_base import full_shape

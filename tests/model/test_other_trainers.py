@@ -78,3 +78,44 @@ def test_padding_counts_in_no_batch(tiny_model: MakeModel) -> None:
     del padded["attention_mask"]
     assert not torch.allclose(model(**padded).aux_loss, alone)
     assert labels.shape == padded["input_ids"].shape
+
+
+def stock(folder: Path, model: Any, **changes: Any) -> Trainer:
+    """transformers' own Trainer for four steps, of which it saves the second and the fourth."""
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **changes,
+    )
+    return Trainer(
+        model, arguments, train_dataset=rows(), eval_dataset=rows(), data_collator=collate
+    )
+
+
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(
+    tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    whole = stock(tmp_path, tiny_model(), learning_rate=1e-2)
+    whole.train()
+    resumed = stock(tmp_path, tiny_model(), learning_rate=1e-2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], tensor)
+
+
+def test_the_best_checkpoint_is_loaded_with_its_experts(
+    tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    """The best is here the one with the highest loss, so that it is not the last."""
+    best = {"load_best_model_at_end": True, "greater_is_better": True}
+    best |= {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}
+    trainer = stock(tmp_path, tiny_model(), learning_rate=3e-2, **best)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-5)
