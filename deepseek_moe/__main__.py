@@ -13,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 KNOWN = ("lm_eval", "trl", "transformers", "accelerate", "torchrun", "deepspeed")
-OWN = ("deepseek_moe.export",)
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(usage(), file=sys.stdout if len(sys.argv) > 1 else sys.stderr)
-        sys.exit(len(sys.argv) < 2 and 2)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
     program, *arguments = sys.argv[1:]
     command = find_program(program)
     if command is None:
@@ -56,7 +55,7 @@ def usage() -> str:
         "usage: python -m deepseek_moe PROGRAM ARGUMENTS...\n\n"
         "Runs a command, a Python module or a Python file in which transformers knows DeepSeek-MoE."
         f"\nHere you can run {', '.join(found)} and others.\n"
-        f"This package's own programs need no such help: python -m {', '.join(OWN)}, and the "
+        "This package's own programs need no such help: python -m deepseek_moe.export, and the "
         "scripts\nin examples/ and finetune/."
     )
 

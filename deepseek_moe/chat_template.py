@@ -40,9 +40,9 @@ def find_answers(
 ) -> list[Span]:
     """Where each answer stands in `text`, the conversation as `write` returns it.
 
-    An answer ends with the special token that ends it. If the template has marks of its own
-    (`{% generation %}`), they count. Else the conversation is written up to each answer and to its
-    end, and both must be beginnings of `text`.
+    An answer includes the special token that ends it. If the template has marks of its own
+    (`{% generation %}`), they count. Otherwise the conversation is written twice for each answer,
+    without it and with it, and `text` must begin with both.
 
     Raises:
         UserError: the template writes answers in such a way that this cannot be told.
@@ -69,8 +69,8 @@ def find_answers(
         if not (text.startswith(after) and after.startswith(before) and end > len(before)):
             raise UserError(
                 "the checkpoint's chat template does not tell which part of a text an answer is: "
-                f"answer {len(spans) + 1} of a conversation is written otherwise once more follows,"
-                " or ends with no special token; put {% generation %} marks into the template"
+                f"answer {len(spans) + 1} changes when more follows it, or does not end with a "
+                "special token; put {% generation %} marks into the template"
             )
         spans.append((len(before), end))
     return spans
@@ -80,8 +80,9 @@ def refuse_special_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]
 ) -> None:
     """Raises a UserError if a message spells a special token, with which it could end a turn."""
+    special = _special_tokens(tokenizer)
     for number, message in enumerate(messages, 1):
-        for token in _special_tokens(tokenizer):
+        for token in special:
             if token in message["content"]:
                 raise UserError(
                     f"message {number} spells {token}, a special token of this checkpoint's chat "

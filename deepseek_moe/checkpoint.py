@@ -213,7 +213,7 @@ def is_outdated(recorded: object) -> bool:
 
 
 def refuse_other_base(folder: Path, base: Path) -> None:
-    """Refuses a `base` other than the run.json says that fine-tuning left in `folder` or above it.
+    """Refuses `base` if a run.json of fine-tuning, in `folder` or above it, names another base.
 
     Raises:
         UserError: what is in `folder` was trained over another base.

@@ -62,7 +62,7 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Lets Python's exit not fail once more at what is still to be written."""
+    """Throws away what is still buffered, on which Python would fail once more at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -20,6 +20,7 @@ from shared_options import (
     add_model_options,
     add_sampling_options,
     ctrl_c_leaves,
+    load_model,
     positive,
     sampling_arguments,
     stdin_is_piped,
@@ -30,10 +31,9 @@ from tqdm import tqdm
 def main() -> None:
     args = parse_arguments()
     with ctrl_c_leaves():  # these imports take seconds
-        from deepseek_moe import Generator, load
+        from deepseek_moe import Generator
         from deepseek_moe.bundled import BUNDLED_MODEL
         from deepseek_moe.chat import TextStream, end_ids
-        from deepseek_moe.checkpoint import find_checkpoint
         from deepseek_moe.decode.completion_file import CompletionFile, hash_inputs
         from deepseek_moe.decode.prompts import complete_in_batches, read_prompts
         from deepseek_moe.decode.sampling import Sampling
@@ -54,11 +54,7 @@ def main() -> None:
             if output.finished:
                 print(f"{output} already", file=sys.stderr)
                 return
-        model, tokenizer = load(name, args.dtype, args.device, args.quantization)
-        if args.adapter:
-            from deepseek_moe.training.merge_lora import merge_into
-
-            merge_into(model, find_checkpoint(name), Path(args.adapter))
+        model, tokenizer = load_model(args, name)
         generator = Generator(model)
         encoded = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
         options = (args.max_new_tokens, sample, end_ids(tokenizer, model))
@@ -114,9 +110,11 @@ def parse_arguments() -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is written, besides the model and the prompts."""
     settings = sampling_arguments(args)
-    settings |= {
-        name: getattr(args, name) for name in ("dtype", "quantization", "max_new_tokens", "adapter")
-    }
+    settings |= {name: getattr(args, name) for name in ("dtype", "quantization", "max_new_tokens")}
+    if args.adapter:
+        from deepseek_moe.training.adapter_config import hash_adapter
+
+        settings["adapter"] = hash_adapter(args.adapter)
     # Where nothing is drawn, batches may be of any size.
     return settings | {"batch_size": args.batch_size if args.temperature else None}
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.output.defaults import create_output
-from shared_options import sampling_arguments
+from shared_options import load_model, sampling_arguments
 from transformers import PreTrainedTokenizerBase
 
-from deepseek_moe import Generator, load
+from deepseek_moe import Generator
 from deepseek_moe.bundled import BUNDLED_CHAT_MODEL
 from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, end_ids, render_within
-from deepseek_moe.checkpoint import find_checkpoint
 from deepseek_moe.decode.prompts import check_prompt, noted_interrupts
 from deepseek_moe.decode.sampling import Sampler, Sampling
 from deepseek_moe.errors import UserError, as_user_error
@@ -40,11 +39,7 @@ def talk(args: argparse.Namespace) -> None:
         check_prompt(args.prompt)
     sample = Sampling(**sampling_arguments(args))
     name = args.model or str(BUNDLED_CHAT_MODEL)
-    model, tokenizer = load(name, args.dtype, args.device, args.quantization)
-    if args.adapter:
-        from deepseek_moe.training.merge_lora import merge_into
-
-        merge_into(model, find_checkpoint(name), Path(args.adapter))
+    model, tokenizer = load_model(args, name)
     note(f"talking to {name}" + (f" with {args.adapter}" if args.adapter else ""))
     if "base" in Path(name).name.lower() and not args.adapter:
         note("by its name it is a base model: it continues texts, and was not taught to chat")
@@ -161,8 +156,10 @@ class Conversation:
             messages = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
             roles = [message["role"] for message in messages]
             texts = [message["content"] for message in messages]
-            if roles != ["user", "assistant"] * (len(roles) // 2) or not all(map(str.strip, texts)):
+            if roles != ["user", "assistant"] * (len(roles) // 2):
                 raise ValueError("questions and answers do not take turns")
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("a message is no text")
         self.messages, self.dropped = messages, 0
         note(f"{len(messages)} messages are loaded")
 

@@ -1,6 +1,7 @@
-"""The options that both examples share.
+"""The options that both examples share, and the model that they name.
 
-This file imports only the standard library, so that --help and wrong options answer at once.
+To import this file takes only the standard library, so that --help and wrong options answer at
+once.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -71,6 +73,21 @@ def add_sampling_options(parser: OptionParser, max_new_tokens: int) -> None:
         ("seed", int, None, "makes sampling repeatable"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=says)
+
+
+def load_model(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    """The model `name` as the options say, with --adapter merged in, and its tokenizer."""
+    from deepseek_moe import load
+    from deepseek_moe.checkpoint import find_checkpoint
+    from deepseek_moe.errors import as_user_error
+
+    model, tokenizer = load(name, args.dtype, args.device, args.quantization)
+    if args.adapter:
+        with as_user_error("--adapter cannot be used", "give the folder of a LoRA adapter"):
+            from deepseek_moe.training.merge_lora import merge_into
+
+            merge_into(model, find_checkpoint(name), Path(args.adapter))
+    return model, tokenizer
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, float | int | None]:

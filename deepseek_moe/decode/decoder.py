@@ -23,7 +23,7 @@ from ..model.layout import EXPERT_STACKS
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
 
 FEW = 16  # tokens that take a kernel for each stage
-SILENT = 64  # width of the zeros that stand for shared experts in a model without
+SILENT = 64  # width of the zeros that stand for shared experts in a model without them
 Attention = Callable[[int, Tensor], Tensor]
 """(layer, queries [T, H * D]) -> [T, H * D]."""
 

@@ -92,10 +92,13 @@ def stack_official_experts(
 def refuse_adapters_of_experts(names: Iterable[str]) -> None:
     """Refuses LoRA on experts for which the model has no place. PEFT would leave it out, silently.
 
-    It comes from transformers 4, where each expert had linears of its own.
+    Such adapters come from transformers 4, where each expert had linears of its own.
+
+    Args:
+        names: tensors that belong to no parameter of the model.
 
     Raises:
-        ValueError: one of the `names`, which were found to be of no parameter, is of this kind.
+        ValueError: one of them is LoRA on an expert.
     """
     for name in names:
         if re.search(r"\.experts\.(.*\.)?lora_", name):

@@ -399,7 +399,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         hidden_BLD = inputs_embeds
         cos_sin = self.rotary_emb(hidden_BLD, position_ids=position_ids)
-        if sequence_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        masked = attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]
+        if self.training and sequence_ids is None and masked:
             num_sequences = len(attention_mask)
             rows = torch.arange(num_sequences, device=attention_mask.device)[:, None]
             sequence_ids = torch.where(attention_mask.bool(), rows, -1)

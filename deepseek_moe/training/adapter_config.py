@@ -1,10 +1,11 @@
 """The config of a LoRA adapter: plain LoRA, which can be trained on and merged, or an error."""
 
+import hashlib
 from pathlib import Path
 
 import peft
 
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..model.layout import first_few
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -49,3 +50,13 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
     config.init_lora_weights = False
     config.lora_dropout = 0.0  # matters while training only, and PEFT refuses it on experts
     return config
+
+
+def hash_adapter(folder: str | Path) -> str:
+    """A hash of the weights of an adapter.
+
+    Raises:
+        UserError: there are none.
+    """
+    with as_user_error(f"--adapter {folder} cannot be read", "give the folder of a LoRA adapter"):
+        return hashlib.sha256((Path(folder) / ADAPTER_FILE).read_bytes()).hexdigest()[:16]

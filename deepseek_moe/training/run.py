@@ -4,7 +4,6 @@
 checkpoint if these are the same, or says that the run is finished.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,11 +20,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
-from ..errors import UserError, as_user_error
+from ..errors import UserError
 from ..files import describe_differences, lock, write_aside
 from ..model.layout import first_few
 from . import examples
-from .adapter_config import ADAPTER_FILE
+from .adapter_config import hash_adapter
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
 from .merge_lora import merged_tensors
 from .quantized_base import QUANTIZATION_FILE
@@ -208,13 +207,8 @@ def settings_of(
         "model": fingerprint(folder),
         "data": examples.fingerprint(train),
         "eval_data": examples.fingerprint(evaluation) if evaluation else None,
-        "adapter": _hash_adapter(model.adapter) if model.adapter else None,
+        "adapter": hash_adapter(model.adapter) if model.adapter else None,
         "trainable": split_commas(model.trainable),
         "batch_size": batch * training.world_size,
         "zero_stage": zero_stage(training),
     }
-
-
-def _hash_adapter(folder: str) -> str:
-    with as_user_error(f"--adapter {folder} cannot be read", "give the folder of a LoRA adapter"):
-        return hashlib.sha256((Path(folder) / ADAPTER_FILE).read_bytes()).hexdigest()[:16]

@@ -90,7 +90,7 @@ def add_lora(
     return adapted
 
 
-def go_on_from(model: PreTrainedModel, folder: Path, dropout: float) -> PeftModel:
+def continue_adapter(model: PreTrainedModel, folder: Path, dropout: float) -> PeftModel:
     """`model` with the adapter in `folder`, which trains on.
 
     Raises:
@@ -218,7 +218,7 @@ def weights_passed(model: nn.Module) -> float:
 def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:
     """`model`, in which only that trains which `options` name."""
     if options.adapter:
-        return go_on_from(model, Path(options.adapter), options.lora_dropout)
+        return continue_adapter(model, Path(options.adapter), options.lora_dropout)
     if options.use_lora:
         return add_lora(
             model,

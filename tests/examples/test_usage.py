@@ -61,6 +61,12 @@ def test_an_adapter_is_merged_in_memory(script: str, tmp_path: Path) -> None:
     assert with_adapter.out != run(script, *words, "--model", BUNDLED).out
     write_checkpoint(merged_tensors(BUNDLED, adapter), BUNDLED, whole, dtype=torch.float32)
     assert with_adapter.out == run(script, *words, "--model", whole).out
+    if script == "completion.py":  # The content of an adapter decides, not its path.
+        command = [*words, "--model", BUNDLED, "--adapter", adapter]
+        command += ["--output_file", tmp_path / "out.jsonl"]
+        assert run(script, *command).code == 0
+        make_adapter(load(BUNDLED, dtype=torch.float32), adapter, 0.06, **ADAPTED)
+        assert_error(run(script, *command), "holds completions of another command (adapter: ")
     refused = run(script, *words, "--adapter", adapter, "--quantization", "int4")
     assert_error(refused, "cannot be merged into quantised weights")
     assert_error(run(script, *words, "--adapter", tmp_path), "adapter_config.json does not exist")
@@ -144,6 +150,8 @@ def test_load_takes_what_save_has_written(tmp_path: Path) -> None:
     saved = talk("One?", f"/save {file}")
     assert talk(f"/load {file}").messages == saved.messages
     assert talk(f"/load {file}", "Two?").messages == talk("One?", "Two?").messages
+    file.write_text(json.dumps([saved.messages[0], {"role": "assistant", "content": ""}]))
+    assert len(talk(f"/load {file}").messages) == 2  # its answer was stopped at once
     for content in ("not JSON", "[1]", json.dumps(saved.messages[1:]), '{"role": "user"}'):
         file.write_text(content)
         with pytest.raises(UserError, match="is no conversation that /save has written"):

@@ -19,7 +19,7 @@ SOME = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameter
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, rows, and an adapter by PEFT on two kinds of modules."""
-    folder = tmp_path_factory.mktemp("go_on")
+    folder = tmp_path_factory.mktemp("continued")
     base = write_base(folder / "base")
     write_rows(folder / "rows.jsonl", 8)
     make_adapter(DeepseekForCausalLM.from_pretrained(base), folder / "adapter", **SOME)
