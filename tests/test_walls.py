@@ -61,6 +61,12 @@ def test_decoding_and_training_stand_apart(room: str, other: str) -> None:
     assert not {module for module in met if other in module.split(".")}
 
 
+def test_the_room_of_experts_uses_neither_decoding_nor_training() -> None:
+    met = set().union(*(reached(m) for m in MODULES if m.split(".")[0] == "experts"))
+    assert "experts.profile" in met
+    assert not {module for module in met if {"decode", "training"} & set(module.split(".")[:1])}
+
+
 @pytest.mark.parametrize(
     ("starts", "most"),
     [(("decode.generation",), 4300), (("training.examples", "training.build"), 4700)],

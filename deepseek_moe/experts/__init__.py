@@ -1,0 +1,1 @@
+"""What the routed experts of a checkpoint do: measured, shown, chosen, left out."""
