@@ -38,6 +38,8 @@ class ModelArguments:
     use_lora: bool = False
     adapter: str | None = None
     trainable: str | None = None
+    chosen_experts: dict[int, list[int]] | None = None
+    """The routed experts that train, by layer; None if none were chosen. `take_choice` sets it."""
     lora_rank: int = 8
     lora_alpha: float = 32.0
     lora_dropout: float = 0.1
@@ -47,6 +49,12 @@ class ModelArguments:
     double_quant: bool = True
     recompute_experts: bool = False
     merge_on_save: bool = False
+    save_delta: bool = False
+
+    @property
+    def train_chosen_whole(self) -> bool:
+        """Whether the full weights of chosen experts train, rather than adapters on them."""
+        return bool(self.chosen_experts) and not self.use_lora
 
     def attention(self, dtype: torch.dtype) -> str:
         """The attention implementation for weights of `dtype`."""
