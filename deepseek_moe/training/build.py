@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from ..errors import as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.modeling_deepseek import DeepseekForCausalLM
-from .arguments import FineTuningArguments, ModelArguments, split_commas, zero_stage
+from .arguments import FineTuningArguments, ModelArguments, split_commas
 from .compute.grouped_experts import GROUPED, RECOMPUTED
 from .compute.liger import use_fused_forwards
+from .deepspeed_file import zero_stage
 from .quantized_base import Quantization
 from .trainable import adapt, saved_whole
 
@@ -49,7 +50,7 @@ def quantization_of(options: ModelArguments, training: FineTuningArguments) -> Q
 def _loaded_dtype(options: ModelArguments, training: FineTuningArguments) -> torch.dtype:
     if not training.bf16:
         return torch.float32
-    all_train = not (options.use_lora or options.trainable)
+    all_train = not (options.use_lora or options.trainable or options.chosen_experts)
     return torch.float32 if all_train and training.keeps_fp32 else torch.bfloat16
 
 

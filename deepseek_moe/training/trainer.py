@@ -33,8 +33,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..checkpoint import Checkpoint
 from ..errors import CollectiveRunError, as_user_error
 from . import callbacks, saving
-from .arguments import zero_stage
 from .compute.adamw_in_backward import StepInBackward
+from .deepspeed_file import zero_stage
 from .epoch_sampler import EpochSampler, SetEpoch
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
