@@ -6,8 +6,9 @@
     python -m deepseek_moe.export --model BASE --deepspeed_checkpoint DIR --output DIR
 
 The weights are those of the base, or those with a LoRA adapter merged in, or with what a training
-of chosen experts has changed, or those of a full fine-tuning under DeepSpeed. Tensors go one at a time from file to file: memory holds one stack of
-experts and the file that is being written, or all of a DeepSpeed checkpoint.
+of chosen experts has changed, or those of a full fine-tuning under DeepSpeed. Tensors go one at a
+time from file to file: memory holds one stack of experts and the file that is being written, or all
+of a DeepSpeed checkpoint.
 """
 
 import argparse

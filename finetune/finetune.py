@@ -37,6 +37,7 @@ with quiet_interrupt():
     from deepseek_moe.training import arguments, dry_run, examples
     from deepseek_moe.training.build import build_model, quantization_of
     from deepseek_moe.training.disk_need import disk_need
+    from deepseek_moe.training.expert_choice import take_choice
     from deepseek_moe.training.resume import Layout, refuse_damaged
     from deepseek_moe.training.rows import parse_columns
     from deepseek_moe.training.run import Run, settings_of
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     with args.main_process_first():  # It downloads and prepares; the others find it done.
         folder = find_checkpoint(options.model_name_or_path, cache_dir=options.cache_dir)
         tokenizer = own_tokenizer(folder)
+        take_choice(options, folder)
         if options.adapter:
             refuse_other_base(Path(options.adapter), folder)
         train, evaluation = load_data(settings, tokenizer)

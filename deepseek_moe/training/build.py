@@ -10,10 +10,11 @@ from ..checkpoint import Checkpoint
 from ..errors import as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.modeling_deepseek import DeepseekForCausalLM
-from .arguments import FineTuningArguments, ModelArguments, split_commas, zero_stage
+from .arguments import FineTuningArguments, ModelArguments, split_commas
 from .chosen_experts import order_of_experts, read_trained
 from .compute.grouped_experts import GROUPED, RECOMPUTED
 from .compute.liger import use_fused_forwards
+from .deepspeed_file import zero_stage
 from .quantized_base import Quantization
 from .trainable import adapt, freeze_all_but, saved_whole
 

@@ -95,7 +95,7 @@ def has_chosen_experts(model: nn.Module) -> bool:
 
 
 def is_of_chosen(name: str) -> bool:
-    """Whether the parameter `name` stands for a part of a frozen stack, which is counted already."""
+    """Whether the parameter `name` stands for a part of a frozen stack, which counts already."""
     return f".experts.{CHOSEN}" in name
 
 

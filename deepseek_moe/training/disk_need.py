@@ -9,7 +9,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import free_bytes_at, readable_size
-from .arguments import FineTuningArguments, ModelArguments, zero_stage
+from .arguments import FineTuningArguments, ModelArguments
+from .deepspeed_file import zero_stage
 from .dry_run import optimizer_bytes
 from .quantized_base import full_shape
 from .saving import INCOMPLETE

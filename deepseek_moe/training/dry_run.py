@@ -28,13 +28,8 @@ from ..files import readable_size
 from ..kernels.training.torch_ops import ADAMW_BLOCK
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.modeling_deepseek import DeepseekForCausalLM
-from .arguments import (
-    FineTuningArguments,
-    ModelArguments,
-    optimizer_name,
-    zero_settings,
-    zero_stage,
-)
+from .arguments import FineTuningArguments, ModelArguments, optimizer_name
+from .deepspeed_file import zero_settings, zero_stage
 from .quantized_base import full_shape
 from .trainable import adapt, parameter_table
 

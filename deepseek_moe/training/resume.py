@@ -27,8 +27,9 @@ from ..delta import STEM
 from ..errors import CollectiveRunError, RunError, UserError, first_words
 from ..model.layout import weight_files
 from .adapter_config import ADAPTER_FILE
-from .arguments import FineTuningArguments, zero_stage
+from .arguments import FineTuningArguments
 from .compute.adamw_in_backward import StepInBackward
+from .deepspeed_file import zero_stage
 from .quantized_base import QUANTIZATION_FILE
 from .saving import is_out_of_memory
 

@@ -26,8 +26,9 @@ from ..files import describe_differences, lock, write_aside
 from ..model.layout import first_few
 from . import examples
 from .adapter_config import hash_adapter
-from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
+from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas
 from .chosen_experts import has_chosen_experts
+from .deepspeed_file import zero_stage
 from .merge_lora import merged_tensors
 from .quantized_base import QUANTIZATION_FILE
 from .saving import INCOMPLETE, report_failed_write, tensors_on_host, trained_on_host
@@ -42,8 +43,8 @@ WRITTEN += (DELTA_FILE, "delta*.safetensors", "delta.safetensors.index.json")
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "balance_loss.py", "layout.py")
 """Patterns of the names that a run writes into its folder, or removes from it, beside RUN_FILE."""
-HASHED = ("model", "data", "eval_data", "adapter")
-"""Settings that are stored as hashes, so that messages only name them."""
+HASHED = ("model", "data", "eval_data", "adapter", "train_experts")
+"""Settings that are stored as hashes or long lists, so that messages only name them."""
 DECIDE = (
     "use_lora trainable lora_rank lora_alpha lora_dropout modules_to_save bits quant_type "
     "double_quant eval_fraction model_max_length packing train_sampling_strategy "
@@ -225,6 +226,7 @@ def settings_of(
         "eval_data": examples.fingerprint(evaluation) if evaluation else None,
         "adapter": hash_adapter(model.adapter) if model.adapter else None,
         "trainable": split_commas(model.trainable),
+        "train_experts": {str(layer): ids for layer, ids in (model.chosen_experts or {}).items()},
         "batch_size": batch * training.world_size,
         "zero_stage": zero_stage(training),
     }

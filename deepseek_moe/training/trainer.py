@@ -34,9 +34,9 @@ from ..checkpoint import Checkpoint
 from ..delta import Delta
 from ..errors import CollectiveRunError, as_user_error
 from . import callbacks, saving
-from .arguments import zero_stage
 from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward
+from .deepspeed_file import zero_stage
 from .epoch_sampler import EpochSampler, SetEpoch
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable

@@ -15,12 +15,8 @@ from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, ROOT
 
 from deepseek_moe.errors import UserError
-from deepseek_moe.training.arguments import (
-    DataArguments,
-    FineTuningArguments,
-    ModelArguments,
-    zero_stage,
-)
+from deepseek_moe.training.arguments import DataArguments, FineTuningArguments, ModelArguments
+from deepseek_moe.training.deepspeed_file import zero_stage
 
 CONFIGS = ROOT / "configs"
 NEEDED = ["--data_path", "x", "--output_dir", "out"]
