@@ -69,7 +69,7 @@ def _load_base(
         "use_safetensors": True,
     }
     if quantization := quantization_of(options, training):
-        skip, order = _left_alone(folder, options), _order_of_stacks(folder, options)
+        skip, order = _left_alone(folder, options), order_of_stacks(folder, options)
         wanted["quantization_config"] = quantization.config(skip, order)
     if zero_stage(training) != 3:  # Stage 3 places the weights by itself.
         wanted["device_map"] = {"": training.device}
@@ -101,7 +101,7 @@ def _left_alone(folder: Path, options: ModelArguments) -> list[str]:
     ]
 
 
-def _order_of_stacks(folder: Path, options: ModelArguments) -> dict[str, list[int]]:
+def order_of_stacks(folder: Path, options: ModelArguments) -> dict[str, list[int]]:
     """The order of the experts in each layer of which some train whole, by the experts' names."""
     if not options.train_chosen_whole:
         return {}
