@@ -60,7 +60,7 @@ def step(
 ) -> torch.Tensor:
     """The loss of the bundled model and all gradients, one after the other."""
     quantization = Quantization(4, dtype=str(dtype).removeprefix("torch."))
-    chosen = {layer: CHOSEN for layer in CHOSEN_IN} if kind.startswith("eight") else {}
+    chosen = dict.fromkeys(CHOSEN_IN, CHOSEN) if kind.startswith("eight") else {}
     options = ModelArguments(chosen_experts=chosen, bits=4 if kind.endswith("nf4") else 16)
     order = order_of_stacks(BUNDLED_MODEL, options)
     model = DeepseekForCausalLM.from_pretrained(
