@@ -30,6 +30,7 @@ from ..model.configuration_deepseek import DeepseekConfig
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import FineTuningArguments, ModelArguments, optimizer_name
 from .deepspeed_file import zero_settings, zero_stage
+from .expert_lora import zeros_left_out
 from .quantized_base import full_shape
 from .trainable import adapt, parameter_table
 
@@ -168,7 +169,9 @@ def _computing_copies(
     layers = model.config.num_hidden_layers if training.gradient_checkpointing else 1
     dequantised = max(stacks, default=0) if options.bits != 16 else 0
     cast = training.bf16 and training.keeps_fp32  # Autograd keeps fp32 weights as bf16.
-    return training.number_bytes * (dequantised + (trained / layers if cast else 0))
+    # Adapters of chosen experts are computed with zeros as those of the others.
+    kept = (trained if cast else 0) + zeros_left_out(model)
+    return training.number_bytes * (dequantised + kept / layers)
 
 
 def _stored(
@@ -250,7 +253,9 @@ def _method(options: ModelArguments, training: FineTuningArguments) -> str:
     if not options.use_lora:
         return ("chosen modules" if options.trainable else "all weights") + under
     base = "" if options.bits == 16 else f" over a base in {options.bits} bits"
-    return f"LoRA of rank {options.lora_rank}{base}{under}"
+    chosen = sum(map(len, (options.chosen_experts or {}).values()))
+    on = f" on {chosen:,} chosen experts" if chosen else ""
+    return f"LoRA of rank {options.lora_rank}{on}{base}{under}"
 
 
 def _rows_in_batch(training: FineTuningArguments) -> int:

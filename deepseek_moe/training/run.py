@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..checkpoint import fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
 from ..errors import UserError
+from ..experts.choose import CHOICE_FILE
 from ..files import describe_differences, lock, write_aside
 from ..model.layout import first_few
 from . import examples
@@ -36,7 +37,8 @@ RUN_FILE = "run.json"
 
 WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
 WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
-WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUANTIZATION_FILE)
+WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors")
+WRITTEN += (QUANTIZATION_FILE, CHOICE_FILE)
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "balance_loss.py", "layout.py")
 """Patterns of the names that a run writes into its folder, or removes from it, beside RUN_FILE."""
