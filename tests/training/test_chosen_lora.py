@@ -17,10 +17,12 @@ from finetune_fixtures import (
     checkpoints,
     logged,
     run,
+    run_ranks,
     succeed,
     weights,
 )
 from peft import PeftModel
+from text_fixtures import ROOT
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.errors import UserError
@@ -67,6 +69,26 @@ def zero_others(gradient: torch.Tensor, name: str, chosen: Mapping[int, list[int
     return gradient * kept
 
 
+def zero_gradients_of_others() -> None:
+    """Lets the script train adapters of all experts with gradients of the chosen ones only."""
+    from deepseek_moe.training import build
+
+    original = build.build_model
+
+    def build_with_hooks(*args: Any) -> torch.nn.Module:
+        model = original(*args)
+        hook_others(model)
+        return model
+
+    build.build_model = build_with_hooks
+
+
+def hook_others(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_factor(name):
+            parameter.register_hook(partial(zero_others, name=name, chosen=CHOSEN))
+
+
 def trained(model: torch.nn.Module, steps: int = 4) -> Any:
     """`model` after a few steps of AdamW, the same dropout in each."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -102,9 +124,7 @@ def test_it_equals_all_adapters_with_the_gradients_of_the_others_zeroed(
     few = build(tmp_path / "base", chosen_experts=CHOSEN, **options)
     named = ",".join([STACKS, options.get("trainable", "")])
     every = build(tmp_path / "base", **(options | {"trainable": named}))
-    for name, parameter in every.named_parameters():
-        if is_factor(name):
-            parameter.register_hook(partial(zero_others, name=name, chosen=CHOSEN))
+    hook_others(every)
     if checkpointing:
         few.gradient_checkpointing_enable({"use_reentrant": False})
         every.gradient_checkpointing_enable({"use_reentrant": False})
@@ -237,3 +257,50 @@ def test_an_adapter_goes_on_with_its_experts(
     (broken / CHOICE_FILE).write_text(choice_as_text({1: [0]}))
     done = run(argv(tmp_path / "no", **(more | {"adapter": broken})), tmp_path / "log")
     assert done.code == 2 and "its experts have adapters in layers [1, 2]" in done.error
+
+
+# A step of plain SGD is as large as the gradient, while Adam's would hide its scale.
+SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1, "max_grad_norm": 0}
+SGD |= {"lora_dropout": 0, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def with_zeroed_gradients(place: Path, argv: MakeArgv) -> Path:
+    """A run of one process with adapters of all experts, only those of the chosen ones moving."""
+    output, changes = place / "zeroed", LORA | {"trainable": STACKS, **SGD}
+    command = argv(output, **changes, per_device_train_batch_size=8)
+    succeed(command, place / "log", zero_gradients_of_others)
+    return output
+
+
+@pytest.mark.usefixtures("deepspeed_extensions", "free_buffers")
+@pytest.mark.parametrize(
+    ("config", "processes"),
+    [
+        (None, 1),
+        pytest.param("zero2_no_offload", 2, marks=pytest.mark.slow),
+        pytest.param("zero3", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_equals_one_with_zeroed_gradients(
+    config: str | None,
+    processes: int,
+    command: MakeArgv,
+    with_zeroed_gradients: Path,
+    tmp_path: Path,
+) -> None:
+    changes = SGD | {"per_device_train_batch_size": 8 // processes}
+    if config:
+        changes["deepspeed"] = ROOT / "configs" / f"ds_config_{config}.json"
+    ends = run_ranks(command(tmp_path / "out", **changes), tmp_path / "log", processes)
+    assert [done.code for done in ends] == [0] * processes, ends[0].err
+    for key in ("loss", "grad_norm", "balance_loss"):
+        wanted = logged(with_zeroed_gradients, key)
+        assert len(wanted) == 3
+        assert logged(tmp_path / "out", key) == pytest.approx(wanted, rel=1e-5), key
+    found, wanted = weights(tmp_path / "out"), weights(with_zeroed_gradients)
+    assert found.keys() == wanted.keys()
+    for name, factor in wanted.items():
+        kept = zero_others(factor, name, CHOSEN)
+        assert kept.abs().max() > 1e-2
+        torch.testing.assert_close(found[name], kept, rtol=0, atol=1e-6)
