@@ -25,8 +25,10 @@ from peft import PeftModel
 from text_fixtures import ROOT
 
 from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.checkpoint import fingerprint
 from deepseek_moe.errors import UserError
 from deepseek_moe.experts.choose import CHOICE_FILE, choice_as_text
+from deepseek_moe.experts.profile import LayerProfile, Profile
 from deepseek_moe.training.arguments import FineTuningArguments, ModelArguments
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.expert_lora import with_all_experts
@@ -39,6 +41,7 @@ CHOSEN = {1: [0, 3, 7], 2: [5]}
 STACKS = "experts.gate_up_proj,experts.down_proj"
 LORA = {"use_lora": True, "lora_rank": 3, "lora_dropout": 0.1}
 E, R = 8, 3
+PROFILE = "a profile of this model, or of another one"
 
 
 def of_others(name: str, factor: torch.Tensor, chosen: Mapping[int, list[int]]) -> torch.Tensor:
@@ -304,3 +307,85 @@ def test_a_run_equals_one_with_zeroed_gradients(
         kept = zero_others(factor, name, CHOSEN)
         assert kept.abs().max() > 1e-2
         torch.testing.assert_close(found[name], kept, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("deepspeed_extensions", "free_buffers")
+@pytest.mark.parametrize("config", ["zero2_no_offload", "zero3"])
+def test_a_run_under_deepspeed_goes_on(config: str, command: MakeArgv, tmp_path: Path) -> None:
+    changes = SGD | {"max_steps": 4, "save_steps": 2}
+    succeed(command(tmp_path / "one", **changes), tmp_path / "log")
+    changes["deepspeed"] = ROOT / "configs" / f"ds_config_{config}.json"
+    argv = command(tmp_path / "out", **changes, per_device_train_batch_size=2)
+    killed = run_ranks(argv, tmp_path / "log", 2, partial(die_in_step, 4))
+    assert [done.code for done in killed] == [-9, -9]
+    assert checkpoints(tmp_path / "out") == [2]
+    ends = run_ranks(argv, tmp_path / "log", 2)
+    assert [done.code for done in ends] == [0, 0], ends[0].err
+    wanted = weights(tmp_path / "one")
+    for name, factor in weights(tmp_path / "out").items():
+        torch.testing.assert_close(factor, wanted[name], rtol=0, atol=1e-5)
+
+
+def test_it_works_with_all_that_a_run_may_have(
+    place: Path, command: MakeArgv, tmp_path: Path
+) -> None:
+    """In 4 bits, packed, evaluated, recomputed, from a file that has the shared experts train."""
+    file, output = tmp_path / "expert_cfg.json", tmp_path / "out"
+    named = {"experts": {"2": [6, 1]}, "shared_experts": True, "non_expert_modules": False}
+    file.write_text(json.dumps(named))
+    options = {"bits": 4, "bf16": True, "packing": True, "gradient_checkpointing": True}
+    options |= {"eval_fraction": 0.2, "eval_strategy": "steps", "eval_steps": 3}
+    options |= {"trainable": "q_proj", "merge_on_save": True, "train_experts": file}
+    succeed(command(output, **options), tmp_path / "log")
+    assert len(logged(output, "eval_loss")) == 2
+    learnt = {name for name, factor in weights(output / "adapter").items() if factor.any()}
+    assert {name.split(".")[-3] for name in learnt if "layers.1." in name} == {
+        *("q_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert sum("mlp.experts." in name for name in learnt) == 4
+    assert (load(output)(IDS).logits - load(place / "base")(IDS).logits).abs().max() > 1e-2
+
+
+def test_the_dry_run_counts_the_chosen_experts(command: MakeArgv, tmp_path: Path) -> None:
+    done = succeed(command(tmp_path / "out", dry_run=True), tmp_path / "log")
+    [experts] = [line.split() for line in done.out.splitlines() if line.startswith("routed ")]
+    in_and_out = 32 + 16 + 8 + 32  # of gate and up, and of down
+    assert experts[3] == f"{4 * R * in_and_out:,}"
+    assert "LoRA of rank 3 on 4 chosen experts" in done.out
+    assert not (tmp_path / "out").exists()
+
+
+# --- What is refused, before any weight is loaded
+
+
+def forbid_loading() -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights are loaded")
+
+    DeepseekForCausalLM.from_pretrained = fail
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"expert_threshold": 0.5}, "--expert_threshold has no effect on "),
+        ({"trainable": "experts"}, "--trainable experts means routed experts"),
+        ({"train_experts": "nowhere.json"}, "nowhere.json cannot be read: No such file"),
+        ({"train_experts": PROFILE, "expert_threshold": 1.5}, "--expert_threshold is 1.5"),
+        ({"train_experts": PROFILE, "expert_share": 0.01}, "of 8 experts keeps none"),
+        ({"train_experts": PROFILE}, "profile.json was measured on another model"),
+    ],
+)
+def test_a_wrong_choice_is_refused(
+    changes: dict[str, Any], said: str, place: Path, command: MakeArgv, tmp_path: Path
+) -> None:
+    if changes.get("train_experts") is PROFILE:
+        file = tmp_path / "profile.json"
+        model = "tensors:other" if len(changes) == 1 else fingerprint(place / "base")
+        layer = LayerProfile([1] * 8, [1.0] * 8, [1.0] * 8)
+        Profile({1: layer, 2: layer}, 8, model, "d").save(file)
+        changes = changes | {"train_experts": file}
+    done = run(command(tmp_path / "out", **changes), tmp_path / "log", forbid_loading)
+    assert said in done.refusal
+    assert not (tmp_path / "out").exists()
