@@ -31,6 +31,7 @@ from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import FineTuningArguments, ModelArguments, optimizer_name
 from .chosen_experts import is_of_chosen
 from .deepspeed_file import zero_settings, zero_stage
+from .expert_lora import zeros_left_out
 from .quantized_base import full_shape
 from .trainable import adapt, parameter_table
 
@@ -175,7 +176,9 @@ def _computing_copies(
     layers = model.config.num_hidden_layers if training.gradient_checkpointing else 1
     dequantised = max(stacks, default=0) if options.bits != 16 else 0
     cast = training.bf16 and training.keeps_fp32  # Autograd keeps fp32 weights as bf16.
-    return training.number_bytes * (dequantised + (trained / layers if cast else 0))
+    # Adapters of chosen experts are computed with zeros as those of the others.
+    kept = (trained if cast else 0) + zeros_left_out(model)
+    return training.number_bytes * (dequantised + kept / layers)
 
 
 def _stored(
@@ -260,9 +263,12 @@ def _method(options: ModelArguments, training: FineTuningArguments) -> str:
     if not (options.use_lora or options.train_chosen_whole):
         return ("chosen modules" if options.trainable else "all weights") + under
     base = "" if options.bits == 16 else f" over a base in {options.bits} bits"
+    chosen = sum(map(len, (options.chosen_experts or {}).values()))
     if options.train_chosen_whole:
-        return "chosen experts" + (" and modules" if options.trainable else "") + base + under
-    return f"LoRA of rank {options.lora_rank}{base}{under}"
+        others = " and other modules" if options.trainable else ""
+        return f"{chosen:,} chosen experts{others}{base}{under}"
+    on = f" on {chosen:,} chosen experts" if chosen else ""
+    return f"LoRA of rank {options.lora_rank}{on}{base}{under}"
 
 
 def _rows_in_batch(training: FineTuningArguments) -> int:

@@ -22,6 +22,7 @@ from ..checkpoint import fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
 from ..delta import DELTA_FILE, whole_tensors, write_delta
 from ..errors import UserError
+from ..experts.choose import CHOICE_FILE
 from ..files import describe_differences, lock, write_aside
 from ..model.layout import first_few
 from . import examples
@@ -38,7 +39,8 @@ RUN_FILE = "run.json"
 
 WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
 WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
-WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUANTIZATION_FILE)
+WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors")
+WRITTEN += (QUANTIZATION_FILE, CHOICE_FILE)
 WRITTEN += (DELTA_FILE, "delta*.safetensors", "delta.safetensors.index.json")
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "balance_loss.py", "layout.py")

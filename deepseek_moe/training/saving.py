@@ -23,8 +23,10 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from ..checkpoint_writer import write_shards
 from ..delta import STEM
 from ..errors import RunError, UserError, first_words
+from ..experts.choose import CHOICE_FILE, choice_as_text
 from ..model.layout import official_parts
 from .chosen_experts import has_chosen_experts, trained_parts
+from .expert_lora import chosen_in, with_all_experts
 
 INCOMPLETE = "incomplete"
 """The folder inside of a run's folder that holds whatever is not complete yet."""
@@ -89,7 +91,9 @@ def save_trained(
     if isinstance(model, PeftModel):
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         on_host = {n: p.detach().cpu() for n, p in (state or trained).items()}
-        model.save_pretrained(str(folder), state_dict=on_host)
+        model.save_pretrained(str(folder), state_dict=with_all_experts(model, on_host))
+        if chosen := chosen_in(model):
+            (folder / CHOICE_FILE).write_text(choice_as_text(chosen), encoding="utf-8")
         return
     if has_chosen_experts(model):
         write_shards(trained_on_host(model, state), folder, shard_bytes, STEM)

@@ -5,7 +5,7 @@ PEFT adds B A to the whole stack in every forward pass. Here each token goes thr
 its experts, which costs the rank instead of the width, and allows dropout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -18,24 +18,35 @@ from ..model.layout import first_few
 from .adapter_config import ADAPTER_FILE, read_adapter_config
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
 from .chosen_experts import is_of_chosen, train_chosen_experts
-from .expert_lora import register_expert_lora
+from .expert_lora import keep_experts, register_expert_lora
 from .quantized_base import full_shape
 
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 
 
-def targets(names: Sequence[str]) -> tuple[list[str], list[str]]:
+def targets(names: Sequence[str], chosen: Collection[int] = ()) -> tuple[list[str], list[str]]:
     """The linears, and the stacked tensors of routed experts, that `--trainable` names.
 
     `gate_proj`, `up_proj` and `down_proj` mean those of dense layers, shared experts and routed
-    experts. A longer name (`shared_experts.down_proj`) means those that end in it.
+    experts. A longer name (`shared_experts.down_proj`) means those that end in it. If experts of
+    the layers `chosen` were chosen, the stacks are those of these layers, and no name means others.
 
     Raises:
-        UserError: only one of `gate_proj` and `up_proj` is named.
+        UserError: only one of `gate_proj` and `up_proj` is named, or routed experts are named
+            beside chosen ones.
     """
     stacks = ("gate_up_proj", *EXPERT_PARAMETERS)
     parameters = {name for name in names if any(_ends(name, stack) for stack in stacks)}
     modules = [name for name in names if name not in parameters]
+    if chosen:
+        named = [name for name in names if name in parameters or "experts" in name.split(".")]
+        if named:
+            raise UserError(
+                f"--trainable {named[0]} means routed experts, and --train_experts chooses some; "
+                "leave it out"
+            )
+        stacks = [f"layers.{layer}.mlp.{name}" for layer in chosen for name in EXPERT_PARAMETERS]
+        return modules, sorted(stacks)
     halves = {"gate_proj", "up_proj"} & set(modules)
     if len(halves) == 1:
         raise UserError(
@@ -56,15 +67,17 @@ def add_lora(
     alpha: float,
     dropout: float,
     modules_to_save: Sequence[str] = (),
+    chosen: Mapping[int, Sequence[int]] | None = None,
 ) -> PeftModel:
-    """`model` with new adapters. Only these train, and whole copies of `modules_to_save`.
+    """`model` with new adapters. Only these train, and whole copies of `modules_to_save`. If routed
+    experts were `chosen`, by layer, these have adapters beside the linears that are `trainable`.
 
     Raises:
         UserError: no module has one of the names, or a value is out of range.
     """
     if not 0 <= dropout < 1:
         raise UserError(f"lora_dropout is {dropout}; it must be from 0 to below 1")
-    modules, parameters = targets(trainable)
+    modules, parameters = targets(trainable, chosen or ())
     _refuse_unknown(model, [*modules, *parameters, *modules_to_save])
     _refuse_other_than_linear(model, modules)
     saved_whole(model, modules_to_save)
@@ -86,13 +99,21 @@ def add_lora(
                 f"--modules_to_save {','.join(modules_to_save)} has in it what --trainable adapts "
                 f"({name}); leave it out of one of them"
             )
+    if chosen:
+        keep_experts(adapted, chosen)
     # It goes into the saved file, where plain PEFT would refuse dropout on experts.
     config.lora_dropout = 0.0
     return adapted
 
 
-def continue_adapter(model: PreTrainedModel, folder: Path, dropout: float) -> PeftModel:
-    """`model` with the adapter in `folder`, which trains on.
+def continue_adapter(
+    model: PreTrainedModel,
+    folder: Path,
+    dropout: float,
+    chosen: Mapping[int, Sequence[int]] | None = None,
+) -> PeftModel:
+    """`model` with the adapter in `folder`, which trains on, as that of the `chosen` experts if it
+    was one.
 
     Raises:
         UserError: it is no LoRA adapter of this model.
@@ -102,6 +123,8 @@ def continue_adapter(model: PreTrainedModel, folder: Path, dropout: float) -> Pe
     register_expert_lora(config)
     with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
         adapted = get_peft_model(model, config)
+        if chosen:
+            keep_experts(adapted, chosen)
         if model.device.type != "meta":
             found = set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE))
             lost = [n for n in found.missing_keys if ".lora_" in n or ".modules_to_save." in n]
@@ -220,15 +243,17 @@ def weights_passed(model: nn.Module) -> float:
 def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:
     """`model`, in which only that trains which `options` name."""
     if options.adapter:
-        return continue_adapter(model, Path(options.adapter), options.lora_dropout)
+        folder = Path(options.adapter)
+        return continue_adapter(model, folder, options.lora_dropout, options.chosen_experts)
     if options.use_lora:
         return add_lora(
             model,
-            split_commas(options.trainable or ALL_LINEARS),
+            split_commas(options.trainable or ("" if options.chosen_experts else ALL_LINEARS)),
             options.lora_rank,
             options.lora_alpha,
             options.lora_dropout,
             split_commas(options.modules_to_save),
+            options.chosen_experts,
         )
     if options.trainable:
         freeze_all_but(model, split_commas(options.trainable))

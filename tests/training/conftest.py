@@ -1,11 +1,11 @@
 """What all tests of fine-tuning start from: a folder with a base and rows, and a command."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_fixtures import options, write_base, write_rows
+from finetune_fixtures import USED_PORTS, options, write_base, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +37,12 @@ def argv(place: Path) -> Callable[..., list[str]]:
         return options(**(plain | changes))
 
     return argv
+
+
+@pytest.fixture
+def free_buffers() -> Iterator[None]:
+    """Removes the 69 MB of shared memory that DeepSpeed leaves for each process on a CPU."""
+    yield
+    while USED_PORTS:
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{USED_PORTS.pop()}_*"):
+            buffer.unlink(missing_ok=True)
