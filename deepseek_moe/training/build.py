@@ -89,9 +89,9 @@ def _left_alone(folder: Path, options: ModelArguments) -> list[str]:
     with torch.device("meta"):
         model = DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder))
     if beside_experts:
-        freeze_all_but(model, split_commas(options.trainable))
+        freeze_all_but(model, split_commas(options.trainable), options.chosen_experts)
         trained = [name for name, one in model.named_parameters() if one.requires_grad]
-        return [name.rpartition(".")[0] for name in trained]
+        return [name.rpartition(".")[0] for name in trained if ".experts." not in name]
     saved = saved_whole(model, split_commas(options.modules_to_save))
     inside = tuple(f"{one}." for one in saved)
     return [

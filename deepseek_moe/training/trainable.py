@@ -41,10 +41,7 @@ def targets(names: Sequence[str], chosen: Collection[int] = ()) -> tuple[list[st
     if chosen:
         named = [name for name in names if name in parameters or "experts" in name.split(".")]
         if named:
-            raise UserError(
-                f"--trainable {named[0]} means routed experts, and --train_experts chooses some; "
-                "leave it out"
-            )
+            raise _routed_experts_are_chosen(named[0])
         stacks = [f"layers.{layer}.mlp.{name}" for layer in chosen for name in EXPERT_PARAMETERS]
         return modules, sorted(stacks)
     halves = {"gate_proj", "up_proj"} & set(modules)
@@ -58,6 +55,12 @@ def targets(names: Sequence[str], chosen: Collection[int] = ()) -> tuple[list[st
     if "down_proj" in modules:
         parameters.add(EXPERT_PARAMETERS[1])
     return modules, sorted(parameters)
+
+
+def _routed_experts_are_chosen(name: str) -> UserError:
+    return UserError(
+        f"--trainable {name} means routed experts, and --train_experts chooses some; leave it out"
+    )
 
 
 def add_lora(
@@ -134,20 +137,28 @@ def continue_adapter(
     return adapted
 
 
-def freeze_all_but(model: PreTrainedModel, names: Sequence[str]) -> None:
+def freeze_all_but(
+    model: PreTrainedModel, names: Sequence[str], chosen: Collection[int] = ()
+) -> None:
     """Lets only those parameters train that `names` name, or that are in a module so named.
 
-    `gate_proj`, `up_proj` and `down_proj` have the meaning that `targets` gives them.
+    `gate_proj`, `up_proj` and `down_proj` have the meaning that `targets` gives them. If experts of
+    the layers `chosen` were chosen, the stacks of these layers train too.
 
     Raises:
-        UserError: nothing has one of the names, or what is named has no parameters.
+        UserError: nothing has one of the names, or what is named has no parameters; or `names` mean
+            routed experts beside chosen ones.
     """
-    modules, parameters = targets(names)
-    chosen = [*modules, *parameters]
-    _refuse_unknown(model, chosen)
+    modules, parameters = targets(names, chosen)
+    _refuse_unknown(model, [*modules, *parameters])
     for name, parameter in model.named_parameters():
-        path = f".{name.removesuffix('.weight')}."
-        parameter.requires_grad_(any(f".{one}." in path for one in chosen))
+        path, named = f".{name.removesuffix('.weight')}.", [*modules, *parameters]
+        if chosen and ".experts." in name:
+            around = next((m for m in modules if f".{m}." in path.rpartition("experts.")[0]), None)
+            if around:
+                raise _routed_experts_are_chosen(around)
+            named = parameters
+        parameter.requires_grad_(any(f".{one}." in path for one in named))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--trainable {','.join(names)} has no parameters; name what has")
 
@@ -255,20 +266,8 @@ def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | 
             split_commas(options.modules_to_save),
             options.chosen_experts,
         )
-    if options.trainable:
-        freeze_all_but(model, split_commas(options.trainable))
-    if options.train_chosen_whole:
-        if not options.trainable:
-            model.requires_grad_(False)
-        _refuse_trained_experts(model, options.trainable)
-        train_chosen_experts(model, options.chosen_experts)
+    chosen = options.chosen_experts or {}
+    if options.trainable or chosen:
+        freeze_all_but(model, split_commas(options.trainable), chosen)
+        train_chosen_experts(model, chosen)
     return model
-
-
-def _refuse_trained_experts(model: nn.Module, trainable: str | None) -> None:
-    for name, parameter in model.named_parameters():
-        if ".experts." in name and parameter.requires_grad:
-            raise UserError(
-                f"--trainable {trainable} means all routed experts too, and --train_experts some "
-                "of them; name others, such as shared_experts.down_proj"
-            )

@@ -287,16 +287,17 @@ def test_a_delta_of_another_base_or_no_delta_is_refused(
 def test_other_modules_train_only_if_they_are_named(
     base: Path, command: MakeArgv, tmp_path: Path
 ) -> None:
-    names = "mlp.gate,shared_experts.down_proj"
+    names = "mlp.gate,down_proj"  # down_proj is that of the dense layer and of shared experts
     argv = command(tmp_path / "out", trainable=names, bits=4, save_delta=True)
     succeed(argv, tmp_path / "log")
     found, before = load_file(tmp_path / "out" / "delta.safetensors"), weights(base)
-    named = ("mlp.gate.weight", "shared_experts.down_proj.weight")
+    named = ("mlp.gate.weight", "shared_experts.down_proj.weight", "mlp.down_proj.weight")
     wanted = {name for name in before if is_chosen(name) or name.endswith(named)}
     assert found.keys() == wanted
     assert not any(torch.equal(found[name], before[name]) for name in wanted)
-    refused = run(command(tmp_path / "all", trainable="down_proj"), tmp_path / "log").refusal
-    assert refused.startswith("--trainable down_proj means all routed experts too")
+    for name in ("experts", "mlp", "experts.down_proj", "layers"):
+        refused = run(command(tmp_path / "all", trainable=name), tmp_path / "log").refusal
+        assert refused.startswith(f"--trainable {name} means routed experts, and --train_experts")
 
 
 # --- What a run says before
@@ -307,7 +308,7 @@ def test_the_dry_run_counts_what_trains_and_what_it_takes(
 ) -> None:
     done = succeed(command(tmp_path / "out", dry_run=True, bits=4, bf16=True), tmp_path / "log")
     said = " ".join(done.out.split())
-    assert "method chosen experts over a base in 4 bits" in said
+    assert "method 4 chosen experts over a base in 4 bits" in said
     before = weights(base)
     experts = sum(x.numel() for name, x in before.items() if ".experts." in name)
     trained = sum(x.numel() for name, x in before.items() if is_chosen(name))
