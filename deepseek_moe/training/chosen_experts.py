@@ -71,9 +71,9 @@ def _first_in_order(stack: nn.Parameter, order_E: torch.Tensor, count: int) -> t
         shape = (count, *full_shape(stack)[1:])
         return torch.empty(shape, dtype=torch.bfloat16, device=stack.device)
     if is_divided(stack):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(stack, modifier_rank=0):
+        with deepspeed.zero.GatheredParameters(stack, modifier_rank=0):
             return _first_in_whole_order(stack, order_E, count).clone()
     return _first_in_whole_order(stack, order_E, count)
 

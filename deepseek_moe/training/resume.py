@@ -85,15 +85,15 @@ class Layout:
             yield folder / ADAPTER_FILE, _check_safetensors
             return
         stem = STEM if self.delta else "model"
+        if not self.delta:
+            yield folder / "config.json", _check_object
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             yield index, _check_index
         for file in weight_files(folder, stem):
             yield file, _check_safetensors
-        if self.delta:
-            return
-        yield folder / "config.json", _check_object
-        yield index if index.is_file() else folder / "model.safetensors", _check_model
+        if not self.delta:
+            yield index if index.is_file() else folder / "model.safetensors", _check_model
 
     def _of_deepspeed(self, folder: Path) -> Iterator[tuple[Path, Check]]:
         states = folder / (folder / "latest").read_text(encoding="utf-8").strip()

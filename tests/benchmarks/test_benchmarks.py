@@ -16,6 +16,7 @@ from option_fixtures import parse_arguments
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.errors import UserError
+from deepseek_moe.experts.choose import read_choice
 
 slow = pytest.mark.slow
 Run = Callable[..., dict[str, Any]]
@@ -141,6 +142,21 @@ def test_train(
     flops = row["mfu"] * report["operations_s"] / row["tokens_s"]
     weights = sum(weight.numel() for weight in DeepseekForCausalLM(config).parameters())
     assert weights < flops < 6 * weights  # A token passes neither all experts nor the embeddings.
+
+
+def test_train_chooses_as_many_experts_as_the_setting_says(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finetune(command: str, *_: object) -> str:
+        words = command.split()
+        chosen = read_choice(words[words.index("--train_experts") + 1], base).experts
+        assert {len(experts) for experts in chosen.values()} == {2}  # of 8
+        return PRINTED
+
+    monkeypatch.setattr("finetune_runs.finetune", finetune)
+    settings = {"chosen experts": import_module("train").Setting(1, 8, "", share=0.25)}
+    [row] = run("train", SETTINGS=settings)["lines"]
+    assert row["gigabytes"] == 8.5 and row["stock_tokens_s"] is None
 
 
 @slow

@@ -224,6 +224,28 @@ def test_a_run_that_dies_goes_on_and_equals_one_that_did_not(
     assert run(argv, tmp_path / "log").err.count("finished already") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("deepspeed_extensions")
+@pytest.mark.parametrize(("zero", "bits"), [("2_no_offload", 16), ("2_no_offload", 4), ("3", 16)])
+def test_two_processes_that_die_go_on_and_equal_those_that_did_not(
+    zero: str, bits: int, base: Path, command: MakeArgv, tmp_path: Path
+) -> None:
+    changes = {
+        "deepspeed": ZERO[zero],
+        "bits": bits,
+        "bf16": True,
+        "per_device_train_batch_size": 2,
+    }
+    argv, whole = command(tmp_path / "out", **changes), command(tmp_path / "whole", **changes)
+    died = run_ranks(argv, tmp_path / "log", 2, partial(die_in_step, 4))
+    assert [one.code for one in died] == [-9, -9] and checkpoints(tmp_path / "out") == [2]
+    for words in (argv, whole):
+        for done in run_ranks(words, tmp_path / "log", 2):
+            assert done.code == 0, done.err
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_only_chosen_changed(tmp_path / "out", base)
+
+
 def test_a_damaged_delta_is_named(command: MakeArgv, tmp_path: Path) -> None:
     argv = command(tmp_path / "out")
     assert run(argv, tmp_path / "log", partial(die_in_step, 4)).code == -9
