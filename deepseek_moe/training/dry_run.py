@@ -149,7 +149,8 @@ def _activations(
     # Both norms' inputs; q, k, v and attention; gate and up of experts, and of those shared.
     layer = 2 * D * stream + 4 * D * low + 2 * shared * low
     layer += 0 if options.recompute_experts else K * 2 * F * low
-    layer += (2 * D + shared) * low  # inputs of linears and experts
+    # Inputs of linears and experts; a frozen linear keeps none.
+    layer += (D if options.train_chosen_whole else 2 * D + shared) * low
     if options.use_lora and options.lora_dropout:  # the masks of dropout on these inputs
         layer += 4 * D + shared
     # x A of experts, or the router's input in fp32
