@@ -147,7 +147,8 @@ def fine_tune(
     """Trains the model in `folder`, from the last checkpoint of `run` on if there is one."""
     options, data, args = settings
     if run.checkpoint:
-        layout = Layout.of(args, adapter=options.use_lora, quantized=options.bits != 16)
+        quantized, delta = options.bits != 16, options.train_chosen_whole
+        layout = Layout.of(args, adapter=options.use_lora, quantized=quantized, delta=delta)
         refuse_damaged(Path(run.checkpoint), layout)
         say(f"going on from {run.checkpoint}")
     model = build_model(folder, options, args)
@@ -164,7 +165,7 @@ def fine_tune(
         )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.leave_if_stopped()
-    run.save_result(trainer, folder, options.merge_on_save)
+    run.save_result(trainer, folder, merge=options.merge_on_save, delta=options.save_delta)
 
 
 if __name__ == "__main__":

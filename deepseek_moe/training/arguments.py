@@ -55,6 +55,11 @@ class ModelArguments:
     chosen_experts: dict[int, list[int]] | None = None
     """The routed experts that train, by layer; None if none were chosen. `take_choice` sets it."""
 
+    @property
+    def train_chosen_whole(self) -> bool:
+        """Whether the full weights of chosen experts train, rather than adapters on them."""
+        return bool(self.chosen_experts) and not self.use_lora
+
     def attention(self, dtype: torch.dtype) -> str:
         """The attention implementation for weights of `dtype`."""
         if self.attn_implementation != "auto":
@@ -282,8 +287,8 @@ def _settle_single_gpu_full(
     if training.single_gpu_full and found:
         raise UserError(f"--single_gpu_full True does not work with {found}")
     if training.single_gpu_full is None:
-        all_train = found is None and not (model.trainable or model.train_experts)
-        training.single_gpu_full = all_train and training.device.type == "cuda"
+        suits = bool(model.train_experts) or not model.trainable
+        training.single_gpu_full = found is None and suits and training.device.type == "cuda"
     if training.single_gpu_full:
         training.optim, training.max_grad_norm = STEP_IN_BACKWARD, 0.0
         print(

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import TrainerState
 
 from ..checkpoint import Checkpoint
+from ..delta import STEM
 from ..errors import CollectiveRunError, RunError, UserError, first_words
 from ..model.layout import weight_files
 from .adapter_config import ADAPTER_FILE
@@ -47,12 +48,19 @@ class Layout:
     processes: int
     stage: int | None  # of ZeRO; None without DeepSpeed
     adapter: bool  # whether an adapter is trained, rather than the weights
-    quantized: bool = False  # whether the base under the adapter is quantised
+    quantized: bool = False  # whether what is frozen is quantised
+    delta: bool = False  # whether only what trains of the weights is saved
 
     @classmethod
-    def of(cls, training: FineTuningArguments, adapter: bool, quantized: bool = False) -> "Layout":
+    def of(
+        cls,
+        training: FineTuningArguments,
+        adapter: bool,
+        quantized: bool = False,
+        delta: bool = False,
+    ) -> "Layout":
         stage = zero_stage(training) if training.deepspeed else None
-        return cls(training.world_size, stage, adapter, quantized)
+        return cls(training.world_size, stage, adapter, quantized, delta)
 
     def checks(self, folder: Path) -> Iterator[tuple[Path, Check]]:
         """Yields each file that is read back from the checkpoint `folder`, and its check."""
@@ -76,12 +84,15 @@ class Layout:
             yield folder / "adapter_config.json", _check_object
             yield folder / ADAPTER_FILE, _check_safetensors
             return
-        yield folder / "config.json", _check_object
-        index = folder / "model.safetensors.index.json"
+        stem = STEM if self.delta else "model"
+        index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             yield index, _check_index
-        for file in weight_files(folder):
+        for file in weight_files(folder, stem):
             yield file, _check_safetensors
+        if self.delta:
+            return
+        yield folder / "config.json", _check_object
         yield index if index.is_file() else folder / "model.safetensors", _check_model
 
     def _of_deepspeed(self, folder: Path) -> Iterator[tuple[Path, Check]]:

@@ -1,4 +1,4 @@
-"""What trains: everything, chosen modules, or low-rank adapters on linears and routed experts.
+"""What trains: everything, chosen modules or experts, or low-rank adapters.
 
 Adapters are PEFT's own, in its format. Only on the routed experts they are computed in another way:
 PEFT adds B A to the whole stack in every forward pass. Here each token goes through the A and B of
@@ -17,6 +17,7 @@ from ..errors import UserError, as_user_error
 from ..model.layout import first_few
 from .adapter_config import ADAPTER_FILE, read_adapter_config
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
+from .chosen_experts import is_of_chosen, train_chosen_experts
 from .expert_lora import keep_experts, register_expert_lora
 from .quantized_base import full_shape
 
@@ -220,7 +221,7 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
         kind = next(k for k, marks in KINDS.items() if any(mark in name for mark in marks))
         size = full_shape(parameter).numel()
         for key in (kind, "all"):
-            counts[key][0] += size
+            counts[key][0] += 0 if is_of_chosen(name) else size
             counts[key][1] += size * parameter.requires_grad
     return [(kind, total, trains) for kind, (total, trains) in counts.items() if total]
 
@@ -234,6 +235,7 @@ def weights_passed(model: nn.Module) -> float:
         full_shape(parameter).numel() * (share if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
         if "original_module" not in name  # frozen, beside the copy that trains
+        and not is_of_chosen(name)  # they stand for a part of the frozen stack
         and not (looked_up and "embed_tokens" in name)
     )
 
@@ -255,4 +257,18 @@ def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | 
         )
     if options.trainable:
         freeze_all_but(model, split_commas(options.trainable))
+    if options.train_chosen_whole:
+        if not options.trainable:
+            model.requires_grad_(False)
+        _refuse_trained_experts(model, options.trainable)
+        train_chosen_experts(model, options.chosen_experts)
     return model
+
+
+def _refuse_trained_experts(model: nn.Module, trainable: str | None) -> None:
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and parameter.requires_grad:
+            raise UserError(
+                f"--trainable {trainable} means all routed experts too, and --train_experts some "
+                "of them; name others, such as shared_experts.down_proj"
+            )

@@ -31,8 +31,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import Checkpoint
+from ..delta import Delta
 from ..errors import CollectiveRunError, as_user_error
 from . import callbacks, saving
+from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward
 from .deepspeed_file import zero_stage
 from .epoch_sampler import EpochSampler, SetEpoch
@@ -72,7 +74,7 @@ class FineTuner(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         adapts, quantized = isinstance(self.model, PeftModel), self.base_quantization is not None
-        layout = Layout.of(self.args, adapts, quantized)
+        layout = Layout.of(self.args, adapts, quantized, has_chosen_experts(self.model))
         reading = report_unreadable(self.resumed_from, layout, is_read=lambda: self._in_step)
         try:
             with callbacks.silent_writer_threads(), reading:
@@ -317,6 +319,9 @@ class FineTuner(Trainer):
         if isinstance(model, PeftModel):  # An adapter has the same names on disk.
             refuse_other_adapter(model, Path(checkpoint))
             super()._load_from_checkpoint(checkpoint, model)
+            return
+        if has_chosen_experts(model):
+            read_trained(model, Delta(Path(checkpoint)))
             return
         saved = Checkpoint(Path(checkpoint))
         with torch.no_grad():  # Each keeps its dtype: what trains may be fp32.
