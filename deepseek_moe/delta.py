@@ -22,32 +22,20 @@ DELTA_FILE = "delta.json"
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
-class Delta:
-    """The tensors of a delta. Opening it reads only the headers of its files.
+def delta_tensors(folder: Path) -> Tensors:
+    """The official names and tensors of a delta, each read when it is asked for.
 
     Raises:
         UserError: there is none in `folder`, or a file of it is missing or broken.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            opened = [safe_open(file, framework="pt") for file in weight_files(folder, STEM)]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} holds no delta that can be read ({error}); give a folder that "
-                "finetune.py --train_experts wrote"
-            ) from error
-        self.places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-
-    def tensors(self) -> Tensors:
-        """Official names and tensors, each read when it is asked for."""
-        return ((name, self.tensor(name)) for name in self.places)
-
-    def tensor(self, official: str) -> torch.Tensor:
-        if official not in self.places:
-            raise ValueError(f"{self.folder} lacks {official}")
-        return self.places[official].get_tensor(official)
+    try:
+        opened = [safe_open(file, framework="pt") for file in weight_files(folder, STEM)]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} holds no delta that can be read ({error}); give a folder that "
+            "finetune.py --train_experts wrote"
+        ) from error
+    return ((name, file.get_tensor(name)) for file in opened for name in file.keys())  # noqa: SIM118
 
 
 def write_delta(tensors: Tensors, base: Path, folder: Path, shard_bytes: int) -> None:

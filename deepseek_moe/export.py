@@ -22,7 +22,7 @@ import torch
 
 from .checkpoint import DTYPES, Checkpoint, find_checkpoint, refuse_other_base
 from .checkpoint_writer import write_checkpoint
-from .delta import Delta, refuse_delta_of_another, whole_tensors
+from .delta import delta_tensors, refuse_delta_of_another, whole_tensors
 from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
 from .model.layout import first_few, official_parts
@@ -43,7 +43,7 @@ def main() -> None:
             tensors = merged_tensors(base, args.adapter)
         elif args.delta:
             refuse_delta_of_another(args.delta, base)
-            tensors = whole_tensors(base, Delta(args.delta).tensors())
+            tensors = whole_tensors(base, delta_tensors(args.delta))
         elif args.deepspeed_checkpoint:
             tensors = consolidated_tensors(base, args.deepspeed_checkpoint)
         else:

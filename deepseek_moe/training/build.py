@@ -6,9 +6,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..checkpoint import Checkpoint
 from ..errors import as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
+from ..model.layout import weight_files
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import FineTuningArguments, ModelArguments, split_commas
 from .chosen_experts import order_of_experts, read_trained
@@ -31,7 +31,7 @@ def build_model(
     model.config.use_cache = False
     model = adapt(model, options)
     if options.train_chosen_whole and options.bits != 16:
-        read_trained(model, Checkpoint(folder))  # as they were before they were quantised
+        read_trained(model, weight_files(folder))  # as they were before they were quantised
     for parameter in model.parameters():  # PEFT casts adapters only, not --modules_to_save.
         if parameter.requires_grad and training.keeps_fp32:
             parameter.data = parameter.data.float()

@@ -9,9 +9,11 @@ width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -118,9 +120,17 @@ def trained_parts(model: nn.Module) -> Iterator[tuple[str, str, tuple[Any, ...]]
                 yield official, name, (places[expert], rows)
 
 
-def read_trained(model: nn.Module, saved: Any) -> None:
-    """Fills what trains with the numbers that it has in `saved`, a `Checkpoint` or a `Delta`."""
+def read_trained(model: nn.Module, files: Sequence[Path]) -> None:
+    """Fills what trains with the numbers that it has in safetensors `files`.
+
+    Raises:
+        ValueError: a tensor is not there.
+    """
+    opened = [safe_open(file, framework="pt") for file in files]
+    places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a dict
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for official, name, where in trained_parts(model):
-            parameters[name][where].copy_(saved.tensor(official))
+            if official not in places:
+                raise ValueError(f"{files[0].parent} lacks {official}")
+            parameters[name][where].copy_(places[official].get_tensor(official))

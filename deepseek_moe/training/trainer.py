@@ -31,8 +31,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import Checkpoint
-from ..delta import Delta
+from ..delta import STEM
 from ..errors import CollectiveRunError, as_user_error
+from ..model.layout import weight_files
 from . import callbacks, saving
 from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward
@@ -321,7 +322,7 @@ class FineTuner(Trainer):
             super()._load_from_checkpoint(checkpoint, model)
             return
         if has_chosen_experts(model):
-            read_trained(model, Delta(Path(checkpoint)))
+            read_trained(model, weight_files(Path(checkpoint), STEM))
             return
         saved = Checkpoint(Path(checkpoint))
         with torch.no_grad():  # Each keeps its dtype: what trains may be fp32.

@@ -9,9 +9,9 @@ from gpu_fixtures import TEXT, distance
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.bundled import BUNDLED_MODEL
-from deepseek_moe.checkpoint import Checkpoint, own_tokenizer
+from deepseek_moe.checkpoint import own_tokenizer
 from deepseek_moe.kernels.training import torch_ops
-from deepseek_moe.model.layout import EXPERT_STACKS
+from deepseek_moe.model.layout import EXPERT_STACKS, weight_files
 from deepseek_moe.training.arguments import ALL_LINEARS, ModelArguments, split_commas
 from deepseek_moe.training.build import order_of_stacks
 from deepseek_moe.training.chosen_experts import read_trained
@@ -72,7 +72,7 @@ def step(
     )
     if chosen:
         model = adapt(model, options)
-        read_trained(model, Checkpoint(BUNDLED_MODEL))
+        read_trained(model, weight_files(BUNDLED_MODEL))
     if kind.startswith("adapters"):
         model = add_lora(model, split_commas(ALL_LINEARS), 8, 16.0, 0.0)
         random = torch.Generator().manual_seed(0)

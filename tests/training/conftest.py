@@ -7,14 +7,18 @@ from typing import Any
 import pytest
 from finetune_fixtures import USED_PORTS, options, write_base, write_rows
 
+from deepseek_moe.experts.choose import choice_as_text
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model, 24 rows to train on, and 7 to evaluate on."""
+    """A folder with a base model, 24 rows to train on, 7 to evaluate on, and chosen experts."""
     folder = tmp_path_factory.mktemp("place")
     write_base(folder / "base")
     write_rows(folder / "rows.jsonl", 24)
     write_rows(folder / "held.jsonl", 7)
+    chosen = {1: [0, 2, 3, 5], 2: [0, 1, 2, 4, 5, 7]}
+    (folder / "expert_cfg.json").write_text(choice_as_text(chosen))
     return folder
 
 

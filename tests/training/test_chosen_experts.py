@@ -55,7 +55,7 @@ def base(place: Path) -> Path:
     folder = write_base(place / "four", num_hidden_layers=4)
     model = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.save_pretrained(folder)
-    (place / "expert_cfg.json").write_text(choice_as_text(CHOSEN))
+    (place / "four.json").write_text(choice_as_text(CHOSEN))
     return folder
 
 
@@ -64,7 +64,7 @@ def command(base: Path, place: Path, argv: MakeArgv) -> MakeArgv:
     """Makes a command of 4 steps that trains CHOSEN. Keywords change it."""
 
     def command(output: Path, **changes: Any) -> list[str]:
-        plain = {"model_name_or_path": base, "train_experts": place / "expert_cfg.json"}
+        plain = {"model_name_or_path": base, "train_experts": place / "four.json"}
         plain = plain | ADAM | changes
         return argv(output, **{n: value for n, value in plain.items() if value is not None})
 
