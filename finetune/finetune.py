@@ -36,12 +36,13 @@ with quiet_interrupt():
     from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer, refuse_other_base
     from deepseek_moe.training import arguments, dry_run, examples
     from deepseek_moe.training.build import build_model, quantization_of
+    from deepseek_moe.training.callbacks import leave_together
     from deepseek_moe.training.disk_need import disk_need
     from deepseek_moe.training.expert_choice import take_choice
     from deepseek_moe.training.resume import Layout, refuse_damaged
     from deepseek_moe.training.rows import parse_columns
     from deepseek_moe.training.run import Run, settings_of
-    from deepseek_moe.training.trainer import FineTuner, leave_together
+    from deepseek_moe.training.trainer import FineTuner
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> None:

@@ -91,7 +91,7 @@ def _left_alone(folder: Path, options: ModelArguments) -> list[str]:
     if beside_experts:
         freeze_all_but(model, split_commas(options.trainable), options.chosen_experts)
         trained = [name for name, one in model.named_parameters() if one.requires_grad]
-        return [name.rpartition(".")[0] for name in trained if ".experts." not in name]
+        return [name.rpartition(".")[0] for name in trained]
     saved = saved_whole(model, split_commas(options.modules_to_save))
     inside = tuple(f"{one}." for one in saved)
     return [

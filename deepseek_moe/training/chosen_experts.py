@@ -90,6 +90,26 @@ def train_chosen_experts(model: PreTrainedModel, chosen: Mapping[int, Sequence[i
     for number, experts in chosen.items():
         mlp = model.model.layers[number].mlp
         mlp.experts = ChosenExperts(mlp.experts, experts)
+    if chosen:
+        model.register_state_dict_post_hook(_drop_frozen)
+        model.register_load_state_dict_post_hook(_miss_only_trained)
+
+
+def _drop_frozen(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, metadata: Any
+) -> None:
+    """Leaves in `state_dict`, which DeepSpeed saves, only what trains. Of quantised weights it has
+    scales too, which `load_state_dict` would not take."""
+    trained = {prefix + name for name, one in model.named_parameters() if one.requires_grad}
+    for name in state_dict.keys() - trained:
+        del state_dict[name]
+
+
+def _miss_only_trained(model: nn.Module, incompatible: Any) -> None:
+    """Lets `load_state_dict` do without what `_drop_frozen` has left out."""
+    frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if name not in frozen]
 
 
 def has_chosen_experts(model: nn.Module) -> bool:
@@ -121,7 +141,7 @@ def trained_parts(model: nn.Module) -> Iterator[tuple[str, str, tuple[Any, ...]]
 
 
 def read_trained(model: nn.Module, files: Sequence[Path]) -> None:
-    """Fills what trains with the numbers that it has in safetensors `files`.
+    """Fills what trains with the numbers that it has in safetensors `files`. Dtypes stay.
 
     Raises:
         ValueError: a tensor is not there.

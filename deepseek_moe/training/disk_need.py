@@ -88,7 +88,8 @@ def disk_need(
     weights = float(trained * (4 if training.keeps_fp32 else low))
     states = trained * (12.0 if training.deepspeed else optimizer_bytes(training))
     if training.deepspeed and zero_stage(training) < 3:
-        states += low * (trained if options.use_lora else number)
+        part = options.use_lora or options.train_chosen_whole
+        states += low * (trained if part else number)
     added = (".lora_", ".modules_to_save.", f".{CHOSEN}")  # to the base
     whole = 2.0 * sum(
         full_shape(parameter).numel()

@@ -143,7 +143,7 @@ def freeze_all_but(
     """Lets only those parameters train that `names` name, or that are in a module so named.
 
     `gate_proj`, `up_proj` and `down_proj` have the meaning that `targets` gives them. If experts of
-    the layers `chosen` were chosen, the stacks of these layers train too.
+    the layers `chosen` were chosen, which get weights of their own, all stacks are frozen.
 
     Raises:
         UserError: nothing has one of the names, or what is named has no parameters; or `names` mean
@@ -152,14 +152,15 @@ def freeze_all_but(
     modules, parameters = targets(names, chosen)
     _refuse_unknown(model, [*modules, *parameters])
     for name, parameter in model.named_parameters():
-        path, named = f".{name.removesuffix('.weight')}.", [*modules, *parameters]
+        path = f".{name.removesuffix('.weight')}."
         if chosen and ".experts." in name:
-            around = next((m for m in modules if f".{m}." in path.rpartition("experts.")[0]), None)
-            if around:
-                raise _routed_experts_are_chosen(around)
-            named = parameters
-        parameter.requires_grad_(any(f".{one}." in path for one in named))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+            parameter.requires_grad_(False)
+            around = path.rpartition("experts.")[0]
+            if named := next((one for one in modules if f".{one}." in around), None):
+                raise _routed_experts_are_chosen(named)
+            continue
+        parameter.requires_grad_(any(f".{one}." in path for one in [*modules, *parameters]))
+    if not chosen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--trainable {','.join(names)} has no parameters; name what has")
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
@@ -28,9 +27,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint import Checkpoint
 from ..delta import STEM
 from ..errors import CollectiveRunError, as_user_error
 from ..model.layout import weight_files
@@ -89,7 +88,7 @@ class FineTuner(Trainer):
             if self.is_world_process_zero():
                 last = get_last_checkpoint(self.args.output_dir)
                 print(f"stopped; repeat the command to go on from {last}", file=sys.stderr)
-            leave_together()
+            callbacks.leave_together()
             raise SystemExit(128 + self.stopper.stopped)
 
     # ---- the loss and the optimizer ----
@@ -310,6 +309,16 @@ class FineTuner(Trainer):
         self.accelerator.wait_for_everyone()
         self._counted_from += time.perf_counter() - start
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Lets DeepSpeed leave out frozen weights beside chosen experts, as Trainer does beside
+        adapters (line 3513, called at 3392 by `_save_checkpoint`)."""
+        if not (self.is_deepspeed_enabled and has_chosen_experts(self.model)):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads weights by the names that they have on disk (line 3602, called at 1564 by `train`).
 
@@ -321,13 +330,8 @@ class FineTuner(Trainer):
             refuse_other_adapter(model, Path(checkpoint))
             super()._load_from_checkpoint(checkpoint, model)
             return
-        if has_chosen_experts(model):
-            read_trained(model, weight_files(Path(checkpoint), STEM))
-            return
-        saved = Checkpoint(Path(checkpoint))
-        with torch.no_grad():  # Each keeps its dtype: what trains may be fp32.
-            for name, parameter in model.named_parameters():
-                parameter.copy_(saved.read(name))
+        stem = STEM if has_chosen_experts(model) else "model"
+        read_trained(model, weight_files(Path(checkpoint), stem))  # what is frozen is the base's
 
 
 @contextmanager
@@ -339,13 +343,3 @@ def changed(args: Any, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(args).update(before)
-
-
-def leave_together() -> None:
-    """Waits for all processes and closes what joins them, as the last thing that a process does.
-
-    One process that leaves early may abort the others, and so may threads left to the exit.
-    """
-    state = PartialState()
-    state.wait_for_everyone()
-    state.destroy_process_group()

@@ -46,7 +46,7 @@ def test_a_disk_too_small_for_a_checkpoint_and_the_result_is_refused(
 
 LORA = {"use_lora": True, "lora_rank": 64}
 ZERO2 = {"deepspeed": ROOT / "configs" / "ds_config_zero2_no_offload.json", "bf16": True}
-EXPERTS = {"train_experts": "expert_cfg.json"}  # in `place`
+EXPERTS = {"train_experts": "expert_cfg.json", "trainable": "lm_head"}  # the file is in `place`
 MODES = {
     "chosen modules": {"trainable": "down_proj"},
     "merged": LORA | {"merge_on_save": True},
