@@ -104,7 +104,8 @@ def test_what_cannot_be_run_is_refused(name: str, run: Run) -> None:
 def test_every_setting_is_one_that_finetune_takes(run: Run) -> None:
     runs = import_module("finetune_runs")
     settings = set(import_module("multi_gpu").SETTINGS.values())
-    settings |= {setting.options for setting in import_module("memory").SETTINGS.values()}
+    for one in import_module("memory").SETTINGS.values():
+        settings.add(f"{one.options} --train_experts file" if one.share else one.options)
     settings |= {one.options for one in import_module("fits").SETTINGS.values() if one.rows}
     for options in settings:
         words = runs.command_of(Path("m"), Path("d"), 16, 1024, options, 9).split()
