@@ -22,7 +22,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -41,6 +41,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balance_loss import AddLossGradient, Sequences, balance_loss
 from .configuration_deepseek import DeepseekConfig
+from .fast_generation import FastGenerationMixin
 from .layout import (
     first_few,
     refuse_adapters_of_experts,
@@ -438,7 +439,7 @@ class DeepseekModelOutput(MoeModelOutputWithPast):
     aux_loss: torch.Tensor | None = None
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
