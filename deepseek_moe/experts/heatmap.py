@@ -41,15 +41,15 @@ def over_mean(layers: Sequence[Sequence[float]]) -> np.ndarray:
     return np.divide(scores, mean, out=np.zeros_like(scores), where=mean > 0)
 
 
-def write_png(profiles: dict[str, Profile], file: Path) -> None:
+def write_png(profiles: dict[str, Profile], file: Path, overwrite: bool = False) -> None:
     """Draws the picks of each profile, and the differences to the first. Same input, same bytes.
 
     Args:
         profiles: by the names that stand above the maps; all of one model.
 
     Raises:
-        UserError: they have other layers or experts, matplotlib is missing, or `file` cannot be
-            written or exists.
+        UserError: they differ in layers or experts, matplotlib is missing, or `file` cannot be
+            written, or it exists and `overwrite` is False.
     """
     first, shares = _comparable(profiles)
     try:
@@ -80,7 +80,7 @@ def write_png(profiles: dict[str, Profile], file: Path) -> None:
         image = io.BytesIO()
         small: dict[str, Any] = {"metadata": {"Software": None}, "pil_kwargs": {"optimize": True}}
         figure.savefig(image, format="png", dpi=160, **small)
-    write_bytes(file, image.getvalue())
+    write_bytes(file, image.getvalue(), overwrite)
 
 
 def _write_title(figure: Any, first: Profile, height: float) -> None:
@@ -139,7 +139,9 @@ def _draw_colour_bar(ax: Any, image: Any, most: float, is_difference: bool) -> N
     bar.outline.set_visible(False)
 
 
-def write_html(profiles: dict[str, Profile], file: Path, text: str = "") -> None:
+def write_html(
+    profiles: dict[str, Profile], file: Path, text: str = "", overwrite: bool = False
+) -> None:
     """Writes a page that shows each profile and its difference to the first, by any score.
 
     The page needs no network. Hovering over a cell, tapping it or moving to it by the arrow keys
@@ -150,7 +152,8 @@ def write_html(profiles: dict[str, Profile], file: Path, text: str = "") -> None
         text: HTML that is put below the map, as it is: coloured_text.as_html makes it.
 
     Raises:
-        UserError: they have other layers or experts, or `file` cannot be written or exists.
+        UserError: they differ in layers or experts, or `file` cannot be written, or it exists and
+            `overwrite` is False.
     """
     first, _ = _comparable(profiles)
     data = {
@@ -167,7 +170,7 @@ def write_html(profiles: dict[str, Profile], file: Path, text: str = "") -> None
     }
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = page.replace("<!--DATA-->", json_in_html(data))
-    write_text(file, page.replace("<!--TEXT-->", text))
+    write_text(file, page.replace("<!--TEXT-->", text), overwrite)
 
 
 def json_in_html(data: Any) -> str:
@@ -224,8 +227,8 @@ def _comparable(profiles: dict[str, Profile]) -> tuple[Profile, dict[str, np.nda
     for name, profile in profiles.items():
         if (list(profile.layers), profile.num_experts) != (list(first.layers), first.num_experts):
             raise UserError(
-                f"{name} and {first_name} are profiles of other layers or experts; "
-                "draw profiles of one model together"
+                f"the profiles {first_name} and {name} differ in layers or experts; "
+                "draw those of one model together"
             )
     return first, {
         name: over_mean([layer.picks for layer in profile.layers.values()])
@@ -234,7 +237,9 @@ def _comparable(profiles: dict[str, Profile]) -> tuple[Profile, dict[str, np.nda
 
 
 def _model_name(profile: Profile) -> str:
-    return str(profile.settings.get("model", profile.model))
+    """As the user gave it, or the last folder of a long path; the fingerprint if none is known."""
+    name = str(profile.settings.get("model", profile.model))
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _short(name: str, width: int = 40) -> str:
