@@ -3,7 +3,7 @@
 import json
 from html.parser import HTMLParser
 
-EVIL = "</script><img src=x onerror=alert(1)><!-- $\\frac{$ \"'&"
+EVIL = "$\\frac{$ </script><img src=x onerror=alert(1)><!-- \"'&"
 
 
 class Page(HTMLParser):
