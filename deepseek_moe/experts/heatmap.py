@@ -130,10 +130,10 @@ def _draw_colour_bar(ax: Any, image: Any, most: float, is_difference: bool) -> N
     beyond = np.abs(image.get_array()).max() > most
     extend = ("both" if is_difference else "max") if beyond else "neither"
     bar = ax.figure.colorbar(image, cax=ax.figure.add_axes(place), extend=extend)
-    ticks = [-1, 0, 1] if is_difference else range(int(most) + 1)
-    ticks = [tick for tick in ticks if abs(tick) <= most]
+    step = 1 if most >= 2 - is_difference else 0.5
+    ticks = [tick for tick in np.arange(-MOST, MOST + 1, step) if bar.vmin <= tick <= bar.vmax]
     said = {0: "0 = same"} if is_difference else {1: "1 = even"}
-    plain = "+d" if is_difference else "d"
+    plain = "+g" if is_difference else "g"
     bar.set_ticks(ticks, labels=[said.get(tick, f"{tick:{plain}}") for tick in ticks])
     bar.ax.tick_params(length=2, labelsize=7.5, labelcolor=INK, color=GREY)
     bar.outline.set_visible(False)
