@@ -1,12 +1,15 @@
-"""Measures how much each expert of a DeepSeek-MoE model is used on some text.
+"""Measures how much each expert of a DeepSeek-MoE model is used on some text, and shows it.
 
     python examples/experts.py --data_path train.jsonl --output profiles
     python examples/experts.py --data_path maths=train.jsonl --text tales=t.txt --output profiles
     python examples/experts.py --prompt "Once upon a time" --output profiles
 
-profiles/profile.json holds what was measured on all data together. Several sets of data have a file
-profile-NAME.json each beside it, and differences.json says how far each is from the first. Tables
-go to stdout, everything else to stderr.
+profiles/profile.json holds what was measured on all data together, and heatmap.html and heatmap.png
+show it. Several sets of data have a file profile-NAME.json each, and differences.json says how far
+each is from the first. Prompts are shown in the terminal, each token in the colour of its top
+expert at a layer, and for all layers in prompt.html.
+
+Tables and prompts go to stdout, everything else to stderr.
 """
 
 import argparse
@@ -38,6 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     says = "a set of plain text, cut into windows of max_length; repeated and named alike"
     parser.add_argument("--text", help=says, **files)
     parser.add_argument("--prompt", help="a text; all prompts are one set", **several)
+    says = "the layer by which prompts are coloured in the terminal; default the middle one"
+    parser.add_argument("--layer", type=int, help=says)
     parser.add_argument("--output", type=Path, required=True, help="a folder for the files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     says = "tokens of a window or an example, which is cut; default 1024, or the context if smaller"
@@ -56,6 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.data_path or args.text or args.prompt):
         parser.error("there is nothing to measure; give --data_path, --text or --prompt")
+    if args.layer is not None and not args.prompt:
+        parser.error("--layer has no effect without --prompt; add a prompt")
     return args
 
 

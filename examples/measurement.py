@@ -1,4 +1,4 @@
-"""What experts.py measures, writes and prints."""
+"""What experts.py measures, writes, prints and draws."""
 
 import argparse
 import json
@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from measured_data import named_sets, read_set, settings_of
+from transformers import PreTrainedTokenizerBase
 
-from deepseek_moe import DeepseekConfig, load
+from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, load
 from deepseek_moe.bundled import BUNDLED_MODEL
+from deepseek_moe.chat import TextStream
 from deepseek_moe.checkpoint import find_checkpoint, fingerprint, own_tokenizer
 from deepseek_moe.errors import UserError, as_user_error
+from deepseek_moe.experts import coloured_text, heatmap
 from deepseek_moe.experts.compare import differences, together
-from deepseek_moe.experts.measure import measure
+from deepseek_moe.experts.measure import measure, top_experts
 from deepseek_moe.experts.profile import Profile
 from deepseek_moe.files import check_writable, write_text
 
@@ -29,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """
     folder = find_checkpoint(args.model or str(BUNDLED_MODEL))
     config = usable_config(folder)
+    check_layer(args, config)
     context = config.max_position_embeddings
     args.max_length = checked_length(args.max_length, context)
     sets = named_sets(args)
@@ -52,18 +56,34 @@ def run(args: argparse.Namespace) -> None:
         )
         for one in sets
     }
+    prompts = [colours_of(prompt, model, tokenizer) for prompt in args.prompt]
     write_profiles(args, profiles)
     print_profiles(profiles)
     print(f"the profile is in {args.output / 'profile.json'}", file=sys.stderr)
+    show_pictures(args, profiles, prompts)
 
 
 def usable_config(folder: Path) -> DeepseekConfig:
     """The config of a checkpoint that has routed experts."""
     with as_user_error(f"{folder / 'config.json'} cannot be used", "mend the field"):
         config = DeepseekConfig.from_pretrained(folder)
-    if not any(map(config.is_moe_layer, range(config.num_hidden_layers))):
+    if not layers_of(config):
         raise UserError(f"{folder} has no routed experts; give a mixture of experts")
     return config
+
+
+def layers_of(config: DeepseekConfig) -> list[int]:
+    """The numbers of the layers with routed experts."""
+    return [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+
+
+def check_layer(args: argparse.Namespace, config: DeepseekConfig) -> None:
+    """Takes the middle layer where none is given, and refuses one without routed experts."""
+    layers = layers_of(config)
+    args.layer = layers[len(layers) // 2] if args.layer is None else args.layer
+    if args.layer not in layers:
+        found = ", ".join(map(str, layers))
+        raise UserError(f"--layer {args.layer} has no routed experts; layers that have: {found}")
 
 
 def checked_length(max_length: int | None, context: int) -> int:
@@ -78,7 +98,10 @@ def checked_length(max_length: int | None, context: int) -> int:
 def refuse_existing(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Refuses files that this command would write and must not replace."""
     if args.output.exists():
-        for file in ("profile.json", "differences.json", *map(profile_name, names)):
+        files = ["profile.json", "heatmap.png", "heatmap.html"]
+        files += ["prompt.html"] if args.prompt else []
+        files += ["differences.json", *map(profile_name, names)] if len(names) > 1 else []
+        for file in files:
             check_writable(args.output / file, args.overwrite)
 
 
@@ -139,3 +162,41 @@ def print_profiles(profiles: dict[str, Profile]) -> None:
 def largest(shares: Sequence[float]) -> list[int]:
     """The experts with the largest numbers, whatever their sign."""
     return sorted(range(len(shares)), key=lambda e: -abs(shares[e]))[:NAMED]
+
+
+def colours_of(
+    prompt: str, model: DeepseekForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], dict[int, list[int]]]:
+    """The text of each token of a prompt, without BOS, and by layer each token's top expert.
+
+    A character of several tokens is the text of the last of them.
+    """
+    ids, before = tokenizer(prompt).input_ids, len(tokenizer("").input_ids)
+    text, top = TextStream(tokenizer), top_experts(model, ids)
+    tokens = [text.add(one) for one in ids[before:]]
+    return tokens, {number: experts[before:] for number, experts in top.items()}
+
+
+def show_pictures(
+    args: argparse.Namespace,
+    profiles: dict[str, Profile],
+    prompts: Sequence[tuple[list[str], dict[int, list[int]]]],
+) -> None:
+    """Prints the prompts in colours, and writes the pages and the picture.
+
+    Raises:
+        UserError: a package for pictures is missing. What needs none is shown before.
+    """
+    heatmap.write_html(profiles, args.output / "heatmap.html", overwrite=args.overwrite)
+    num_experts = next(iter(profiles.values())).num_experts
+    if prompts:
+        only, page = {"prompt": profiles["prompt"]}, args.output / "prompt.html"
+        sections = [coloured_text.as_html(*prompt, num_experts) for prompt in prompts]
+        heatmap.write_html(only, page, "\n".join(sections), args.overwrite)
+    for tokens, top in prompts:
+        shown = coloured_text.in_terminal(tokens, top[args.layer], num_experts, args.layer)
+        import rich  # if it is missing, the line above has said so
+
+        print()
+        rich.print(shown)
+    heatmap.write_png(profiles, args.output / "heatmap.png", args.overwrite)
