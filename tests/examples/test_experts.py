@@ -2,17 +2,19 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from example_fixtures import LONG, assert_error, run
 from row_fixtures import ROWS, write_jsonl
-from text_fixtures import BUNDLED, bundled_model, tokenizer_of
+from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe.checkpoint import fingerprint
-from deepseek_moe.experts.measure import hash_ids, measure
+from deepseek_moe.experts.measure import hash_ids, measure, top_experts
 from deepseek_moe.experts.profile import SCORES, Profile, read_profile
 from deepseek_moe.training.examples import load_examples
 
@@ -124,6 +126,48 @@ def test_several_sets_have_names_and_are_compared(data: Path, text: Path, tmp_pa
     assert f"{found['total_variation']:.1%}" in done.out
 
 
+def test_prompts_are_shown_with_the_top_expert_of_each_token(tmp_path: Path) -> None:
+    prompts = ["A bird of gold", "Führer 🎉"]
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    done = run("experts.py", *given, "--layer", 2, "--output", tmp_path)
+    assert done.code == 0, done.err
+    page = (tmp_path / "prompt.html").read_text(encoding="utf-8")
+    assert page.count('<section class="coloured-text">') == 2
+    found = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    shown = [data for data in map(json.loads, found) if "tokens" in data]
+    for prompt, data in zip(prompts, shown, strict=True):
+        ids = tokenizer_of(BUNDLED)(prompt).input_ids
+        assert "".join(data["tokens"]) == prompt and len(data["tokens"]) == len(ids) - 1
+        top = top_experts(bundled_model().eval(), ids)
+        assert {one["number"]: one["top"] for one in data["layers"]} == {
+            number: experts[1:] for number, experts in top.items()
+        }
+        pieces = zip(data["tokens"], top[2][1:], strict=True)
+        assert "".join(f"{text}[{expert}]" for text, expert in pieces) in done.out
+    assert not re.search("coloured-text", (tmp_path / "heatmap.html").read_text(encoding="utf-8"))
+    assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missing_package_for_pictures_costs_no_profile(text: Path, tmp_path: Path) -> None:
+    with patch.dict(sys.modules, {"matplotlib": None}):
+        done = run("experts.py", "--text", text, "--output", tmp_path)
+    assert_error(done, "needs matplotlib; pip install matplotlib")
+    assert read_profile(tmp_path / "profile.json").tokens and (tmp_path / "heatmap.html").exists()
+    assert not (tmp_path / "heatmap.png").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^python examples/(experts.py .*)", page, re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        command = command.replace("output/", f"{tmp_path}/")
+        done = run(*shlex.split(re.sub(r"deepseek-ai/[\w-]+", str(BUNDLED), command)))
+        assert done.code == 0, done.err
+
+
 def test_what_is_refused_before_weights_are_loaded(data: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     empty, no_rows = tmp_path / "empty.txt", tmp_path / "none.jsonl"
@@ -142,6 +186,8 @@ def test_what_is_refused_before_weights_are_loaded(data: Path, text: Path, tmp_p
         ("--prompt", LONG): "tokens, but the context is 1024",
         ("--text", text, "--max_length", 1025): "from 2 to the context 1024",
         ("--text", text, "--max_length", 1): "from 2 to the context 1024",
+        ("--text", text, "--layer", 1): "--layer has no effect without --prompt",
+        ("--prompt", "A bird", "--layer", 0): "--layer 0 has no routed experts; layers that have: ",
         ("--text", text, "--text", text): "two sets of data have the name tale",
         ("--text", f"prompt={text}", "--prompt", "A"): "two sets of data have the name prompt",
         ("--text", text, "--model", tmp_path): "has no config.json",
