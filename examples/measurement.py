@@ -30,13 +30,13 @@ def run(args: argparse.Namespace) -> None:
 
     What the user can mend is refused before any weight is loaded.
     """
+    sets = named_sets(args)
+    refuse_existing(args, [one.name for one in sets])
     folder = find_checkpoint(args.model or str(BUNDLED_MODEL))
     config = usable_config(folder)
     check_layer(args, config)
     context = config.max_position_embeddings
     args.max_length = checked_length(args.max_length, context)
-    sets = named_sets(args)
-    refuse_existing(args, [one.name for one in sets])
     tokenizer = own_tokenizer(folder)
     sequences = {one.name: read_set(one, args, tokenizer, context) for one in sets}
     with as_user_error(f"{args.output} cannot be made", "give another folder"):

@@ -201,5 +201,5 @@ def hash_ids(sequences: Sequence[Ids]) -> str:
     """A hash of the ids and lengths, in their order."""
     hashed = hashlib.blake2b(digest_size=8)
     for ids in sequences:
-        hashed.update(np.array([len(ids), *ids], dtype="<i4").tobytes())
+        hashed.update(np.array([len(ids)], "<i4").tobytes() + np.asarray(ids, "<i4").tobytes())
     return hashed.hexdigest()
