@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, load
 from deepseek_moe.bundled import BUNDLED_MODEL
-from deepseek_moe.chat import TextStream
 from deepseek_moe.checkpoint import find_checkpoint, fingerprint, own_tokenizer
 from deepseek_moe.errors import UserError, as_user_error
 from deepseek_moe.experts import coloured_text, heatmap
@@ -169,12 +168,15 @@ def colours_of(
 ) -> tuple[list[str], dict[int, list[int]]]:
     """The text of each token of a prompt, without BOS, and by layer each token's top expert.
 
-    A character of several tokens is the text of the last of them.
+    A character of several tokens is the text of the first of them.
     """
-    ids, before = tokenizer(prompt).input_ids, len(tokenizer("").input_ids)
-    text, top = TextStream(tokenizer), top_experts(model, ids)
-    tokens = [text.add(one) for one in ids[before:]]
-    return tokens, {number: experts[before:] for number, experts in top.items()}
+    encoded, before = tokenizer(prompt, return_offsets_mapping=True), len(tokenizer("").input_ids)
+    tokens, end = [], 0
+    for _, to in encoded.offset_mapping:
+        tokens.append(prompt[end:to])
+        end = max(end, to)
+    top = top_experts(model, encoded.input_ids)
+    return tokens[before:], {number: experts[before:] for number, experts in top.items()}
 
 
 def show_pictures(

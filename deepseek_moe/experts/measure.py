@@ -1,7 +1,7 @@
 """Measures a profile: what each routed expert does while the model reads some text.
 
 The text goes once through the model, whose experts are computed by a function of our own
-(transformers lets a model choose one by name). It returns what they always return, and notes on
+(transformers lets a model choose one by name). It returns what they always return, and sums up on
 the way what a profile needs: the picks, their weights, and the norms of the weighted outputs.
 
 Letters: B batch, L length, T = B*L tokens, K experts a token, N = T*K picks, E experts, D hidden,
@@ -65,14 +65,14 @@ def measure(
     tokens = sum(map(len, sequences))
     if not tokens:
         raise UserError("there is no token to measure; give some text")
-    notes = Notes()
+    sums = PickSums()
     bar = tqdm(total=tokens, desc=name, unit="token", unit_scale=True)
-    with notes.taken_of(model), torch.inference_mode(), bar:
+    with sums.collected_from(model), torch.inference_mode(), bar:
         for batch in batches_of(sequences, batch_size):
-            ids_BL, notes.is_token_T = padded(batch, model.device)
+            ids_BL, sums.is_token_T = padded(batch, model.device)
             model.model(ids_BL, use_cache=False)  # A profile needs no logits.
             bar.update(sum(map(len, batch)))
-        layers = {n: notes.layer_profile(one, n, tokens) for n, one in experts.items()}
+        layers = {n: sums.layer_profile(one, n, tokens) for n, one in experts.items()}
     return Profile(layers, tokens, fingerprint, hash_ids(sequences), settings or {})
 
 
@@ -90,22 +90,22 @@ def routed_experts(model: DeepseekForCausalLM) -> dict[int, nn.Module]:
     return {n: layer.mlp.experts for n, layer in enumerate(model.model.layers) if layer.is_moe}
 
 
-class Notes:
-    """What is summed over the tokens of a measurement.
+class PickSums:
+    """What is summed over the picks of a measurement.
 
     Attributes:
         is_token_T: which tokens of the batch are no padding. It is set before each forward pass.
-        sums: for the experts of each layer, over the picks of each expert: how many they are, their
+        of: for the experts of each layer, over the picks of each expert: how many they are, their
             weights, and their weights times the norms of the outputs; fp64 [3, E].
     """
 
     def __init__(self) -> None:
         self.is_token_T: torch.Tensor | None = None
-        self.sums: dict[nn.Module, torch.Tensor] = {}
+        self.of: dict[nn.Module, torch.Tensor] = {}
 
     @contextmanager
-    def taken_of(self, model: DeepseekForCausalLM) -> Iterator[None]:
-        """Takes notes whenever the experts of `model` are computed."""
+    def collected_from(self, model: DeepseekForCausalLM) -> Iterator[None]:
+        """Adds to the sums whenever the experts of `model` are computed."""
         before = model.get_experts_implementation()
         ALL_EXPERTS_FUNCTIONS[MEASURED] = self._compute
         try:
@@ -132,7 +132,7 @@ class Notes:
         values_3TE = values_3TK.new_zeros(3, len(index_TK), experts.num_experts)
         values_3TE.scatter_(2, index_TK.expand_as(values_3TK), values_3TK)
         sums_3E = values_3TE.sum(1, dtype=torch.float64)
-        self.sums[experts] = self.sums[experts] + sums_3E if experts in self.sums else sums_3E
+        self.of[experts] = self.of[experts] + sums_3E if experts in self.of else sums_3E
         return out_TD
 
     def layer_profile(self, experts: nn.Module, number: int, tokens: int) -> LayerProfile:
@@ -141,7 +141,7 @@ class Notes:
         Raises:
             RunError: a sum is not finite.
         """
-        sums_3E = self.sums[experts].cpu()
+        sums_3E = self.of[experts].cpu()
         if not sums_3E.isfinite().all():
             raise RunError(
                 f"the router's scores or the experts' outputs of layer {number} are not finite; "

@@ -127,7 +127,7 @@ def test_several_sets_have_names_and_are_compared(data: Path, text: Path, tmp_pa
 
 
 def test_prompts_are_shown_with_the_top_expert_of_each_token(tmp_path: Path) -> None:
-    prompts = ["A bird of gold", "Führer 🎉"]
+    prompts = ["A bird  of gold", "Führer 🎉 "]
     given = [word for prompt in prompts for word in ("--prompt", prompt)]
     done = run("experts.py", *given, "--layer", 2, "--output", tmp_path)
     assert done.code == 0, done.err

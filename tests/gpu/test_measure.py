@@ -10,7 +10,7 @@ from torch import nn
 
 from deepseek_moe import DeepseekForCausalLM, load
 from deepseek_moe.bundled import BUNDLED_MODEL
-from deepseek_moe.experts.measure import Notes, experts_and_norms, measure
+from deepseek_moe.experts.measure import PickSums, experts_and_norms, measure
 from deepseek_moe.experts.profile import SCORES, Profile
 
 BF16 = 1e-2  # the relative distance from fp32 of what one layer computes
@@ -53,10 +53,10 @@ def test_profiles_in_bf16_and_fp32(device: torch.device) -> None:
 
 def test_the_host_waits_for_no_layer(device: torch.device) -> None:
     model, _ = bundled(device, "bfloat16")
-    moe, notes = model.model.layers[1].mlp, Notes()
+    moe, sums = model.model.layers[1].mlp, PickSums()
     hidden_TD = torch.randn(64, model.config.hidden_size, device=device).bfloat16()
-    notes.is_token_T = torch.arange(64, device=device) < 50
-    with torch.inference_mode(), notes.taken_of(model):
+    sums.is_token_T = torch.arange(64, device=device) < 50
+    with torch.inference_mode(), sums.collected_from(model):
         _, weights_TK, index_TK = moe.gate(hidden_TD)
         moe.experts(hidden_TD, index_TK, weights_TK)  # compiles
         try:
@@ -66,4 +66,4 @@ def test_the_host_waits_for_no_layer(device: torch.device) -> None:
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    assert notes.sums[moe.experts][0].sum() == 2 * 50 * model.config.num_experts_per_tok
+    assert sums.of[moe.experts][0].sum() == 2 * 50 * model.config.num_experts_per_tok
