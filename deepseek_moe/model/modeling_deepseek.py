@@ -508,12 +508,13 @@ def _weights_of_rows(
     """How much the balance loss of each row counts under a trainer other than this package's.
 
     transformers' Trainer gives the number of labels in all batches of a step, of all processes, and
-    then multiplies the loss by the number of processes. A row counts as its labels do.
+    then multiplies the loss by the number of processes. A row counts as its labels do, without the
+    first, which no token predicts.
     """
     if labels is None or num_items_in_batch is None:
         return None
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return (labels != -100).sum(dim=1) * (world / num_items_in_batch)
+    return (labels[:, 1:] != -100).sum(dim=1) * (world / num_items_in_batch)
 
 
 __all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekPreTrainedModel"]
