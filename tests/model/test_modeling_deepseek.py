@@ -199,13 +199,19 @@ def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(
         assert not torch.allclose(changed, plain)
 
 
-def test_aux_loss_is_the_sum_over_layers_and_not_in_loss(tiny_model: MakeModel) -> None:
+def test_training_gives_picks_and_balance_losses_beside_the_loss(
+    tiny_model: MakeModel,
+) -> None:
     model = tiny_model()
     silent = model(IDS, labels=IDS)
     out = model.train()(IDS, labels=IDS, output_router_logits=True)
     rows = torch.arange(2).repeat_interleave(IDS.shape[1])
     scores = [logits.softmax(-1) for logits in out.router_logits]
-    want = sum(0.1 * balance_loss(x, x.topk(3).indices, rows, 2) for x in scores)
-    torch.testing.assert_close(out.aux_loss, want)
+    want = [0.1 * balance_loss(x, x.topk(3).indices, rows, 2) for x in scores]
+    for picks, x in zip(out.router_picks, scores, strict=True):
+        assert torch.equal(picks.sort().values, x.topk(3).indices.sort().values)
+    assert silent.router_picks is silent.aux_losses is None
+    torch.testing.assert_close(out.aux_losses, torch.stack(want))
+    torch.testing.assert_close(out.aux_loss, sum(want))
     torch.testing.assert_close(out.loss, silent.loss)
     assert not out.aux_loss.requires_grad  # its gradient is already on its way
