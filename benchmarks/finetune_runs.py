@@ -27,6 +27,7 @@ LORA, QLORA = "--use_lora True --lora_r 64", "--use_lora True --bits 4 --lora_r 
 KEPT = "--gradient_checkpointing 0"
 QLORA_8BIT_ADAM = f"{QLORA} --optim adamw_bnb_8bit"
 QLORA_16_8BIT_ADAM = "--use_lora True --bits 4 --lora_r 16 --optim adamw_bnb_8bit"
+FP32_ADAM = "--single_gpu_full False"
 ZERO = "--deepspeed configs/ds_config_zero"
 STEPS, UNCOUNTED = 8, 4
 """Steps of a run whose rate is measured, and those at its beginning that do not count."""

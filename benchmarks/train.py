@@ -11,6 +11,7 @@ transformers and PEFT do by themselves with layers recomputed; it stands beside 
 MFU counts 6 operations for each weight that a token passes (2.6 of the 16.4 billion), and those of
 attention, over the measured rate of large products. It counts nothing for what is computed twice.
 Frozen weights count as those that train, though their gradients, a third of it, are not computed.
+Chosen experts are random ones, so many in each layer, whose full weights train.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import finetune_runs as runs
@@ -31,6 +33,7 @@ from timing import release, seconds_of
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import exit_on_user_error
+from deepseek_moe.experts.choose import choice_as_text
 from deepseek_moe.training.arguments import ALL_LINEARS, split_commas
 from deepseek_moe.training.trainable import EXPERT_PARAMETERS
 
@@ -40,6 +43,7 @@ class Setting(NamedTuple):
     length: int
     options: str
     stock: str | None = None  # the method that transformers trains by for comparison
+    share: float = 0.0  # of the experts, if only some of them train
 
 
 SETTINGS = {
@@ -56,6 +60,14 @@ SETTINGS = {
     "QLoRA r64, layers recomputed, skewed routing": Setting(16, 1024, runs.QLORA_8BIT_ADAM),
     "QLoRA r64, everything kept": Setting(16, 1024, f"{runs.QLORA} {runs.KEPT}"),
     "QLoRA r16, layers recomputed, 8-bit Adam": Setting(1, 1024, runs.QLORA_16_8BIT_ADAM),
+    "chosen experts 0.1, everything kept": Setting(16, 1024, runs.KEPT, share=0.1),
+    "chosen experts 0.25, everything kept": Setting(16, 1024, runs.KEPT, share=0.25),
+    "chosen experts 0.5, everything kept": Setting(16, 1024, runs.KEPT, share=0.5),
+    "chosen experts 0.1, layers recomputed": Setting(16, 1024, "", share=0.1),
+    "chosen experts 0.25, layers recomputed": Setting(16, 1024, "", share=0.25),
+    "chosen experts 0.5, layers recomputed": Setting(16, 1024, "", share=0.5),
+    "chosen experts 0.1, layers recomputed, fp32": Setting(16, 1024, runs.FP32_ADAM, share=0.1),
+    "chosen experts 0.25 over 4 bits, layers recomputed": Setting(16, 1024, "--bits 4", share=0.25),
 }
 
 
@@ -76,8 +88,8 @@ def main() -> None:
 
 def measured(operations_s: float, setting: Setting, model: Path, data: Path) -> Row:
     """A row of a setting; a run that failed leaves None, and says why on stderr."""
-    rows, length, options, stock = setting
-    command = runs.command_of(model, data, rows, length, options, runs.STEPS)
+    rows, length, _, stock, _ = setting
+    command = command_of(setting, model, data, runs.STEPS)
     printed = runs.finetune(command, f"step {runs.STEPS}/{runs.STEPS}")
     speed, size = runs.speed_and_gigabytes(printed)
     theirs = measured_stock(stock, model, rows, length) if stock else {}
@@ -91,6 +103,24 @@ def measured(operations_s: float, setting: Setting, model: Path, data: Path) -> 
         "stock_gigabytes": theirs.get("gigabytes"),
         "x_stock": ratio(speed, theirs.get("tokens_s")),
     }
+
+
+def command_of(setting: Setting, model: Path, data: Path, steps: int) -> str:
+    """Options of finetune.py for some steps in a setting."""
+    rows, length, options, _, share = setting
+    if share:
+        options += f" --train_experts {write_choice(model, data.with_name('choice.json'), share)}"
+    return runs.command_of(model, data, rows, length, options, steps)
+
+
+def write_choice(model: Path, file: Path, share: float) -> Path:
+    """Writes a file for --train_experts that names random experts in each layer of `model`."""
+    config, random = DeepseekConfig.from_pretrained(model), Random(0)
+    E = config.n_routed_experts
+    layers = filter(config.is_moe_layer, range(config.num_hidden_layers))
+    chosen = {layer: sorted(random.sample(range(E), round(share * E))) for layer in layers}
+    file.write_text(choice_as_text(chosen))
+    return file
 
 
 def measured_stock(method: str, model: Path, rows: int, length: int) -> dict[str, float]:

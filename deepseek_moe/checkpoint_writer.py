@@ -111,23 +111,29 @@ def _checked(
     for name, tensor in tqdm(tensors, "export", len(missing), unit="tensor", file=sys.stderr):
         if missing.pop(name, None) != tuple(tensor.shape):
             raise UserError(f"{name} {list(tensor.shape)} is not of this base; give its own base")
-        wanted = dtype or checkpoint.dtype(name)
-        cast = tensor.detach().to("cpu", wanted, copy=True).contiguous()
-        if not cast.isfinite().all():
-            raise UserError(
-                f"{name} holds NaN or inf as {str(wanted).removeprefix('torch.')}; use another "
-                "--dtype or an earlier checkpoint"
-            )
-        yield name, cast
+        yield name, cast_finite(name, tensor, dtype or checkpoint.dtype(name))
     if missing:
         raise UserError(f"the model lacks {first_few(list(missing))}; give its own base")
 
 
-def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int) -> None:
+def cast_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of the tensor on the host in `dtype`. Raises a UserError if it is not finite then."""
+    cast = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    if not cast.isfinite().all():
+        raise UserError(
+            f"{name} holds NaN or inf as {str(dtype).removeprefix('torch.')}; use another "
+            "--dtype or an earlier checkpoint"
+        )
+    return cast
+
+
+def write_shards(
+    tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int, stem: str = "model"
+) -> None:
     """Writes files of up to `limit` bytes in the order of the tensors; 0 gives each its own file.
 
     At most the tensors of one file and the next one are in memory. (The planner of huggingface_hub
-    needs all tensors at once.) The files get the permissions of `folder`'s config.json.
+    needs all tensors at once.) The names of the files begin with `stem`.
     """
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
@@ -135,8 +141,10 @@ def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limi
 
     def flush() -> None:
         file = folder / f"{len(shards)}.safetensors"
+        file.touch()
+        usual = file.stat().st_mode
         save_file(shard, file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read it
+        file.chmod(usual)  # safetensors lets only the owner read it
         shards.append(list(shard))
         shard.clear()
 
@@ -149,12 +157,12 @@ def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limi
         total += tensor.nbytes
     flush()
     if len(shards) == 1:
-        os.replace(folder / "0.safetensors", folder / "model.safetensors")
+        os.replace(folder / "0.safetensors", folder / f"{stem}.safetensors")
         return
     places = {}
     for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        file = f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors"
         os.replace(folder / f"{number}.safetensors", folder / file)
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

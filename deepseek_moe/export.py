@@ -2,11 +2,13 @@
 
     python -m deepseek_moe.export --model BASE --output DIR
     python -m deepseek_moe.export --model BASE --adapter DIR --output DIR
+    python -m deepseek_moe.export --model BASE --delta DIR --output DIR
     python -m deepseek_moe.export --model BASE --deepspeed_checkpoint DIR --output DIR
 
-The weights are those of the base, or those with a LoRA adapter merged in, or those of a full
-fine-tuning under DeepSpeed. Tensors go one at a time from file to file: memory holds one stack of
-experts and the file that is being written, or all of a DeepSpeed checkpoint.
+The weights are those of the base, or those with a LoRA adapter merged in, or with what a training
+of chosen experts has changed, or those of a full fine-tuning under DeepSpeed. Tensors go one at a
+time from file to file: memory holds one stack of experts and the file that is being written, or all
+of a DeepSpeed checkpoint.
 """
 
 import argparse
@@ -20,9 +22,10 @@ import torch
 
 from .checkpoint import DTYPES, Checkpoint, find_checkpoint, refuse_other_base
 from .checkpoint_writer import write_checkpoint
+from .delta import STEM, delta_tensors, refuse_delta_of_another, whole_tensors
 from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
-from .model.layout import first_few, official_parts
+from .model.layout import first_few, official_parts, weight_files
 from .training.adapter_config import ADAPTER_FILE
 from .training.merge_lora import merged_tensors
 
@@ -38,6 +41,9 @@ def main() -> None:
             refuse_other_base(folder, base)
         if args.adapter:
             tensors = merged_tensors(base, args.adapter)
+        elif args.delta:
+            refuse_delta_of_another(args.delta, base)
+            tensors = whole_tensors(base, delta_tensors(args.delta))
         elif args.deepspeed_checkpoint:
             tensors = consolidated_tensors(base, args.deepspeed_checkpoint)
         else:
@@ -56,6 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="BASE", required=True, help="a folder or a hub id")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--adapter", metavar="DIR", type=folder, help="a LoRA adapter, to merge")
+    source.add_argument(
+        "--delta", metavar="DIR", type=folder, help="what a training of chosen experts has changed"
+    )
     source.add_argument(
         "--deepspeed_checkpoint",
         metavar="DIR",
@@ -87,6 +96,8 @@ def consolidated_tensors(base: Path, folder: Path) -> Iterator[tuple[str, torch.
     """
     if (folder / ADAPTER_FILE).is_file():
         raise UserError(f"{folder} is a checkpoint of a LoRA run; pass it as --adapter instead")
+    if weight_files(folder, STEM)[0].is_file():
+        raise UserError(f"{folder} is a checkpoint of chosen experts; pass it as --delta instead")
     if not (folder / "latest").is_file():
         raise UserError(
             f"{folder} has no file 'latest', so DeepSpeed did not write it; give the "

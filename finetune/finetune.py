@@ -36,11 +36,13 @@ with quiet_interrupt():
     from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer, refuse_other_base
     from deepseek_moe.training import arguments, dry_run, examples
     from deepseek_moe.training.build import build_model, quantization_of
+    from deepseek_moe.training.callbacks import leave_together
     from deepseek_moe.training.disk_need import disk_need
+    from deepseek_moe.training.expert_choice import take_choice
     from deepseek_moe.training.resume import Layout, refuse_damaged
     from deepseek_moe.training.rows import parse_columns
     from deepseek_moe.training.run import Run, settings_of
-    from deepseek_moe.training.trainer import FineTuner, leave_together
+    from deepseek_moe.training.trainer import FineTuner
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> None:
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     with args.main_process_first():  # It downloads and prepares; the others find it done.
         folder = find_checkpoint(options.model_name_or_path, cache_dir=options.cache_dir)
         tokenizer = own_tokenizer(folder)
+        take_choice(options, folder)
         if options.adapter:
             refuse_other_base(Path(options.adapter), folder)
         train, evaluation = load_data(settings, tokenizer)
@@ -145,7 +148,8 @@ def fine_tune(
     """Trains the model in `folder`, from the last checkpoint of `run` on if there is one."""
     options, data, args = settings
     if run.checkpoint:
-        layout = Layout.of(args, adapter=options.use_lora, quantized=options.bits != 16)
+        quantized, delta = options.bits != 16, options.train_chosen_whole
+        layout = Layout.of(args, adapter=options.use_lora, quantized=quantized, delta=delta)
         refuse_damaged(Path(run.checkpoint), layout)
         say(f"going on from {run.checkpoint}")
     model = build_model(folder, options, args)
@@ -162,7 +166,7 @@ def fine_tune(
         )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.leave_if_stopped()
-    run.save_result(trainer, folder, options.merge_on_save)
+    run.save_result(trainer, folder, merge=options.merge_on_save, delta=options.save_delta)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The routed experts of one layer with inputs, run by any forward, in any dtype, on any device.
 
-Letters: T tokens, K experts a token, E experts, D hidden, O out, I in, R rank.
+Letters: T tokens, K experts a token, E experts, C of them that train, D hidden, O out, I in, R
+rank.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from deepseek_moe.training.compute.grouped_experts import (
     LowRank,
     grouped_experts_forward,
 )
-from deepseek_moe.training.quantized_base import Quantization, dequantize
+from deepseek_moe.training.quantized_base import Quantization, dequantize, is_quantized
 
 ROUTINGS = ("uniform", "half of the picks on 8 experts", "8 experts without tokens", "other ranks")
 
@@ -24,12 +25,15 @@ ROUTINGS = ("uniform", "half of the picks on 8 experts", "8 experts without toke
 class ExpertLayer:
     """Experts, adapters and inputs, whose numbers are the same in bf16 and fp32.
 
-    `sizes` are tokens, E, D, width and K. With `bits` 8 or 4 the weights are quantised.
+    `sizes` are tokens, E, D, width and K. With `bits` 8 or 4 the weights are quantised. Of the
+    experts only the first `chosen` train, beside a frozen stack whose places for them are NaN, or
+    zeros in 8 or 4 bits.
     """
 
     def __init__(
         self,
         trained: bool = False,
+        chosen: int = 0,
         bits: int = 16,
         adapted: tuple[str, ...] = (),
         rank: int = 5,
@@ -42,6 +46,9 @@ class ExpertLayer:
         self.trained, self.dropout, self.factors = trained, dropout, {}
         shapes = {"gate_up_proj": (2 * self.width, self.D), "down_proj": (self.D, self.width)}
         self.stacks = {n: self.normal(self.E, *s) * s[1] ** -0.5 for n, s in shapes.items()}
+        self.first = {n: x[:chosen].clone() for n, x in self.stacks.items() if chosen}
+        for stack in self.stacks.values():
+            stack[:chosen] = float("nan") if bits == 16 else 0.0
         if bits < 16:
             self.stacks = {n: Quantization(bits).quantize(x) for n, x in self.stacks.items()}
         for name in adapted:
@@ -87,18 +94,26 @@ class ExpertLayer:
         """
         config = SimpleNamespace(_experts_implementation=RECOMPUTED if recompute else GROUPED)
         experts = SimpleNamespace(num_experts=self.E, act_fn=nn.SiLU(), config=config)
+        first: dict[str, torch.Tensor] = {}
         leaves = {"hidden": leaf(self.hidden_TD, dtype), "weights": leaf(self.weights_TK)}
         for name, stack in self.stacks.items():
             if self.trained:
                 leaves[name] = stack = leaf(stack, dtype)
-            setattr(experts, name, dequantize(stack, dtype) if in_full else stack)
+            elif name in self.first:
+                leaves[name] = first[name] = leaf(self.first[name], dtype)
+                stack = stack if is_quantized(stack) else stack.to(dtype).clone()  # written to
+            if in_full:
+                stack = dequantize(stack, dtype)
+                stack = torch.cat([first[name], stack[len(first[name]) :]]) if first else stack
+            setattr(experts, name, stack)
         adapters: dict[str, Any] = {}
+        more = [adapters, first] if first and not in_full else [adapters]
         for name, factors in self.factors.items():
             leaves[f"{name} A"], leaves[f"{name} B"] = a_ERI, b_ERO = [leaf(x) for x in factors]
             b_ORE = b_ERO.permute(2, 1, 0).contiguous()  # as PEFT stores it, the experts fastest
             adapters[name] = LowRank(a_ERI, b_ORE.permute(2, 1, 0), self.dropout)
         torch.manual_seed(0)  # of the dropout
-        out_TD = forward(experts, leaves["hidden"], index_TK, leaves["weights"], adapters)
+        out_TD = forward(experts, leaves["hidden"], index_TK, leaves["weights"], *more)
         grads = torch.autograd.grad(out_TD, list(leaves.values()), self.probe_TD.to(out_TD.dtype))
         return {"output": out_TD.detach(), **dict(zip(leaves, grads, strict=True))}
 

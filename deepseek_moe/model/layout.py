@@ -118,11 +118,14 @@ def official_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     }
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would read from `folder`; some may be missing."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [folder / "model.safetensors"]
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The safetensors files that transformers would read from `folder`; some may be missing.
+
+    Their names begin with `stem`.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").is_file() or not index.is_file():
+        return [folder / f"{stem}.safetensors"]
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(names))]
 

@@ -5,7 +5,6 @@
 
 import json
 import math
-import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..bundled import BUNDLED_MODEL
 from ..errors import UserError, as_user_error, first_words
 from .compute.varlen_attention import VARLEN
+from .deepspeed_file import check_deepspeed_file, zero_stage
 
 STEP_IN_BACKWARD = "adamw_8bit_in_backward"
 """The optimizer of --single_gpu_full, named as transformers names its own."""
@@ -47,6 +47,18 @@ class ModelArguments:
     double_quant: bool = True
     recompute_experts: bool = False
     merge_on_save: bool = False
+    train_experts: str | None = None
+    expert_score: str | None = None
+    expert_threshold: float | None = None
+    expert_share: float | None = None
+    save_delta: bool = False
+    chosen_experts: dict[int, list[int]] | None = None
+    """The routed experts that train, by layer; None if none were chosen. `take_choice` sets it."""
+
+    @property
+    def train_chosen_whole(self) -> bool:
+        """Whether the full weights of chosen experts train, rather than adapters on them."""
+        return bool(self.chosen_experts) and not self.use_lora
 
     def attention(self, dtype: torch.dtype) -> str:
         """The attention implementation for weights of `dtype`."""
@@ -131,7 +143,7 @@ def make_arguments(given: Mapping[str, Any]) -> Arguments:
 
 def _take_adapter(model: ModelArguments, given: Mapping[str, Any]) -> None:
     """Takes rank and alpha of the adapter to go on from; it decides what trains, too."""
-    for name in ("lora_rank", "lora_alpha", "trainable", "modules_to_save"):
+    for name in ("lora_rank", "lora_alpha", "trainable", "modules_to_save", "train_experts"):
         if name in given:
             raise UserError(f"--{name} is that of --adapter {model.adapter}; leave one of them out")
     file = Path(model.adapter) / "adapter_config.json"
@@ -143,7 +155,7 @@ def _take_adapter(model: ModelArguments, given: Mapping[str, Any]) -> None:
 def _training_arguments(given: dict[str, Any]) -> FineTuningArguments:
     file = given.get("deepspeed")
     if file:
-        _check_deepspeed(file)
+        check_deepspeed_file(file)
     given.setdefault("use_cpu", not torch.cuda.is_available())
     try:
         with warnings.catch_warnings():
@@ -152,38 +164,6 @@ def _training_arguments(given: dict[str, Any]) -> FineTuningArguments:
             return FineTuningArguments(**given)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"{first_words(error)}; change that option") from error
-
-
-def _check_deepspeed(file: str) -> None:
-    """transformers would end on a broken file with an error that does not name it."""
-    example = "configs/ds_config_zero2_no_offload.json"
-    try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-        stage = settings["zero_optimization"]["stage"]
-    except OSError as error:
-        raise UserError(
-            f"--deepspeed {file} cannot be read: {error.strerror}; give a file such as {example}"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"--deepspeed {file} is not JSON ({error}); mend it") from error
-    except (TypeError, KeyError):
-        settings, stage = {}, None
-    if not isinstance(stage, int):
-        raise UserError(
-            f"--deepspeed {file} has no number as the stage of zero_optimization; give it one, as "
-            f"{example} does"
-        )
-    for block, option in (("scheduler", "--lr_scheduler_type"), ("optimizer", "--optim")):
-        if block in settings:
-            raise UserError(
-                f"{file} has a block {block!r}, which would silently replace what {option} and "
-                "--learning_rate say; take it out"
-            )
-    if "RANK" not in os.environ:
-        raise UserError(
-            "--deepspeed needs its launcher; write deepspeed (deepspeed --num_gpus 1 for one GPU) "
-            "instead of python"
-        )
 
 
 def _refuse_unneeded(
@@ -198,10 +178,12 @@ def _refuse_unneeded(
         "modules_to_save",
         "merge_on_save",
     )
+    experts = ("expert_score", "expert_threshold", "expert_share", "save_delta")
     for options, is_used, wanted in (
         (lora, model.use_lora, "--use_lora True"),
         (("quant_type", "double_quant"), model.bits == 4, "--bits 4"),
         (("recompute_experts",), training.bf16, "--bf16 True"),
+        (experts, bool(model.train_experts), "--train_experts FILE"),
     ):
         found = next((name for name in options if given.get(name, False) is not False), None)
         if found and not is_used:
@@ -209,9 +191,12 @@ def _refuse_unneeded(
 
 
 def _check_model(model: ModelArguments, training: FineTuningArguments) -> None:
-    if model.bits != 16 and not model.use_lora:
+    if model.save_delta and model.use_lora:
+        raise UserError("--save_delta has no effect on LoRA, which saves an adapter; leave it out")
+    if model.bits != 16 and not (model.use_lora or model.train_experts):
         raise UserError(
-            f"--bits {model.bits} freezes the weights, so nothing would train; add --use_lora True"
+            f"--bits {model.bits} freezes the weights, so nothing would train; add --use_lora True "
+            "or --train_experts FILE"
         )
     if model.bits != 16 and zero_stage(training) == 3:
         raise UserError(
@@ -302,8 +287,8 @@ def _settle_single_gpu_full(
     if training.single_gpu_full and found:
         raise UserError(f"--single_gpu_full True does not work with {found}")
     if training.single_gpu_full is None:
-        all_train = found is None and not model.trainable
-        training.single_gpu_full = all_train and training.device.type == "cuda"
+        suits = bool(model.train_experts) or not model.trainable
+        training.single_gpu_full = found is None and suits and training.device.type == "cuda"
     if training.single_gpu_full:
         training.optim, training.max_grad_norm = STEP_IN_BACKWARD, 0.0
         print(
@@ -316,18 +301,6 @@ def _settle_single_gpu_full(
 def optimizer_name(training: FineTuningArguments) -> str:
     """As --optim has it, or that of --single_gpu_full."""
     return str(getattr(training.optim, "value", training.optim))
-
-
-def zero_settings(training: FineTuningArguments) -> dict[str, Any]:
-    """The block zero_optimization of the run's DeepSpeed file; empty without one."""
-    if not training.deepspeed:
-        return {}
-    return json.loads(Path(training.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]
-
-
-def zero_stage(training: FineTuningArguments) -> int:
-    """The stage of ZeRO; 0 without DeepSpeed."""
-    return zero_settings(training).get("stage", 0)
 
 
 def split_commas(text: str | None) -> list[str]:

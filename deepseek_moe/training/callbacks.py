@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import distributed
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
@@ -156,3 +157,13 @@ class StopAfterLastStep(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped:  # This epoch's end is evaluated and saved already.
             control.should_save = control.should_evaluate = False
+
+
+def leave_together() -> None:
+    """Waits for all processes and closes what joins them, as the last thing that a process does.
+
+    One process that leaves early may abort the others, and so may threads left to the exit.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

@@ -9,8 +9,11 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import free_bytes_at, readable_size
-from .arguments import FineTuningArguments, ModelArguments, zero_stage
+from .arguments import FineTuningArguments, ModelArguments
+from .chosen_experts import CHOSEN
+from .deepspeed_file import zero_stage
 from .dry_run import optimizer_bytes
+from .expert_lora import zeros_left_out
 from .quantized_base import full_shape
 from .saving import INCOMPLETE
 
@@ -73,10 +76,11 @@ def disk_need(
 ) -> DiskNeed:
     """What a run of `steps` steps writes that trains `model` (on meta, with its adapters).
 
-    A checkpoint holds the weights as training keeps them (with LoRA only the adapters) and the
+    A checkpoint holds the weights as training keeps them (with LoRA only the adapters, which are
+    zeros for experts that were not chosen, with chosen experts only what trains) and the
     optimizer's states. Under DeepSpeed it also holds fp32 copies of what trains and, below stage 3,
-    all weights a second time. The result is the adapter, or the whole model in the base's dtype,
-    which is assumed to be bf16.
+    all weights a second time. The result is the adapter, or what changed, or the whole model in the
+    base's dtype, which is assumed to be bf16.
     """
     low = training.number_bytes
     number = sum(full_shape(p).numel() for p in model.parameters())
@@ -84,14 +88,18 @@ def disk_need(
     weights = float(trained * (4 if training.keeps_fp32 else low))
     states = trained * (12.0 if training.deepspeed else optimizer_bytes(training))
     if training.deepspeed and zero_stage(training) < 3:
-        states += low * (trained if options.use_lora else number)
-    added = (".lora_", ".modules_to_save.")  # to the base
+        part = options.use_lora or options.train_chosen_whole
+        states += low * (trained if part else number)
+    added = (".lora_", ".modules_to_save.", f".{CHOSEN}")  # to the base
     whole = 2.0 * sum(
         full_shape(parameter).numel()
         for name, parameter in model.named_parameters()
         if not any(part in name for part in added)
     )
-    if options.use_lora:
+    if options.train_chosen_whole:
+        result = 2.0 * trained if options.save_delta else whole
+    elif options.use_lora:
+        weights += zeros_left_out(model) * (4 if training.keeps_fp32 else low)
         result = weights + (whole if options.merge_on_save else 0)
     else:
         weights += low * (number - trained)

@@ -28,13 +28,10 @@ from ..files import readable_size
 from ..kernels.training.torch_ops import ADAMW_BLOCK
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.modeling_deepseek import DeepseekForCausalLM
-from .arguments import (
-    FineTuningArguments,
-    ModelArguments,
-    optimizer_name,
-    zero_settings,
-    zero_stage,
-)
+from .arguments import FineTuningArguments, ModelArguments, optimizer_name
+from .chosen_experts import is_of_chosen
+from .deepspeed_file import zero_settings, zero_stage
+from .expert_lora import zeros_left_out
 from .quantized_base import full_shape
 from .trainable import adapt, parameter_table
 
@@ -98,7 +95,7 @@ def estimate(
     again = training.gradient_checkpointing
     at_loss = kept * tokens + (0 if again else copies)
     head = any("lm_head" in n and p.requires_grad for n, p in model.named_parameters())
-    if head or training.single_gpu_full:
+    if head or (training.single_gpu_full and not options.train_chosen_whole):
         at_loss += HEAD * config.vocab_size * config.hidden_size
     at_start = (kept + temporary + (layer if again else 0)) * tokens + copies
     at_evaluation = _logits(config, training, tokens)
@@ -147,11 +144,13 @@ def _activations(
     backward pass of its experts needs beside)."""
     K, D, F = config.num_experts_per_tok or 1, config.hidden_size, config.moe_intermediate_size
     shared, low = (config.n_shared_experts or 0) * F, training.number_bytes
-    stream = low if options.use_lora or not training.keeps_fp32 else 4  # the residual stream
+    all_train = not (options.use_lora or options.train_chosen_whole)
+    stream = 4 if all_train and training.keeps_fp32 else low  # the residual stream
     # Both norms' inputs; q, k, v and attention; gate and up of experts, and of those shared.
     layer = 2 * D * stream + 4 * D * low + 2 * shared * low
     layer += 0 if options.recompute_experts else K * 2 * F * low
-    layer += (2 * D + shared) * low  # inputs of linears and experts
+    # Inputs of linears and experts; a frozen linear keeps none.
+    layer += (D if options.train_chosen_whole else 2 * D + shared) * low
     if options.use_lora and options.lora_dropout:  # the masks of dropout on these inputs
         layer += 4 * D + shared
     # x A of experts, or the router's input in fp32
@@ -169,11 +168,18 @@ def _computing_copies(
         for name, p in model.named_parameters()
         if name.endswith(("gate_up_proj", "down_proj"))  # inside of PEFT's wrappers too
     ]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Chosen experts are cast into the frozen stack, which is there already.
+    trained = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not is_of_chosen(name)
+    )
     layers = model.config.num_hidden_layers if training.gradient_checkpointing else 1
     dequantised = max(stacks, default=0) if options.bits != 16 else 0
     cast = training.bf16 and training.keeps_fp32  # Autograd keeps fp32 weights as bf16.
-    return training.number_bytes * (dequantised + (trained / layers if cast else 0))
+    # Adapters of chosen experts are computed with zeros as those of the others.
+    kept = (trained if cast else 0) + zeros_left_out(model)
+    return training.number_bytes * (dequantised + kept / layers)
 
 
 def _stored(
@@ -181,6 +187,9 @@ def _stored(
 ) -> float:
     """Bytes of a parameter as training keeps it."""
     linear = ".layers." in name and "_proj" in name and "original_module" not in name
+    same_dtype = not (training.bf16 and training.keeps_fp32)
+    if is_of_chosen(name) and options.bits == 16 and same_dtype and not training.deepspeed:
+        return 0.0  # they are a part of the frozen stack
     if parameter.requires_grad:
         each = 4 if training.keeps_fp32 else training.number_bytes
     elif options.bits == 16 or not linear:
@@ -252,10 +261,15 @@ def _settings(
 
 def _method(options: ModelArguments, training: FineTuningArguments) -> str:
     under = f" under ZeRO-{stage}" if (stage := zero_stage(training)) else ""
-    if not options.use_lora:
+    if not (options.use_lora or options.train_chosen_whole):
         return ("chosen modules" if options.trainable else "all weights") + under
     base = "" if options.bits == 16 else f" over a base in {options.bits} bits"
-    return f"LoRA of rank {options.lora_rank}{base}{under}"
+    chosen = sum(map(len, (options.chosen_experts or {}).values()))
+    if options.train_chosen_whole:
+        others = " and other modules" if options.trainable else ""
+        return f"{chosen:,} chosen experts{others}{base}{under}"
+    on = f" on {chosen:,} chosen experts" if chosen else ""
+    return f"LoRA of rank {options.lora_rank}{on}{base}{under}"
 
 
 def _rows_in_batch(training: FineTuningArguments) -> int:

@@ -56,10 +56,17 @@ class Quantization:
     def save(self, folder: Path) -> None:
         (folder / QUANTIZATION_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
-    def config(self, skip: list[str]) -> "ExpertsTooConfig":
-        """The `quantization_config` of `from_pretrained`. Linears and experts whose full names are
-        in `skip` are left alone."""
+    def config(
+        self, skip: list[str], order: dict[str, list[int]] | None = None
+    ) -> "ExpertsTooConfig":
+        """The `quantization_config` of `from_pretrained`.
+
+        Args:
+            skip: full names of linears and experts that are left alone.
+            order: by the full names of experts, their numbers in the order that the stacks get.
+        """
         return ExpertsTooConfig(
+            order=order or {},
             load_in_4bit=self.bits == 4,
             load_in_8bit=self.bits == 8,
             bnb_4bit_quant_type=self.quant_type,
@@ -155,6 +162,10 @@ class _FrozenLinear(torch.autograd.Function):
 # tests/training/test_quantized_base.py fails if it names them otherwise.
 
 
+def is_quantized(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params)
+
+
 def is_divided(parameter: torch.Tensor) -> bool:
     """Whether ZeRO-3 holds the parameter, which is whole only inside the forward of its module."""
     return hasattr(parameter, "ds_id")
@@ -169,16 +180,21 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
 
 class _QuantizeExperts(ConversionOps):
     """A step of transformers' loading that quantises the experts, and leaves the linears to
-    bitsandbytes' own step."""
+    bitsandbytes' own step. `order` is that of `Quantization.config`."""
 
-    def __init__(self, quantization: Quantization, linears: ConversionOps) -> None:
-        self.quantization, self.linears = quantization, linears
+    def __init__(
+        self, quantization: Quantization, order: dict[str, list[int]], linears: ConversionOps
+    ) -> None:
+        self.quantization, self.order, self.linears = quantization, order, linears
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
         [(name, value)] = input_dict.items()
         if not name.endswith(EXPERT_WEIGHTS):
             return self.linears.convert(input_dict, **kwargs)
-        return {name: self.quantization.quantize(value[0] if isinstance(value, list) else value)}
+        stack = value[0] if isinstance(value, list) else value
+        if order_E := self.order.get(name.rpartition(".")[0]):
+            stack = stack[order_E]
+        return {name: self.quantization.quantize(stack)}
 
 
 class _ExpertsToo:
@@ -198,7 +214,12 @@ class _ExpertsToo:
             config.bnb_4bit_quant_type,
             config.bnb_4bit_use_double_quant,
         )
-        return _QuantizeExperts(quantization, super().get_quantize_ops())
+        return _QuantizeExperts(quantization, config.order, super().get_quantize_ops())
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True, so that Trainer takes a model without adapters: chosen experts train beside it."""
+        return True
 
 
 @register_quantization_config("experts_too_4bit")
@@ -208,8 +229,9 @@ class ExpertsTooConfig(BitsAndBytesConfig):
 
     quantizes_experts = True  # DeepseekForCausalLM.from_pretrained asks
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, order: dict[str, list[int]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.order = order
         self.quant_method = f"experts_too_{4 if self.load_in_4bit else 8}bit"
 
 

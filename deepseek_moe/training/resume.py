@@ -23,11 +23,13 @@ from torch import nn
 from transformers import TrainerState
 
 from ..checkpoint import Checkpoint
+from ..delta import STEM
 from ..errors import CollectiveRunError, RunError, UserError, first_words
 from ..model.layout import weight_files
 from .adapter_config import ADAPTER_FILE
-from .arguments import FineTuningArguments, zero_stage
+from .arguments import FineTuningArguments
 from .compute.adamw_in_backward import StepInBackward
+from .deepspeed_file import zero_stage
 from .quantized_base import QUANTIZATION_FILE
 from .saving import is_out_of_memory
 
@@ -46,12 +48,19 @@ class Layout:
     processes: int
     stage: int | None  # of ZeRO; None without DeepSpeed
     adapter: bool  # whether an adapter is trained, rather than the weights
-    quantized: bool = False  # whether the base under the adapter is quantised
+    quantized: bool = False  # whether what is frozen is quantised
+    delta: bool = False  # whether only what trains of the weights is saved
 
     @classmethod
-    def of(cls, training: FineTuningArguments, adapter: bool, quantized: bool = False) -> "Layout":
+    def of(
+        cls,
+        training: FineTuningArguments,
+        adapter: bool,
+        quantized: bool = False,
+        delta: bool = False,
+    ) -> "Layout":
         stage = zero_stage(training) if training.deepspeed else None
-        return cls(training.world_size, stage, adapter, quantized)
+        return cls(training.world_size, stage, adapter, quantized, delta)
 
     def checks(self, folder: Path) -> Iterator[tuple[Path, Check]]:
         """Yields each file that is read back from the checkpoint `folder`, and its check."""
@@ -75,13 +84,16 @@ class Layout:
             yield folder / "adapter_config.json", _check_object
             yield folder / ADAPTER_FILE, _check_safetensors
             return
-        yield folder / "config.json", _check_object
-        index = folder / "model.safetensors.index.json"
+        stem = STEM if self.delta else "model"
+        if not self.delta:
+            yield folder / "config.json", _check_object
+        index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             yield index, _check_index
-        for file in weight_files(folder):
+        for file in weight_files(folder, stem):
             yield file, _check_safetensors
-        yield index if index.is_file() else folder / "model.safetensors", _check_model
+        if not self.delta:
+            yield index if index.is_file() else folder / "model.safetensors", _check_model
 
     def _of_deepspeed(self, folder: Path) -> Iterator[tuple[Path, Check]]:
         states = folder / (folder / "latest").read_text(encoding="utf-8").strip()

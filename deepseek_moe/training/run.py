@@ -20,27 +20,33 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
+from ..delta import DELTA_FILE, whole_tensors, write_delta
 from ..errors import UserError
+from ..experts.choose import CHOICE_FILE
 from ..files import describe_differences, lock, write_aside
 from ..model.layout import first_few
 from . import examples
 from .adapter_config import hash_adapter
-from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas, zero_stage
+from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas
+from .chosen_experts import has_chosen_experts
+from .deepspeed_file import zero_stage
 from .merge_lora import merged_tensors
 from .quantized_base import QUANTIZATION_FILE
-from .saving import INCOMPLETE, report_failed_write, tensors_on_host
+from .saving import INCOMPLETE, report_failed_write, tensors_on_host, trained_on_host
 from .trainer import FineTuner
 
 RUN_FILE = "run.json"
 
 WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
 WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
-WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors", QUANTIZATION_FILE)
+WRITTEN += ("adapter", "adapter_config.json", "adapter_model*.safetensors")
+WRITTEN += (QUANTIZATION_FILE, CHOICE_FILE)
+WRITTEN += (DELTA_FILE, "delta*.safetensors", "delta.safetensors.index.json")
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "balance_loss.py", "layout.py")
 """Patterns of the names that a run writes into its folder, or removes from it, beside RUN_FILE."""
-HASHED = ("model", "data", "eval_data", "adapter")
-"""Settings that are stored as hashes, so that messages only name them."""
+HASHED = ("model", "data", "eval_data", "adapter", "train_experts")
+"""Settings that are stored as hashes or long lists, so that messages only name them."""
 DECIDE = (
     "use_lora trainable lora_rank lora_alpha lora_dropout modules_to_save bits quant_type "
     "double_quant eval_fraction model_max_length packing train_sampling_strategy "
@@ -134,31 +140,34 @@ class Run:
         with report_failed_write(self.folder, main=True):
             self._write(finished=False)
 
-    def save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
-        """Writes the result to the root of the run: the whole model, the adapter, or the merged
-        model with the adapter in a folder of its own. All processes call it.
+    def save_result(
+        self, trainer: FineTuner, base: Path, merge: bool = False, delta: bool = False
+    ) -> None:
+        """Writes the result to the root of the run: the whole model, or only what changed; the
+        adapter, or the merged model with the adapter in a folder of its own. All processes call it.
 
         Args:
             base: the folder of the base model.
             merge: whether to merge an adapter.
+            delta: whether to write only what changed, where chosen experts have trained.
 
         Raises:
             RunError: the result cannot be written. The last checkpoint stays.
             UserError: the adapter cannot be merged. It stays.
         """
         with report_failed_write(self.folder, trainer.is_world_process_zero()):
-            save = partial(self._save_result, trainer, base, merge)
+            save = partial(self._save_result, trainer, base, merge, delta)
             trainer.save_sparingly(save, self.folder / INCOMPLETE)
         trainer.accelerator.wait_for_everyone()
 
-    def _save_result(self, trainer: FineTuner, base: Path, merge: bool) -> None:
+    def _save_result(self, trainer: FineTuner, base: Path, merge: bool, delta: bool) -> None:
         aside = self.folder / INCOMPLETE
         result, adapter = aside / "result", aside / "adapter"
         adapts = isinstance(trainer.model, PeftModel)
         if adapts:
             trainer.save_model(str(adapter))
         else:
-            tensors = tensors_on_host(trainer.model, trainer.whole_parameters())
+            state = trainer.whole_parameters()
         if not trainer.is_world_process_zero():
             return
         if adapts:
@@ -172,12 +181,22 @@ class Run:
             shutil.rmtree(kept, ignore_errors=True)
             os.replace(adapter, kept)
             tensors = merged_tensors(base, kept)
+        elif has_chosen_experts(trainer.model):
+            changed = trained_on_host(trainer.model, state)
+            if delta:
+                write_delta(changed, base, result, trainer.shard_bytes)
+                self._publish(result)
+                return
+            tensors = whole_tensors(base, changed)
+        else:
+            tensors = tensors_on_host(trainer.model, state)
         write_checkpoint(tensors, base, result, None, trainer.shard_bytes)
         self._publish(result)
 
     def _publish(self, result: Path) -> None:
-        """Moves the files to the root; last the configs, by which a folder is known as a model."""
-        for file in sorted(result.iterdir(), key=lambda file: "config" in file.name):
+        """Moves the files to the root; last those by which a folder is known for what it is."""
+        last = {DELTA_FILE, *(file.name for file in result.glob("*config*"))}
+        for file in sorted(result.iterdir(), key=lambda file: file.name in last):
             os.replace(file, self.folder / file.name)
         self._write(finished=True)
         shutil.rmtree(self.folder / INCOMPLETE)
@@ -209,6 +228,7 @@ def settings_of(
         "eval_data": examples.fingerprint(evaluation) if evaluation else None,
         "adapter": hash_adapter(model.adapter) if model.adapter else None,
         "trainable": split_commas(model.trainable),
+        "train_experts": {str(layer): ids for layer, ids in (model.chosen_experts or {}).items()},
         "batch_size": batch * training.world_size,
         "zero_stage": zero_stage(training),
     }

@@ -21,8 +21,12 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..checkpoint_writer import write_shards
+from ..delta import STEM
 from ..errors import RunError, UserError, first_words
+from ..experts.choose import CHOICE_FILE, choice_as_text
 from ..model.layout import official_parts
+from .chosen_experts import has_chosen_experts, trained_parts
+from .expert_lora import chosen_in, with_all_experts
 
 INCOMPLETE = "incomplete"
 """The folder inside of a run's folder that holds whatever is not complete yet."""
@@ -48,18 +52,27 @@ def tensors_on_host(
             yield official, tensor[where].to("cpu", copy=True).contiguous()
 
 
+def trained_on_host(
+    model: nn.Module, state: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `tensors_on_host`, but only of what trains, which may be chosen experts."""
+    parameters = state or dict(model.named_parameters())
+    for official, name, where in trained_parts(model):
+        yield official, parameters[name].detach()[where].to("cpu", copy=True).contiguous()
+
+
 def gather_parameters(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """Gathers the parameters that ZeRO-3 has divided, one at a time. All processes call it.
 
     Returns:
-        Copies on the host by their names in memory, of an adapter only what trains; nothing unless
-        this process is to `keep` them.
+        Copies on the host by their names in memory, of adapters and chosen experts only what
+        trains; nothing unless this process is to `keep` them.
     """
     import deepspeed
 
-    adapter, kept = isinstance(model, PeftModel), {}
+    part, kept = isinstance(model, PeftModel) or has_chosen_experts(model), {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or not adapter:
+        if parameter.requires_grad or not part:
             with deepspeed.zero.GatheredParameters(parameter):
                 if keep:
                     kept[name] = parameter.detach().to("cpu", copy=True)
@@ -69,16 +82,21 @@ def gather_parameters(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
 def save_trained(
     model: nn.Module, folder: Path, state: Mapping[str, torch.Tensor] | None, shard_bytes: int
 ) -> None:
-    """Writes what a run goes on from: the adapter that trains, or config and weights of the model.
+    """Writes what a run goes on from: the adapter that trains, what changes where chosen experts
+    train, or config and weights of the model.
 
-    Weights keep their dtypes and have the official names. `state` is that of `tensors_on_host`; of
-    an adapter it has only what trains.
+    Weights keep their dtypes and have the official names. `state` is that of `gather_parameters`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         on_host = {n: p.detach().cpu() for n, p in (state or trained).items()}
-        model.save_pretrained(str(folder), state_dict=on_host)
+        model.save_pretrained(str(folder), state_dict=with_all_experts(model, on_host))
+        if chosen := chosen_in(model):
+            (folder / CHOICE_FILE).write_text(choice_as_text(chosen), encoding="utf-8")
+        return
+    if has_chosen_experts(model):
+        write_shards(trained_on_host(model, state), folder, shard_bytes, STEM)
         return
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype

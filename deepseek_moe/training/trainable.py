@@ -1,11 +1,11 @@
-"""What trains: everything, chosen modules, or low-rank adapters on linears and routed experts.
+"""What trains: everything, chosen modules or experts, or low-rank adapters.
 
 Adapters are PEFT's own, in its format. Only on the routed experts they are computed in another way:
 PEFT adds B A to the whole stack in every forward pass. Here each token goes through the A and B of
 its experts, which costs the rank instead of the width, and allows dropout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -17,24 +17,33 @@ from ..errors import UserError, as_user_error
 from ..model.layout import first_few
 from .adapter_config import ADAPTER_FILE, read_adapter_config
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
-from .expert_lora import register_expert_lora
+from .chosen_experts import is_of_chosen, train_chosen_experts
+from .expert_lora import keep_experts, register_expert_lora
 from .quantized_base import full_shape
 
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 
 
-def targets(names: Sequence[str]) -> tuple[list[str], list[str]]:
+def targets(names: Sequence[str], chosen: Collection[int] = ()) -> tuple[list[str], list[str]]:
     """The linears, and the stacked tensors of routed experts, that `--trainable` names.
 
     `gate_proj`, `up_proj` and `down_proj` mean those of dense layers, shared experts and routed
-    experts. A longer name (`shared_experts.down_proj`) means those that end in it.
+    experts. A longer name (`shared_experts.down_proj`) means those that end in it. If experts of
+    the layers `chosen` were chosen, the stacks are those of these layers, and no name means others.
 
     Raises:
-        UserError: only one of `gate_proj` and `up_proj` is named.
+        UserError: only one of `gate_proj` and `up_proj` is named, or routed experts are named
+            beside chosen ones.
     """
     stacks = ("gate_up_proj", *EXPERT_PARAMETERS)
     parameters = {name for name in names if any(_ends(name, stack) for stack in stacks)}
     modules = [name for name in names if name not in parameters]
+    if chosen:
+        named = [name for name in names if name in parameters or "experts" in name.split(".")]
+        if named:
+            raise _routed_experts_are_chosen(named[0])
+        stacks = [f"layers.{layer}.mlp.{name}" for layer in chosen for name in EXPERT_PARAMETERS]
+        return modules, sorted(stacks)
     halves = {"gate_proj", "up_proj"} & set(modules)
     if len(halves) == 1:
         raise UserError(
@@ -48,6 +57,12 @@ def targets(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return modules, sorted(parameters)
 
 
+def _routed_experts_are_chosen(name: str) -> UserError:
+    return UserError(
+        f"--trainable {name} means routed experts, and --train_experts chooses some; leave it out"
+    )
+
+
 def add_lora(
     model: PreTrainedModel,
     trainable: Sequence[str],
@@ -55,15 +70,17 @@ def add_lora(
     alpha: float,
     dropout: float,
     modules_to_save: Sequence[str] = (),
+    chosen: Mapping[int, Sequence[int]] | None = None,
 ) -> PeftModel:
-    """`model` with new adapters. Only these train, and whole copies of `modules_to_save`.
+    """`model` with new adapters. Only these train, and whole copies of `modules_to_save`. If routed
+    experts were `chosen`, by layer, these have adapters beside the linears that are `trainable`.
 
     Raises:
         UserError: no module has one of the names, or a value is out of range.
     """
     if not 0 <= dropout < 1:
         raise UserError(f"lora_dropout is {dropout}; it must be from 0 to below 1")
-    modules, parameters = targets(trainable)
+    modules, parameters = targets(trainable, chosen or ())
     _refuse_unknown(model, [*modules, *parameters, *modules_to_save])
     _refuse_other_than_linear(model, modules)
     saved_whole(model, modules_to_save)
@@ -85,13 +102,21 @@ def add_lora(
                 f"--modules_to_save {','.join(modules_to_save)} has in it what --trainable adapts "
                 f"({name}); leave it out of one of them"
             )
+    if chosen:
+        keep_experts(adapted, chosen)
     # It goes into the saved file, where plain PEFT would refuse dropout on experts.
     config.lora_dropout = 0.0
     return adapted
 
 
-def continue_adapter(model: PreTrainedModel, folder: Path, dropout: float) -> PeftModel:
-    """`model` with the adapter in `folder`, which trains on.
+def continue_adapter(
+    model: PreTrainedModel,
+    folder: Path,
+    dropout: float,
+    chosen: Mapping[int, Sequence[int]] | None = None,
+) -> PeftModel:
+    """`model` with the adapter in `folder`, which trains on, as that of the `chosen` experts if it
+    was one.
 
     Raises:
         UserError: it is no LoRA adapter of this model.
@@ -101,6 +126,8 @@ def continue_adapter(model: PreTrainedModel, folder: Path, dropout: float) -> Pe
     register_expert_lora(config)
     with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
         adapted = get_peft_model(model, config)
+        if chosen:
+            keep_experts(adapted, chosen)
         if model.device.type != "meta":
             found = set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE))
             lost = [n for n in found.missing_keys if ".lora_" in n or ".modules_to_save." in n]
@@ -110,21 +137,30 @@ def continue_adapter(model: PreTrainedModel, folder: Path, dropout: float) -> Pe
     return adapted
 
 
-def freeze_all_but(model: PreTrainedModel, names: Sequence[str]) -> None:
+def freeze_all_but(
+    model: PreTrainedModel, names: Sequence[str], chosen: Collection[int] = ()
+) -> None:
     """Lets only those parameters train that `names` name, or that are in a module so named.
 
-    `gate_proj`, `up_proj` and `down_proj` have the meaning that `targets` gives them.
+    `gate_proj`, `up_proj` and `down_proj` have the meaning that `targets` gives them. If experts of
+    the layers `chosen` were chosen, which get weights of their own, all stacks are frozen.
 
     Raises:
-        UserError: nothing has one of the names, or what is named has no parameters.
+        UserError: nothing has one of the names, or what is named has no parameters; or `names` mean
+            routed experts beside chosen ones.
     """
-    modules, parameters = targets(names)
-    chosen = [*modules, *parameters]
-    _refuse_unknown(model, chosen)
+    modules, parameters = targets(names, chosen)
+    _refuse_unknown(model, [*modules, *parameters])
     for name, parameter in model.named_parameters():
         path = f".{name.removesuffix('.weight')}."
-        parameter.requires_grad_(any(f".{one}." in path for one in chosen))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+        if chosen and ".experts." in name:
+            parameter.requires_grad_(False)
+            around = path.rpartition("experts.")[0]
+            if named := next((one for one in modules if f".{one}." in around), None):
+                raise _routed_experts_are_chosen(named)
+            continue
+        parameter.requires_grad_(any(f".{one}." in path for one in [*modules, *parameters]))
+    if not chosen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--trainable {','.join(names)} has no parameters; name what has")
 
 
@@ -197,7 +233,7 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
         kind = next(k for k, marks in KINDS.items() if any(mark in name for mark in marks))
         size = full_shape(parameter).numel()
         for key in (kind, "all"):
-            counts[key][0] += size
+            counts[key][0] += 0 if is_of_chosen(name) else size
             counts[key][1] += size * parameter.requires_grad
     return [(kind, total, trains) for kind, (total, trains) in counts.items() if total]
 
@@ -211,6 +247,7 @@ def weights_passed(model: nn.Module) -> float:
         full_shape(parameter).numel() * (share if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
         if "original_module" not in name  # frozen, beside the copy that trains
+        and not is_of_chosen(name)  # they stand for a part of the frozen stack
         and not (looked_up and "embed_tokens" in name)
     )
 
@@ -218,16 +255,20 @@ def weights_passed(model: nn.Module) -> float:
 def adapt(model: PreTrainedModel, options: ModelArguments) -> PreTrainedModel | PeftModel:
     """`model`, in which only that trains which `options` name."""
     if options.adapter:
-        return continue_adapter(model, Path(options.adapter), options.lora_dropout)
+        folder = Path(options.adapter)
+        return continue_adapter(model, folder, options.lora_dropout, options.chosen_experts)
     if options.use_lora:
         return add_lora(
             model,
-            split_commas(options.trainable or ALL_LINEARS),
+            split_commas(options.trainable or ("" if options.chosen_experts else ALL_LINEARS)),
             options.lora_rank,
             options.lora_alpha,
             options.lora_dropout,
             split_commas(options.modules_to_save),
+            options.chosen_experts,
         )
-    if options.trainable:
-        freeze_all_but(model, split_commas(options.trainable))
+    chosen = options.chosen_experts or {}
+    if options.trainable or chosen:
+        freeze_all_but(model, split_commas(options.trainable), chosen)
+        train_chosen_experts(model, chosen)
     return model

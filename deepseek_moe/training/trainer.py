@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
@@ -29,13 +28,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint import Checkpoint
+from ..delta import STEM
 from ..errors import CollectiveRunError, as_user_error
+from ..model.layout import weight_files
 from . import callbacks, saving
-from .arguments import zero_stage
+from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward
+from .deepspeed_file import zero_stage
 from .epoch_sampler import EpochSampler, SetEpoch
 from .expert_load import ExpertBoard, ExpertLoad
 from .quantized_base import Quantization
@@ -76,7 +78,7 @@ class FineTuner(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         adapts, quantized = isinstance(self.model, PeftModel), self.base_quantization is not None
-        layout = Layout.of(self.args, adapts, quantized)
+        layout = Layout.of(self.args, adapts, quantized, has_chosen_experts(self.model))
         reading = report_unreadable(self.resumed_from, layout, is_read=lambda: self._in_step)
         try:
             with callbacks.silent_writer_threads(), reading:
@@ -90,7 +92,7 @@ class FineTuner(Trainer):
             if self.is_world_process_zero():
                 last = get_last_checkpoint(self.args.output_dir)
                 print(f"stopped; repeat the command to go on from {last}", file=sys.stderr)
-            leave_together()
+            callbacks.leave_together()
             raise SystemExit(128 + self.stopper.stopped)
 
     # ---- the loss and the optimizer ----
@@ -311,6 +313,16 @@ class FineTuner(Trainer):
         self.accelerator.wait_for_everyone()
         self._counted_from += time.perf_counter() - start
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Lets DeepSpeed leave out frozen weights beside chosen experts, as Trainer does beside
+        adapters (line 3513, called at 3392 by `_save_checkpoint`)."""
+        if not (self.is_deepspeed_enabled and has_chosen_experts(self.model)):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads weights by the names that they have on disk (line 3602, called at 1564 by `train`).
 
@@ -322,10 +334,8 @@ class FineTuner(Trainer):
             refuse_other_adapter(model, Path(checkpoint))
             super()._load_from_checkpoint(checkpoint, model)
             return
-        saved = Checkpoint(Path(checkpoint))
-        with torch.no_grad():  # Each keeps its dtype: what trains may be fp32.
-            for name, parameter in model.named_parameters():
-                parameter.copy_(saved.read(name))
+        stem = STEM if has_chosen_experts(model) else "model"
+        read_trained(model, weight_files(Path(checkpoint), stem))  # what is frozen is the base's
 
 
 @contextmanager
@@ -337,13 +347,3 @@ def changed(args: Any, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(args).update(before)
-
-
-def leave_together() -> None:
-    """Waits for all processes and closes what joins them, as the last thing that a process does.
-
-    One process that leaves early may abort the others, and so may threads left to the exit.
-    """
-    state = PartialState()
-    state.wait_for_everyone()
-    state.destroy_process_group()

@@ -16,6 +16,7 @@ from option_fixtures import parse_arguments
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.errors import UserError
+from deepseek_moe.experts.choose import read_choice
 
 slow = pytest.mark.slow
 Run = Callable[..., dict[str, Any]]
@@ -112,7 +113,8 @@ def test_what_cannot_be_run_is_refused(name: str, run: Run) -> None:
 def test_every_setting_is_one_that_finetune_takes(run: Run) -> None:
     runs = import_module("finetune_runs")
     settings = set(import_module("multi_gpu").SETTINGS.values())
-    settings |= {setting.options for setting in import_module("memory").SETTINGS.values()}
+    for one in import_module("memory").SETTINGS.values():
+        settings.add(f"{one.options} --train_experts file" if one.share else one.options)
     settings |= {one.options for one in import_module("fits").SETTINGS.values() if one.rows}
     for options in settings:
         words = runs.command_of(Path("m"), Path("d"), 16, 1024, options, 9).split()
@@ -150,6 +152,21 @@ def test_train(
     flops = row["mfu"] * report["operations_s"] / row["tokens_s"]
     weights = sum(weight.numel() for weight in DeepseekForCausalLM(config).parameters())
     assert weights < flops < 6 * weights  # A token passes neither all experts nor the embeddings.
+
+
+def test_train_chooses_as_many_experts_as_the_setting_says(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finetune(command: str, *_: object) -> str:
+        words = command.split()
+        chosen = read_choice(words[words.index("--train_experts") + 1], base).experts
+        assert {len(experts) for experts in chosen.values()} == {2}  # of 8
+        return PRINTED
+
+    monkeypatch.setattr("finetune_runs.finetune", finetune)
+    settings = {"chosen experts": import_module("train").Setting(1, 8, "", share=0.25)}
+    [row] = run("train", SETTINGS=settings)["lines"]
+    assert row["gigabytes"] == 8.5 and row["stock_tokens_s"] is None
 
 
 @slow

@@ -11,12 +11,15 @@ from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.checkpoint import own_tokenizer
 from deepseek_moe.kernels.training import torch_ops
-from deepseek_moe.model.layout import EXPERT_STACKS
-from deepseek_moe.training.arguments import ALL_LINEARS, split_commas
+from deepseek_moe.model.layout import EXPERT_STACKS, weight_files
+from deepseek_moe.training.arguments import ALL_LINEARS, ModelArguments, split_commas
+from deepseek_moe.training.build import order_of_stacks
+from deepseek_moe.training.chosen_experts import read_trained
 from deepseek_moe.training.compute import grouped_experts
+from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.compute.liger import use_fused_forwards
 from deepseek_moe.training.quantized_base import Quantization
-from deepseek_moe.training.trainable import add_lora
+from deepseek_moe.training.trainable import adapt, add_lora
 
 GRADIENTS = 2e-2
 """The relative distance from fp32 that a gradient in bf16 may have."""
@@ -24,9 +27,13 @@ WORSE = 1.5
 """So many times as far from fp32 as the plain way in bf16 may the fused way be."""
 KINDS = {
     "all weights": {"trained": True},
+    "eight experts": {"chosen": 8},
+    "eight experts over nf4": {"chosen": 8, "bits": 4},
     "adapters over bf16": {"adapted": tuple(EXPERT_STACKS), "rank": 64},
     "adapters over nf4": {"adapted": tuple(EXPERT_STACKS), "rank": 64, "bits": 4},
 }
+CHOSEN, CHOSEN_IN = [1, 2, 5, 7, 8, 11, 12, 15], (1, 3)
+"""Experts of the bundled model, and the layers in which they are chosen."""
 OFFICIAL = (512, 32, 2048, 1408, 6)
 """Official sizes, but for half of the experts: several processes share the memory."""
 
@@ -53,13 +60,19 @@ def step(
 ) -> torch.Tensor:
     """The loss of the bundled model and all gradients, one after the other."""
     quantization = Quantization(4, dtype=str(dtype).removeprefix("torch."))
+    chosen = dict.fromkeys(CHOSEN_IN, CHOSEN) if kind.startswith("eight") else {}
+    options = ModelArguments(chosen_experts=chosen, bits=4 if kind.endswith("nf4") else 16)
+    order = order_of_stacks(BUNDLED_MODEL, options)
     model = DeepseekForCausalLM.from_pretrained(
         BUNDLED_MODEL,
         dtype=dtype,
         device_map={"": str(device)},
         experts_implementation=grouped_experts.GROUPED,
-        quantization_config=quantization.config([]) if kind.endswith("nf4") else None,
+        quantization_config=quantization.config([], order) if options.bits == 4 else None,
     )
+    if chosen:
+        model = adapt(model, options)
+        read_trained(model, weight_files(BUNDLED_MODEL))
     if kind.startswith("adapters"):
         model = add_lora(model, split_commas(ALL_LINEARS), 8, 16.0, 0.0)
         random = torch.Generator().manual_seed(0)
@@ -101,3 +114,23 @@ def test_fused_experts(
             mine, plain_way = distance(found[name], wanted), distance(theirs[name], wanted)
             message = f"{name}, recompute {recompute}: {mine:.2g}, the plain way {plain_way:.2g}"
             assert mine <= min(GRADIENTS, WORSE * plain_way + 1e-5), message
+
+
+def test_chosen_experts_step_inside_of_the_frozen_stack(device: torch.device) -> None:
+    """Weights that are a part of the stack take their steps there, and the other experts stay."""
+    options = {"dtype": torch.bfloat16, "device_map": {"": str(device)}}
+    options["experts_implementation"] = grouped_experts.GROUPED
+    model = DeepseekForCausalLM.from_pretrained(BUNDLED_MODEL, **options)
+    model = adapt(model, ModelArguments(chosen_experts={3: CHOSEN})).train()
+    experts = model.model.layers[3].mlp.experts
+    before = {name: getattr(experts, name).clone() for name in EXPERT_STACKS}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = StepInBackward(trained, lr=1e-2)
+    ids_BL = torch.tensor(own_tokenizer(BUNDLED_MODEL)(TEXT).input_ids[:32], device=device)[None]
+    model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss.backward()
+    optimizer.step()
+    for name, stack in before.items():
+        after, chosen = getattr(experts, name), getattr(experts, f"chosen_{name}")
+        assert torch.equal(after[: len(CHOSEN)], chosen) and chosen.grad is None
+        assert torch.equal(after[len(CHOSEN) :], stack[len(CHOSEN) :])
+        assert not torch.equal(chosen, stack[: len(CHOSEN)])

@@ -1,18 +1,19 @@
 """What all tests of fine-tuning start from: a folder with a base and rows, and a command."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from finetune_fixtures import options, write_base, write_rows
+from finetune_fixtures import USED_PORTS, options, write_base, write_rows
 from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, tokenizer_of
 
 from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.experts.choose import choice_as_text
 from deepseek_moe.training.examples import Collator, load_examples
 from deepseek_moe.training.trainable import add_lora
 from deepseek_moe.training.trainer import FineTuner
@@ -24,11 +25,13 @@ TOKENIZER = tokenizer_of(BUNDLED)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model, 24 rows to train on, and 7 to evaluate on."""
+    """A folder with a base model, 24 rows to train on, 7 to evaluate on, and chosen experts."""
     folder = tmp_path_factory.mktemp("place")
     write_base(folder / "base")
     write_rows(folder / "rows.jsonl", 24)
     write_rows(folder / "held.jsonl", 7)
+    chosen = {1: [0, 2, 3, 5], 2: [0, 1, 2, 4, 5, 7]}
+    (folder / "expert_cfg.json").write_text(choice_as_text(chosen))
     return folder
 
 
@@ -106,3 +109,12 @@ def tuner(place: Path, examples: datasets.Dataset, tmp_path: Path) -> MakeTuner:
         )
 
     return tuner
+
+
+@pytest.fixture
+def free_buffers() -> Iterator[None]:
+    """Removes the 69 MB of shared memory that DeepSpeed leaves for each process on a CPU."""
+    yield
+    while USED_PORTS:
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{USED_PORTS.pop()}_*"):
+            buffer.unlink(missing_ok=True)

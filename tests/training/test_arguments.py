@@ -15,12 +15,8 @@ from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, ROOT
 
 from deepseek_moe.errors import UserError
-from deepseek_moe.training.arguments import (
-    DataArguments,
-    FineTuningArguments,
-    ModelArguments,
-    zero_stage,
-)
+from deepseek_moe.training.arguments import DataArguments, FineTuningArguments, ModelArguments
+from deepseek_moe.training.deepspeed_file import zero_stage
 
 CONFIGS = ROOT / "configs"
 NEEDED = ["--data_path", "x", "--output_dir", "out"]
@@ -198,6 +194,11 @@ def test_parsing_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--lora_dropout 0", "--lora_dropout has no effect without --use_lora True"),
         ("--use_lora --quant_type fp4", "--quant_type has no effect without --bits 4"),
         ("--output_dir=", "--output_dir is empty"),
+        ("--expert_share 0.5", "--expert_share has no effect without --train_experts FILE"),
+        ("--expert_score gate", "--expert_score has no effect without --train_experts FILE"),
+        ("--save_delta --use_lora", "--save_delta has no effect without --train_experts FILE"),
+        ("--save_delta --use_lora --train_experts x", "--save_delta has no effect on LoRA"),
+        ("--train_experts x --expert_score norm", "--expert_score is norm; use one of gate, token"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from accident_fixtures import before_call, die, stop_in_step
 from finetune_fixtures import (
     ROOT,
     SCRIPT,
-    USED_PORTS,
     Ended,
     assert_same,
     checkpoints,
@@ -34,16 +33,7 @@ from deepseek_moe.training.resume import Layout, find_damage
 
 MakeArgv = Callable[..., list[str]]
 slow = pytest.mark.slow
-pytestmark = pytest.mark.usefixtures("deepspeed_extensions")
-
-
-@pytest.fixture(autouse=True)
-def free_buffers() -> Iterator[None]:
-    """Removes the 69 MB of shared memory that DeepSpeed leaves for each process on a CPU."""
-    yield
-    while USED_PORTS:
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{USED_PORTS.pop()}_*"):
-            buffer.unlink(missing_ok=True)
+pytestmark = pytest.mark.usefixtures("deepspeed_extensions", "free_buffers")
 
 
 # --- The published commands

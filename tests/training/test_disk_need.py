@@ -15,6 +15,7 @@ from text_fixtures import ROOT
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.training.disk_need import DiskNeed, disk_need, free_bytes
 from deepseek_moe.training.dry_run import meta_model
+from deepseek_moe.training.expert_choice import take_choice
 
 MakeArgv = Callable[..., list[str]]
 SHORT = {"max_steps": 4, "save_steps": 2}
@@ -45,10 +46,14 @@ def test_a_disk_too_small_for_a_checkpoint_and_the_result_is_refused(
 
 LORA = {"use_lora": True, "lora_rank": 64}
 ZERO2 = {"deepspeed": ROOT / "configs" / "ds_config_zero2_no_offload.json", "bf16": True}
+EXPERTS = {"train_experts": "expert_cfg.json", "trainable": "lm_head"}  # the file is in `place`
 MODES = {
     "chosen modules": {"trainable": "down_proj"},
     "merged": LORA | {"merge_on_save": True},
     "in the backward pass": {"single_gpu_full": True, "bf16": True, "use_cpu": True},
+    "chosen experts": EXPERTS | {"bits": 4, "bf16": True},
+    "chosen experts, as a delta": EXPERTS | {"save_delta": True},
+    "chosen experts under ZeRO-2": ZERO2 | EXPERTS,
     "ZeRO-2": ZERO2,
     "LoRA under ZeRO-2": ZERO2 | LORA,
 }
@@ -58,14 +63,17 @@ SLOW = {mode: [pytest.mark.slow] for mode in MODES if "ZeRO" in mode}
 @pytest.mark.parametrize("mode", [pytest.param(one, marks=SLOW.get(one, ())) for one in MODES])
 def test_the_disk_that_a_run_needs_is_what_it_writes(
     mode: str,
+    place: Path,
     argv: MakeArgv,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
     """Under DeepSpeed with fp32 copies of what trains."""
-    output = tmp_path / "out"
-    words = argv(output, save_total_limit=1, **SHORT, **MODES[mode])
+    output, changes = tmp_path / "out", SHORT | MODES[mode]
+    if "train_experts" in changes:
+        changes["train_experts"] = place / changes["train_experts"]
+    words = argv(output, save_total_limit=1, **changes)
     if mode in SLOW:
         request.getfixturevalue("deepspeed_extensions")
         [done] = run_ranks(words, tmp_path / "log", 1)
@@ -74,7 +82,8 @@ def test_the_disk_that_a_run_needs_is_what_it_writes(
         done = run(words, tmp_path / "log")
     assert done.code == 0, done.err
     model, _, training = parse_arguments(words)
-    network = meta_model(Path(model.model_name_or_path), model)
+    take_choice(model, place / "base")
+    network = meta_model(place / "base", model)
     need = disk_need(network, model, training, steps=4, steps_in_epoch=6)
     assert (need.saved, need.kept) == (2, 1)
     checkpoint = bytes_in(output / "checkpoint-4")

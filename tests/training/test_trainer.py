@@ -256,6 +256,7 @@ def test_a_signal_in_the_last_step_does_not_lose_the_result() -> None:
 OVERRIDDEN = {  # private methods of Trainer: their parameters, and how Trainer calls them
     "_get_grad_norm": (["model", "grad_norm"], "model, grad_norm=grad_norm"),
     "_save_checkpoint": (["model", "trial"], "model, trial"),
+    "_save_optimizer_and_scheduler": (["output_dir"], "output_dir"),
     "_load_from_checkpoint": (["resume_from_checkpoint", "model"], "resume_from_checkpoint"),
 }
 

@@ -39,8 +39,11 @@ def grouped_experts_forward(
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     adapters: dict[str, LowRank] | None = None,
+    trained: dict[str, nn.Parameter] | None = None,
 ) -> torch.Tensor:
     """Computes what `DeepseekExperts.forward` does, and adds `adapters`, named by their stacks.
+
+    Of each stack that `trained` names, it has the weights of the first experts, those that train.
 
     Raises:
         UserError: the experts have another activation than SiLU.
@@ -55,7 +58,9 @@ def grouped_experts_forward(
     for name in EXPERT_STACKS:
         a_ERI, b_ERO, dropout = (adapters or {}).get(name, (None, None, 0.0))
         factors = [_with_aligned_rank(factor, dtype) for factor in (a_ERI, b_ERO)]
-        stacks.append((getattr(experts, name), *factors))
+        stack = getattr(experts, name)
+        weights = (trained[name], stack) if trained else (stack, None)
+        stacks.append((*weights, *factors))
         dropouts.append(dropout)
     seed = int(torch.randint(2**31 - 1, ())) if dropouts[1] else 0  # checkpointing draws it again
     # transformers keeps the name there that was chosen (integrations/moe.py); its setter is public.

@@ -31,6 +31,9 @@ IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
 BOTH = tuple(EXPERT_STACKS)
 KINDS: dict[str, dict[str, Any]] = {
     "all weights": {"trained": True},
+    "three experts": {"chosen": 3},
+    "one expert over 4 bits": {"chosen": 1, "bits": 4},
+    "all experts, chosen, over 8 bits": {"chosen": 16, "bits": 8},
     "frozen": {},
     "adapters": {"adapted": BOTH},
     "adapters of rank 1 and dropout": {"adapted": BOTH, "rank": 1, "dropout": 0.4},
