@@ -66,6 +66,15 @@ def test_decode(run: Run, base: Path) -> None:
         run(f"decode --model {base}", **sizes)
 
 
+def test_experts_profile(run: Run, base: Path) -> None:
+    changed = {"SHAPES": [(2, 16), (3, 9000)], "BATCHES": 2, "REPEATS": 3}
+    rows = run("experts_profile", model_of_layers=lambda *_: base, **changed)["profile"]
+    assert [row["shape"] for row in rows] == ["2 x 16", "3 x 256"]  # the context
+    for row in rows:
+        assert 0 < row["least"] <= row["x_seconds"] <= row["most"]
+        assert row["plain_tokens_s"] > 0 < row["measured_tokens_s"]
+
+
 @slow
 def test_start(run: Run, base: Path) -> None:
     [row] = run(f"start --model {base}", CACHES=["empty"])["start"]
