@@ -6,7 +6,8 @@
 
 This takes about three minutes for the 16B model on an H200. Rates are tokens/s of all sequences
 together. The limit of decoding is the bytes that a step must read over the measured bandwidth, that
-of prefill the operations over the measured rate of products (limits.py).
+of prefill the operations over the measured rate of products (limits.py). `tokens_s` is the rate of
+`Generator`, `generate_tokens_s` that of `model.generate`, which the same engine computes.
 """
 
 import timing
@@ -65,6 +66,7 @@ def decoded(
     model = generator.model
     prompts = timing.random_prompts(model, batch, PROMPT)
     speed, stock = timing.rate(batch, lambda: timing.decode_seconds(generator, prompts, NEW)), None
+    generate = timing.rate(batch, lambda: timing.generate_seconds(model, prompts, NEW))
     if quantization is None:
         few = 16 if batch == 1 else 8  # steps of transformers, which takes long
         stock = timing.rate(batch, lambda: timing.stock_decode(model, prompts, few)[0])
@@ -76,6 +78,7 @@ def decoded(
         "weights": quantization or str(model.dtype).removeprefix("torch."),
         "gigabytes": sum(parameter.nbytes for parameter in model.parameters()) / 1e9,
         "batch_size": batch,
+        "generate_tokens_s": generate,
     } | compared(speed, stock, batch * bytes_s / read)
 
 

@@ -35,8 +35,7 @@ def main() -> None:
 
 
 def compared(setting: Setting, model: Path, data: Path) -> Row:
-    rows, length, options, _ = setting
-    command = runs.command_of(model, data, rows, length, options, steps=3)
+    command = train.command_of(setting, model, data, steps=3)
     estimated = runs.dry_run_gigabytes(command)
     _, measured = runs.speed_and_gigabytes(runs.finetune(command, "step 3/3"))
     return {"estimated": estimated, "measured": measured, "ratio": ratio(estimated, measured)}

@@ -88,10 +88,8 @@ def main() -> None:
 
 def measured(operations_s: float, setting: Setting, model: Path, data: Path) -> Row:
     """A row of a setting; a run that failed leaves None, and says why on stderr."""
-    rows, length, options, stock, share = setting
-    if share:
-        options += f" --train_experts {write_choice(model, data.with_name('choice.json'), share)}"
-    command = runs.command_of(model, data, rows, length, options, runs.STEPS)
+    rows, length, _, stock, _ = setting
+    command = command_of(setting, model, data, runs.STEPS)
     printed = runs.finetune(command, f"step {runs.STEPS}/{runs.STEPS}")
     speed, size = runs.speed_and_gigabytes(printed)
     theirs = measured_stock(stock, model, rows, length) if stock else {}
@@ -105,6 +103,14 @@ def measured(operations_s: float, setting: Setting, model: Path, data: Path) -> 
         "stock_gigabytes": theirs.get("gigabytes"),
         "x_stock": ratio(speed, theirs.get("tokens_s")),
     }
+
+
+def command_of(setting: Setting, model: Path, data: Path, steps: int) -> str:
+    """Options of finetune.py for some steps in a setting."""
+    rows, length, options, _, share = setting
+    if share:
+        options += f" --train_experts {write_choice(model, data.with_name('choice.json'), share)}"
+    return runs.command_of(model, data, rows, length, options, steps)
 
 
 def write_choice(model: Path, file: Path, share: float) -> Path:

@@ -1,7 +1,9 @@
 """A delta: the tensors that a fine-tuning has changed of its base, under their official names.
 
-delta.safetensors    or delta-00001-of-00003.safetensors ... and delta.safetensors.index.json
-delta.json           {"base": the fingerprint of the base}; a run's checkpoint has its run.json
+    delta.safetensors    or delta-00001-of-00003.safetensors ... and delta.safetensors.index.json
+    delta.json           {"base": the fingerprint of the base}
+
+A checkpoint of a run has no delta.json. The run.json of its run names the base.
 """
 
 import json

@@ -37,14 +37,19 @@ def check_writable(name: str | Path, overwrite: bool = True) -> Path:
 
 
 def write_text(name: str | Path, text: str, overwrite: bool = False) -> Path:
-    """Writes a file that is complete or absent, and returns its path.
+    """Writes a file (UTF-8) that is complete or absent, and returns its path.
 
     Raises:
         UserError: it cannot be written, or it exists and `overwrite` is False.
     """
+    return write_bytes(name, text.encode("utf-8"), overwrite)
+
+
+def write_bytes(name: str | Path, content: bytes, overwrite: bool = False) -> Path:
+    """`write_text` for what is no text."""
     file = check_writable(name, overwrite)
     try:
-        write_aside(file, text, overwrite)
+        write_aside(file, content, overwrite)
     except OSError as error:
         said = f"{name} cannot be written: {error.strerror}; choose another name"
         raise UserError(said) from error
@@ -81,8 +86,8 @@ def lock(file: IO[Any]) -> bool:
     return True
 
 
-def write_aside(file: Path, text: str, overwrite: bool = True) -> None:
-    """Writes a text file (UTF-8) that is complete as soon as it has its name.
+def write_aside(file: Path, content: str | bytes, overwrite: bool = True) -> None:
+    """Writes a file (text in UTF-8) that is complete as soon as it has its name.
 
     Raises:
         FileExistsError: it exists, and `overwrite` is False.
@@ -91,8 +96,8 @@ def write_aside(file: Path, text: str, overwrite: bool = True) -> None:
     file = file.resolve()  # a link stays a link, and its target is written
     aside = _private_name(file, ".tmp")
     try:
-        with aside.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        with aside.open("xb") as stream:
+            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
         if overwrite:
             os.replace(aside, file)
         else:  # a rename would replace a file that another process has made meanwhile

@@ -6,6 +6,7 @@ tests/test_registration.py fails when transformers changes them.
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import transformers
 from transformers import (
@@ -44,9 +45,17 @@ def register() -> None:
     # public way to say so. It keeps these two tables of models whose registered class counts.
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add("deepseek")
     tokenization_auto.TOKENIZER_MAPPING_NAMES["deepseek"] = DeepseekTokenizer.__name__
+    DeepseekForCausalLM.decode_fast = _sample_by_engine
     # TRL and `transformers serve` look for the class that a config names in transformers itself.
     for copy in _copies_of_transformers():
         copy.DeepseekForCausalLM = DeepseekForCausalLM
+
+
+def _sample_by_engine(*args: Any, **kwargs: Any) -> Any:
+    """Imports the engine when a text is first generated, so that `import deepseek_moe` is cheap."""
+    from .decode.transformers_generate import sample_by_engine
+
+    return sample_by_engine(*args, **kwargs)
 
 
 def _copies_of_transformers() -> list[ModuleType]:

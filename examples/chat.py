@@ -8,12 +8,19 @@ Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, Ctrl-D 
 ends a conversation that is piped.
 """
 
-from shared_options import OptionParser, add_model_options, add_sampling_options, ctrl_c_leaves
+from shared_options import (
+    OptionParser,
+    add_model_options,
+    add_sampling_options,
+    add_weight_options,
+    ctrl_c_leaves,
+)
 
 
 def main() -> None:
     parser = OptionParser(description="Talks with a DeepSeek-MoE chat model.")
     add_model_options(parser, bundled="models/tiny-chat")
+    add_weight_options(parser)
     parser.add_argument("--prompt", help="ask this, print the answer, leave")
     add_sampling_options(parser, max_new_tokens=512)
     args = parser.parse_args()

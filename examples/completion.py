@@ -19,6 +19,7 @@ from shared_options import (
     OptionParser,
     add_model_options,
     add_sampling_options,
+    add_weight_options,
     ctrl_c_leaves,
     load_model,
     positive,
@@ -89,6 +90,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = OptionParser(description="Continues text with DeepSeek-MoE.")
     add_model_options(parser, bundled="models/tiny-base")
+    add_weight_options(parser)
     says = "text to continue; may be repeated; - (or none, if something is piped in) reads stdin"
     parser.add_argument("--prompt", action="append", default=[], help=says)
     says = 'one prompt a line: text, "text" or {"prompt": "text"}'

@@ -1,4 +1,4 @@
-"""The options that both examples share, and the model that they name.
+"""The options that the examples share, and the model that they name.
 
 To import this file takes only the standard library, so that --help and wrong options answer at
 once.
@@ -35,10 +35,10 @@ class OptionParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
             self.error(f"there is no option {name}; {hint}")
-        for name in DRAWN:
-            if not found.temperature and getattr(found, name) != self.get_default(name):
+        for name in DRAWN if "temperature" in found and not found.temperature else ():
+            if getattr(found, name) != self.get_default(name):
                 self.error(f"--{name} has no effect without --temperature; add --temperature 1")
-        if found.adapter and found.quantization:
+        if "adapter" in found and found.adapter and found.quantization:
             self.error(
                 "an adapter cannot be merged into quantised weights; merge it with python -m "
                 "deepseek_moe.export --adapter first, and give the result as --model"
@@ -47,17 +47,21 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def add_model_options(parser: OptionParser, bundled: str) -> None:
-    """Adds the options of `load`. Without --model the caller takes the `bundled` model."""
+    """Adds which model, and where. Without --model the caller takes the `bundled` model."""
     says = f"a folder or a hub id; the default is {bundled}"
     parser.add_argument("--model", help=says)
-    says = "the folder of a LoRA adapter, which is merged into the model in memory"
-    parser.add_argument("--adapter", help=says)
     says = "auto: the checkpoint's on a GPU; float32 on a CPU if it fits, else bfloat16"
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", default="auto", choices=dtypes, help=says)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def add_weight_options(parser: OptionParser) -> None:
+    """Adds what is done to the weights while they are loaded."""
+    says = "the folder of a LoRA adapter, which is merged into the model in memory"
+    parser.add_argument("--adapter", help=says)
     says = "quantise the weights of the layers to 8 or 4 bits while they are read"
     parser.add_argument("--quantization", choices=["int8", "int4"], help=says)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 def add_sampling_options(parser: OptionParser, max_new_tokens: int) -> None:

@@ -64,16 +64,24 @@ def arguments_of(program: str) -> list[list[str]]:
     return used
 
 
-@pytest.mark.parametrize("program", ["examples/completion.py", "examples/chat.py", "finetune.py"])
-def test_commands_use_options_that_exist(program: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "page"),
+    [
+        ("examples/completion.py", "inference"),
+        ("examples/chat.py", "inference"),
+        ("examples/experts.py", "experts"),
+        ("finetune.py", None),
+    ],
+)
+def test_commands_use_options_that_exist(program: str, page: str | None) -> None:
     file = program if "/" in program else f"finetune/{program}"
     shown = run(file, "--help").stdout
     for option in {word for words in arguments_of(program) for word in words if word[:2] == "--"}:
         assert f"{option} " in shown or f"{option}," in shown or option in OLD_NAMES, option
-    if program.startswith("examples/"):
+    if page:
         options = set(re.findall(r"--\w+", shown)) - {"--help"}
         assert len(options) > 8
-        assert not {option for option in options if f"`{option}`" not in PAGE["inference"]}
+        assert not {option for option in options if f"`{option}`" not in PAGE[page]}
 
 
 def test_commands_of_exports_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:

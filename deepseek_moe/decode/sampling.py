@@ -74,7 +74,10 @@ class Sampling:
         top_k: keep only the `top_k` likeliest ids; 0 keeps all.
         top_p: keep the likeliest ids whose probabilities first reach `top_p` together.
         min_p: keep the ids that are at least `min_p` times as likely as the likeliest.
-        seed: makes the draws repeatable.
+        seed: makes the draws repeatable: the same ids in every run of the same calls, with the same
+            model, prompts in the same batches, device and versions of PyTorch. The numbers are
+            drawn for a whole batch, so a prompt gets other ids beside other prompts. A `Sampling`
+            goes on drawing from call to call; a new one starts at the seed again.
 
     Raises:
         UserError: a value that no distribution has.

@@ -46,10 +46,15 @@ class LayerProfile:
     gate_times_norm: list[float]
 
     @property
+    def shares(self) -> list[float]:
+        """The part of all picks that each expert has; 0 for all without any pick."""
+        total = max(1, sum(self.picks))
+        return [n / total for n in self.picks]
+
+    @property
     def entropy(self) -> float:
         """Of the distribution of picks over experts, in nats."""
-        total = sum(self.picks)
-        return -sum(n / total * math.log(n / total) for n in self.picks if n) + 0.0
+        return -sum(share * math.log(share) for share in self.shares if share) + 0.0
 
     @property
     def load_over_mean(self) -> float:

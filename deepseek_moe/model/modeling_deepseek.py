@@ -22,7 +22,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -41,6 +41,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balance_loss import AddLossGradient, Sequences, balance_loss
 from .configuration_deepseek import DeepseekConfig
+from .fast_generation import FastGenerationMixin
 from .layout import (
     first_few,
     refuse_adapters_of_experts,
@@ -408,7 +409,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if sequence_ids is not None and self.training:
             count = int(sequence_ids.max()) + 1 if num_sequences is None else num_sequences
             sequences = Sequences(sequence_ids.flatten(), count, aux_loss_scale, sequence_weights)
-        aux_losses = []
+        losses, picks = [], []
         for layer in self.layers:
             routing = Routing()
             hidden_BLD = layer(
@@ -422,23 +423,42 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+            if routing.index_TK is not None:
+                picks.append(routing.index_TK)
             if routing.aux_loss is not None:
-                aux_losses.append(routing.aux_loss.to(inputs_embeds.device))
+                losses.append(routing.aux_loss.to(inputs_embeds.device))
+        aux_losses = torch.stack(losses) if losses else None
         return DeepseekModelOutput(
             last_hidden_state=self.norm(hidden_BLD),
             past_key_values=past_key_values,
-            aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
+            aux_loss=aux_losses.sum() if losses else None,
+            aux_losses=aux_losses,
+            router_picks=tuple(picks) or None,
         )
 
 
 @dataclass
 class DeepseekModelOutput(MoeModelOutputWithPast):
-    """transformers' output, and while training the balance loss, summed over the layers."""
+    """transformers' output, and while training what the MoE layers did.
+
+    `aux_losses` has the balance loss of each, `aux_loss` is their sum, and `router_picks` has the
+    picks [T, K] of each, once also where gradient checkpointing computes a layer again.
+    """
 
     aux_loss: torch.Tensor | None = None
+    aux_losses: torch.Tensor | None = None
+    router_picks: tuple[torch.Tensor, ...] | None = None
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+@dataclass
+class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
+    """The same for a model with a head; transformers' own output has `aux_loss`."""
+
+    aux_losses: torch.Tensor | None = None
+    router_picks: tuple[torch.Tensor, ...] | None = None
+
+
+class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -461,7 +481,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> DeepseekCausalLMOutput:
         """`loss` is the language loss of `labels`, which are shifted here (-100 does not count).
 
         While training, the balance loss reaches the gradients from inside the layers, as in the
@@ -490,9 +510,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_BLD)
         if labels is not None and logits is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MoeCausalLMOutputWithPast(
+        return DeepseekCausalLMOutput(
             loss=loss,
             aux_loss=outputs.aux_loss,
+            aux_losses=outputs.aux_losses,
+            router_picks=outputs.router_picks,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -507,12 +529,13 @@ def _weights_of_rows(
     """How much the balance loss of each row counts under a trainer other than this package's.
 
     transformers' Trainer gives the number of labels in all batches of a step, of all processes, and
-    then multiplies the loss by the number of processes. A row counts as its labels do.
+    then multiplies the loss by the number of processes. A row counts as its labels do, without the
+    first, which no token predicts.
     """
     if labels is None or num_items_in_batch is None:
         return None
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return (labels != -100).sum(dim=1) * (world / num_items_in_batch)
+    return (labels[:, 1:] != -100).sum(dim=1) * (world / num_items_in_batch)
 
 
 __all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekPreTrainedModel"]

@@ -57,8 +57,7 @@ class DeepseekTokenizer(TokenizersBackend):
 
     BOS is added to plain text, stays single if the text already begins with it (as a rendered chat
     does), and is left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json,
-    so that every reader of that file adds it too. Character offsets point into the given text; in a
-    batch of which only some texts begin with BOS, those of these texts count from behind it.
+    so that every reader of that file adds it too. Character offsets point into the given text.
     """
 
     padding_side = "left"  # a batch is continued at its right end
@@ -87,14 +86,17 @@ class DeepseekTokenizer(TokenizersBackend):
     ) -> BatchEncoding:
         # `__call__`, `encode` and `tokenize` have only this private method in common, of
         # transformers' tokenization_utils_tokenizers.py.
-        if add_special_tokens and self.add_bos_token:
-            texts = [text] if isinstance(text, str) else text
-            written = [isinstance(one, str) and one.startswith(self.bos_token) for one in texts]
-            if written and all(written) and not self.add_eos_token and not kwargs.get("text_pair"):
-                add_special_tokens = False  # keeps the text, into which offsets point, as it is
-            else:
-                text = _without_bos(text, self.bos_token)
-        return super()._encode_plus(text, *args, add_special_tokens=add_special_tokens, **kwargs)
+        if not (add_special_tokens and self.add_bos_token):
+            kwargs["add_special_tokens"] = add_special_tokens
+            return super()._encode_plus(text, *args, **kwargs)
+        texts = [text] if isinstance(text, str) else text
+        written = [isinstance(one, str) and one.startswith(self.bos_token) for one in texts]
+        if written and all(written) and not self.add_eos_token and not kwargs.get("text_pair"):
+            return super()._encode_plus(text, *args, add_special_tokens=False, **kwargs)
+        encoded = super()._encode_plus(_without_bos(text, self.bos_token), *args, **kwargs)
+        if "offset_mapping" in encoded and not kwargs.get("is_split_into_words"):
+            _count_bos(encoded, texts, self.bos_token)
+        return encoded
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own. Templates of transformers 4 find their additional tokens, too."""
@@ -163,6 +165,25 @@ def _token_of_config(config: Path, field: str, vocabulary: Tokenizer) -> str | N
         return None
     first = ids[0] if isinstance(ids, list) and ids else ids
     return vocabulary.id_to_token(first) if type(first) is int and first >= 0 else None
+
+
+def _count_bos(encoded: BatchEncoding, texts: list[Any], bos: str) -> None:
+    """Adds the length of `bos` to the offsets in those of `texts` that began with it."""
+    rows = encoded["offset_mapping"]
+    rows = [rows] if isinstance(rows[0], tuple) else rows  # those of one text are not in a list
+    # A long text may have several rows.
+    numbers = encoded.get("overflow_to_sample_mapping", range(len(rows)))
+    for row, (offsets, number) in enumerate(zip(rows, numbers, strict=True)):
+        text = texts[number]
+        if not (text if isinstance(text, str) else text[0]).startswith(bos):
+            continue
+        for place, part in enumerate(encoded.sequence_ids(row)):
+            if part != 0:  # BOS, padding, or the second text of a pair
+                continue
+            if isinstance(offsets[place], tuple):
+                offsets[place] = tuple(end + len(bos) for end in offsets[place])
+            else:  # an array
+                offsets[place] += len(bos)
 
 
 def _without_bos(text: Any, bos: str) -> Any:

@@ -30,11 +30,11 @@ def build_model(
     model = _load_base(folder, options, training)
     model.config.use_cache = False
     model = adapt(model, options)
-    if options.train_chosen_whole and options.bits != 16:
-        read_trained(model, weight_files(folder))  # as they were before they were quantised
     for parameter in model.parameters():  # PEFT casts adapters only, not --modules_to_save.
         if parameter.requires_grad and training.keeps_fp32:
             parameter.data = parameter.data.float()
+    if options.train_chosen_whole and options.bits != 16:
+        read_trained(model, weight_files(folder))  # as they were before they were quantised
     if zero_stage(training) == 3:
         # DeepSpeed 0.19 lets weights go too soon where nothing before a mixture has a gradient.
         model.enable_input_require_grads()

@@ -60,7 +60,7 @@ class ChosenExperts(nn.Module):
 
 def order_of_experts(chosen: Sequence[int], num_experts: int) -> torch.Tensor:
     """The official numbers [E] of a layer's experts in the order of its stacks."""
-    return torch.tensor([*chosen, *(e for e in range(num_experts) if e not in set(chosen))])
+    return torch.tensor([*chosen, *(e for e in range(num_experts) if e not in chosen)])
 
 
 def _first_in_order(stack: nn.Parameter, order_E: torch.Tensor, count: int) -> torch.Tensor:

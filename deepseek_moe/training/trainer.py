@@ -1,6 +1,7 @@
 """What the fine-tuning of this model adds to transformers' Trainer.
 
-- The balance loss weighs as much as in one big batch, however the batch is cut up, and is logged.
+- The balance loss weighs as much as in one big batch, however the batch is cut up, and is logged,
+  with how evenly the experts are used.
 - A loss or gradient norm that is not a finite number stops the run before it spoils a checkpoint.
 - With --single_gpu_full, the optimizer steps inside the backward pass.
 - Evaluation counts every token once, on any number of processes.
@@ -38,6 +39,7 @@ from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward
 from .deepspeed_file import zero_stage
 from .epoch_sampler import EpochSampler, SetEpoch
+from .expert_load import ExpertBoard, ExpertLoad
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
 from .trainable import weights_passed
@@ -55,6 +57,9 @@ class FineTuner(Trainer):
         self.progress = callbacks.ProgressWithoutBars() if quiet else callbacks.Progress()
         found = map(self.pop_callback, get_reporting_integration_callbacks(names))
         reporters = dict(zip(names, found, strict=True)) | {"the progress bar": self.progress}
+        self.expert_load = ExpertLoad(self.model.config, self.args.device)
+        if "tensorboard" in reporters:
+            reporters["tensorboard"] = ExpertBoard(self.expert_load)
         self.stopper = callbacks.StopAtSignal()
         self.add_callback(self.stopper)
         self.add_callback(callbacks.StopAfterLastStep())
@@ -69,7 +74,6 @@ class FineTuner(Trainer):
 
     def _reset_counters(self) -> None:
         self._counted_from, self._tokens, self._steps = time.perf_counter(), 0, 0
-        self._balance = torch.zeros((), device=self.args.device)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -116,8 +120,7 @@ class FineTuner(Trainer):
         inputs["num_sequences"] = len(sources)
         self._tokens += int((inputs["sequence_ids"] >= 0).sum())
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if outputs.aux_loss is not None:
-            self._balance += outputs.aux_loss.detach() * inputs["aux_loss_scale"]
+        self.expert_load.add(outputs, inputs["sequence_ids"], share)
         if not math.isfinite(loss.detach()):
             self._broken_loss = float(loss.detach())
             if self.accelerator.num_processes == 1:
@@ -157,13 +160,14 @@ class FineTuner(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds balance loss, tokens/s of all processes, and GPU memory to the training's lines."""
+        """Adds what the experts did, tokens/s of all processes, and GPU memory to the lines of
+        training."""
         if "loss" in logs:
             seconds = time.perf_counter() - self._counted_from
-            counts = torch.stack([self._balance, self._balance.new_tensor(self._tokens)])
-            counts = self.accelerator.gather(counts[None])
-            logs["balance_loss"] = counts[:, 0].mean().item() / self._steps
-            logs["tokens_per_second"] = round(counts[:, 1].sum().item() / seconds, 1)
+            tokens = torch.tensor(self._tokens, device=self.args.device)
+            tokens = self.accelerator.reduce(tokens).item()
+            logs |= self.expert_load.read(self.accelerator, self._steps)
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
             if torch.cuda.is_available():
                 logs["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             self._reset_counters()

@@ -66,6 +66,15 @@ def test_decode(run: Run, base: Path) -> None:
         run(f"decode --model {base}", **sizes)
 
 
+def test_experts_profile(run: Run, base: Path) -> None:
+    changed = {"SHAPES": [(2, 16), (3, 9000)], "BATCHES": 2, "REPEATS": 3}
+    rows = run("experts_profile", model_of_layers=lambda *_: base, **changed)["profile"]
+    assert [row["shape"] for row in rows] == ["2 x 16", "3 x 256"]  # the context
+    for row in rows:
+        assert 0 < row["least"] <= row["x_seconds"] <= row["most"]
+        assert row["plain_tokens_s"] > 0 < row["measured_tokens_s"]
+
+
 @slow
 def test_start(run: Run, base: Path) -> None:
     [row] = run(f"start --model {base}", CACHES=["empty"])["start"]
@@ -104,7 +113,8 @@ def test_what_cannot_be_run_is_refused(name: str, run: Run) -> None:
 def test_every_setting_is_one_that_finetune_takes(run: Run) -> None:
     runs = import_module("finetune_runs")
     settings = set(import_module("multi_gpu").SETTINGS.values())
-    settings |= {setting.options for setting in import_module("memory").SETTINGS.values()}
+    for one in import_module("memory").SETTINGS.values():
+        settings.add(f"{one.options} --train_experts file" if one.share else one.options)
     settings |= {one.options for one in import_module("fits").SETTINGS.values() if one.rows}
     for options in settings:
         words = runs.command_of(Path("m"), Path("d"), 16, 1024, options, 9).split()

@@ -74,6 +74,32 @@ def test_greedy_ids(batch: int, pair: TwoWays, new_tokens: int) -> None:
     assert assert_likeliest(pair.plain, prompts, ids) <= TIES
 
 
+def test_the_generate_of_transformers(pair: TwoWays, new_tokens: int) -> None:
+    """It makes the likeliest ids by the engine, and repeats what it draws from a seed."""
+    model, prompts = pair.model, pair.prompts(3)
+    width = max(map(len, prompts))
+    padded = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    given = {
+        "input_ids": torch.tensor(padded, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
+        "eos_token_id": None,
+        "max_new_tokens": new_tokens,
+    }
+    try:
+        for _ in range(2):  # The second call replays the graphs of the first.
+            made = model.generate(**given)[:, width:].tolist()
+            assert model.shared_engine is not None or model.device.type == "cpu"
+            assert assert_likeliest(pair.plain, prompts, made) <= TIES
+        sampled = given | {"do_sample": True, "temperature": 0.8, "top_k": 20}
+        torch.manual_seed(3)
+        first = model.generate(**sampled)
+        torch.manual_seed(3)
+        assert model.generate(**sampled).equal(first)
+    finally:
+        model.shared_engine = None
+
+
 def test_a_wrong_engine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """This tries the tests themselves, on a CPU."""
     pair = TwoWays(str(BUNDLED_MODEL), torch.device("cpu"), "float32")

@@ -12,13 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+import torch
 from finetune_fixtures import free_port
 from safetensors import safe_open
 from text_fixtures import BUNDLED, ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 pytestmark = pytest.mark.slow
 for name in ("trl", "lm_eval", "openai", "uvicorn"):
@@ -109,6 +112,53 @@ def test_trl_trainers_in_python(tmp_path: Path) -> None:
     said = run(file, CHAT, tmp_path / "out")
     assert re.search(r"^dpo 0\.\d+", said, flags=re.MULTILINE)
     assert re.search(r"^sft \d", said, flags=re.MULTILINE)
+
+
+class KeepGradients(TrainerCallback):
+    """Notes the gradients of a step before the optimizer takes it."""
+
+    def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def sft_gradients(folder: Path, batch: int, alpha: float) -> dict[str, torch.Tensor]:
+    """The gradients of one step of TRL's SFTTrainer over eight rows of 3 to 24 ids."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    dice = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, 4000, (3 * n,), generator=dice).tolist() for n in range(1, 9)]
+    args = SFTConfig(
+        str(folder),
+        max_steps=1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=8 // batch,
+        padding_free=False,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+    )
+    keep = KeepGradients()
+    SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(CHAT, dtype=torch.float32, aux_loss_alpha=alpha),
+        args,
+        train_dataset=Dataset.from_list([{"input_ids": row} for row in ids]),
+        processing_class=AutoTokenizer.from_pretrained(CHAT),
+        callbacks=[keep],
+    ).train()
+    return keep.found
+
+
+def test_accumulated_batches_of_trl_count_as_one_if_alpha_is_divided(tmp_path: Path) -> None:
+    """SFTTrainer does not tell the model how many batches it accumulates: each counts in full."""
+    at_once, one_by_one = sft_gradients(tmp_path, 8, 8.0), sft_gradients(tmp_path, 1, 8.0 / 8)
+    without = sft_gradients(tmp_path, 8, 0.0)
+    gate = "model.layers.1.mlp.gate.weight"
+    assert (at_once[gate] - without[gate]).norm() > without[gate].norm()
+    for name, gradient in at_once.items():
+        torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_lm_eval(tmp_path: Path) -> None:

@@ -170,13 +170,48 @@ def test_router_logits_hidden_states_and_attentions(tiny_model: MakeModel) -> No
     assert bare.router_logits is bare.hidden_states is bare.attentions is bare.aux_loss is None
 
 
-def test_aux_loss_is_the_sum_over_layers_and_not_in_loss(tiny_model: MakeModel) -> None:
+@torch.no_grad()
+def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(
+    tiny_model: MakeModel,
+) -> None:
+    model, seen = tiny_model(), []
+    mlp = model.model.layers[1].mlp
+    hooks = [
+        mlp.gate.register_forward_hook(lambda _, args, out: seen.append([x.shape for x in out])),
+        mlp.experts.register_forward_hook(lambda _, args, out: seen.append(out.shape)),
+    ]
+    plain = model(IDS).logits
+    assert seen == [[(18, 8), (18, 3), (18, 3)], (18, 32)]
+    seen.clear()
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    written = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
+    assert written.shape == (2, 12)
+    assert [shape[0] for shape in seen[1::2]] == [18, 2, 2]  # the prompts, then a token of each
+    for hook in hooks:
+        hook.remove()
+    for module, change in (
+        (mlp.gate, lambda _, args, out: (out[0], 0 * out[1], out[2])),
+        (mlp.experts, lambda _, args, out: 0 * out),
+    ):
+        hook = module.register_forward_hook(change)
+        changed = model(IDS).logits
+        hook.remove()
+        assert not torch.allclose(changed, plain)
+
+
+def test_training_gives_picks_and_balance_losses_beside_the_loss(
+    tiny_model: MakeModel,
+) -> None:
     model = tiny_model()
     silent = model(IDS, labels=IDS)
     out = model.train()(IDS, labels=IDS, output_router_logits=True)
     rows = torch.arange(2).repeat_interleave(IDS.shape[1])
     scores = [logits.softmax(-1) for logits in out.router_logits]
-    want = sum(0.1 * balance_loss(x, x.topk(3).indices, rows, 2) for x in scores)
-    torch.testing.assert_close(out.aux_loss, want)
+    want = [0.1 * balance_loss(x, x.topk(3).indices, rows, 2) for x in scores]
+    for picks, x in zip(out.router_picks, scores, strict=True):
+        assert torch.equal(picks.sort().values, x.topk(3).indices.sort().values)
+    assert silent.router_picks is silent.aux_losses is None
+    torch.testing.assert_close(out.aux_losses, torch.stack(want))
+    torch.testing.assert_close(out.aux_loss, sum(want))
     torch.testing.assert_close(out.loss, silent.loss)
     assert not out.aux_loss.requires_grad  # its gradient is already on its way

@@ -1,11 +1,14 @@
 """The balance loss under transformers' own Trainer, which gives other arguments than ours."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from finetune_fixtures import free_port
+from torch import multiprocessing
 from transformers import Trainer, TrainingArguments
 
 from deepseek_moe import DeepseekForCausalLM
@@ -31,20 +34,24 @@ def collate(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def gradients(
-    model: Any, folder: Path, batch: int, data: list[dict[str, list[int]]]
+    model: Any, folder: Path, batch: int, data: list[dict[str, list[int]]], ranks: int = 1
 ) -> dict[str, torch.Tensor]:
-    """The gradients of one step over all rows, as the optimizer (plain SGD) applies them."""
+    """The gradients of one step over all rows, as the optimizer (plain SGD) applies them.
+
+    On several ranks, each calls it, and trains on its part of the rows.
+    """
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     arguments = TrainingArguments(
         str(folder),
         max_steps=1,
         per_device_train_batch_size=batch,
-        gradient_accumulation_steps=len(LENGTHS) // batch,
+        gradient_accumulation_steps=len(LENGTHS) // batch // ranks,
         optim="sgd",
         learning_rate=1.0,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         use_cpu=True,
+        ddp_backend="gloo" if ranks > 1 else None,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
@@ -67,6 +74,44 @@ def test_accumulated_batches_count_as_much_as_one(
     one_by_one = gradients(tiny_model(**options), tmp_path, 1, data)
     for name, gradient in at_once.items():
         torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def one_rank(rank: int, folder: Path, port: int, batch: int, seq_aux: bool) -> None:
+    """What each of two processes does. The first writes the gradients that both have."""
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    data = rows() if seq_aux else rows()[1:2] * len(LENGTHS)
+    model = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = gradients(model, folder / "run", batch, data, ranks=2)
+    if rank == 0:
+        torch.save(found, folder / "gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "seq_aux"), [(4, True), (1, True), (1, False)])
+def test_two_processes_count_as_one(
+    batch: int, seq_aux: bool, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    options = {"aux_loss_alpha": 5.0, "seq_aux": seq_aux}
+    tiny_model(**options).save_pretrained(tmp_path)
+    data = rows() if seq_aux else rows()[1:2] * len(LENGTHS)
+    alone = gradients(tiny_model(**options), tmp_path / "alone", 8, data)
+    arguments = (tmp_path, free_port(), batch, seq_aux)
+    multiprocessing.start_processes(one_rank, arguments, nprocs=2, start_method="spawn", join=True)
+    together = torch.load(tmp_path / "gradients.pt")
+    assert together.keys() == alone.keys()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_counts_as_the_language_loss_counts_it(tiny_model: MakeModel) -> None:
+    """No loss has the first label of a row. Equal rows weigh 1 in sum, as they do unweighted."""
+    model, ids = tiny_model(aux_loss_alpha=1.0).train(), torch.arange(2, 22).view(4, 5)
+    weighted = model(ids, labels=ids, num_items_in_batch=torch.tensor(4 * 4))
+    torch.testing.assert_close(weighted.aux_loss, model(ids, labels=ids).aux_loss)
 
 
 def test_padding_counts_in_no_batch(tiny_model: MakeModel) -> None:

@@ -88,6 +88,34 @@ def test_bos_of_the_text_and_without_special_tokens(folder: Path) -> None:
     assert switched_off("Hello world").input_ids == ids[1:]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": True, "return_tensors": "pt"},
+        {"padding": True, "return_tensors": "np"},
+        {"max_length": 4, "stride": 1},
+    ],
+)
+@both_tokenizers
+def test_offsets_point_into_the_given_text(folder: Path, options: dict[str, Any]) -> None:
+    """Where all, some or none of the texts begin with BOS, padded, or cut into several rows."""
+    tokenizer = tokenizer_of(folder)
+    if "max_length" in options:
+        options = options | {"truncation": True, "return_overflowing_tokens": True}
+    for texts in ([BOS + "Hello, my world", "Hello"], [BOS + "Hello", BOS + "world"], ["Hello"]):
+        found = tokenizer(texts, return_offsets_mapping=True, **options)
+        numbers = found.get("overflow_to_sample_mapping", range(len(texts)))
+        for ids, offsets, number in zip(
+            found.input_ids, found.offset_mapping, numbers, strict=True
+        ):
+            pieces = [texts[number][begin:end] for begin, end in offsets]
+            real = [i not in (tokenizer.bos_token_id, tokenizer.eos_token_id) for i in ids]
+            assert [p for p, is_text in zip(pieces, real, strict=True) if is_text] == [
+                tokenizer.decode([i]) for i, is_text in zip(ids, real, strict=True) if is_text
+            ]
+
+
 @needs_official
 def test_official_ids() -> None:
     tokenizer = tokenizer_of(OFFICIAL)

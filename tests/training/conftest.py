@@ -1,13 +1,26 @@
 """What all tests of fine-tuning start from: a folder with a base and rows, and a command."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import torch
 from finetune_fixtures import USED_PORTS, options, write_base, write_rows
+from option_fixtures import parse_arguments
+from text_fixtures import BUNDLED, tokenizer_of
 
+from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.experts.choose import choice_as_text
+from deepseek_moe.training.examples import Collator, load_examples
+from deepseek_moe.training.trainable import add_lora
+from deepseek_moe.training.trainer import FineTuner
+
+datasets.disable_progress_bars()
+MakeTuner = Callable[..., FineTuner]
+TOKENIZER = tokenizer_of(BUNDLED)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +54,61 @@ def argv(place: Path) -> Callable[..., list[str]]:
         return options(**(plain | changes))
 
     return argv
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
+    """24 examples of very different lengths."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [
+        {"instruction": f"Say {i}.", "output": " ".join(["bird", "wood"] * (1 + 3 * (i * i % 23)))}
+        for i in range(24)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    files, cache = [str(folder / "rows.json")], str(folder / "cache")
+    return load_examples(files, TOKENIZER, 256, cache_dir=cache)[0]
+
+
+@pytest.fixture
+def tuner(place: Path, examples: datasets.Dataset, tmp_path: Path) -> MakeTuner:
+    """Makes a trainer with plain gradient descent, since Adam would magnify rounding.
+
+    With a `rank` it trains adapters that compute something from the start.
+    """
+
+    def tuner(
+        train: datasets.Dataset = examples, held: Any = None, rank: int = 0, **changes: Any
+    ) -> FineTuner:
+        plain = {
+            "output_dir": tmp_path / "out",
+            "data_path": "-",
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "max_grad_norm": 0,
+            "num_train_epochs": 1,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        _, data, args = parse_arguments(options(**(plain | changes)))
+        model = DeepseekForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+        model.config.use_cache = False
+        if rank:
+            model = add_lora(model, ["q_proj", "down_proj"], rank, rank, 0.0, [])
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(weight, std=0.1)
+        return FineTuner(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held,
+            data_collator=Collator(TOKENIZER.pad_token_id, data.packing),
+            processing_class=TOKENIZER,
+        )
+
+    return tuner
 
 
 @pytest.fixture

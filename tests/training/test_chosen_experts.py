@@ -208,7 +208,8 @@ def test_a_run_that_dies_goes_on_and_equals_one_that_did_not(
     changes = {
         "fp32": {},
         "in the backward pass": {"bf16": True, "single_gpu_full": True, "max_grad_norm": None},
-        "4 bits": {"bits": 4, "bf16": True, "eval_strategy": "steps", "eval_fraction": 0.2},
+        "4 bits": {"bits": 4, "bf16": True, "eval_strategy": "steps", "eval_fraction": 0.2}
+        | {"packing": True, "recompute_experts": True, "weight_decay": 0.1},
     }[way]
     whole = plain
     if changes:

@@ -205,6 +205,23 @@ def test_several_processes_take_the_steps_of_one(
         assert_equal_experts(output, wanted, place / "base")
 
 
+@pytest.mark.parametrize(("zero", "changes"), [("zero2_no_offload", LORA), ("zero3", ADAM)])
+def test_the_load_of_experts_is_summed_over_processes(
+    zero: str,
+    changes: dict[str, Any],
+    steps: MakeArgv,
+    tmp_path: Path,
+    one_process: Callable[..., Path],
+) -> None:
+    """With a learning rate of 0, rounding changes no pick."""
+    changes = changes | {"learning_rate": 0}
+    wanted, output = one_process(**changes), tmp_path / "out"
+    succeed(steps(output, zero, 2, **changes), tmp_path / "log")
+    for key in ("load_over_mean", "expert_entropy", "starved_experts"):
+        assert len(set(logged(wanted, "load_over_mean"))) == 3
+        assert logged(output, key) == pytest.approx(logged(wanted, key), rel=1e-6), key
+
+
 @slow
 @pytest.mark.usefixtures("offload_extension")
 def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(

@@ -1,7 +1,6 @@
 """The trainer: equal steps however they are cut up, evaluation by the token, a fixed order."""
 
 import inspect
-import json
 import math
 import signal
 import sys
@@ -16,10 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from finetune_fixtures import options
-from option_fixtures import parse_arguments
 from tensorboard.summary.writer.record_writer import RecordWriter
-from text_fixtures import BUNDLED, tokenizer_of
 from torch.nn import functional as F
 from transformers import Trainer
 
@@ -27,7 +23,7 @@ from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import CollectiveRunError, RunError, UserError, rank_zero_reports
 from deepseek_moe.training.callbacks import StopAtSignal
 from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
-from deepseek_moe.training.examples import Collator, load_examples, pack
+from deepseek_moe.training.examples import pack
 from deepseek_moe.training.trainable import add_lora, weights_passed
 from deepseek_moe.training.trainer import FineTuner
 
@@ -35,52 +31,6 @@ datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
 MakeTuner = Callable[..., FineTuner]
-TOKENIZER = tokenizer_of(BUNDLED)
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
-    """24 examples of very different lengths."""
-    folder = tmp_path_factory.mktemp("rows")
-    rows = [
-        {"instruction": f"Say {i}.", "output": " ".join(["bird", "wood"] * (1 + 3 * (i * i % 23)))}
-        for i in range(24)
-    ]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    files, cache = [str(folder / "rows.json")], str(folder / "cache")
-    return load_examples(files, TOKENIZER, 256, cache_dir=cache)[0]
-
-
-@pytest.fixture
-def tuner(place: Path, examples: datasets.Dataset, tmp_path: Path) -> MakeTuner:
-    """Makes a trainer with plain gradient descent, since Adam would magnify rounding."""
-
-    def tuner(train: datasets.Dataset = examples, held: Any = None, **changes: Any) -> FineTuner:
-        plain = {
-            "output_dir": tmp_path / "out",
-            "data_path": "-",
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "max_grad_norm": 0,
-            "num_train_epochs": 1,
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        _, data, args = parse_arguments(options(**(plain | changes)))
-        model = DeepseekForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
-        model.config.use_cache = False
-        return FineTuner(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held,
-            data_collator=Collator(TOKENIZER.pad_token_id, data.packing),
-            processing_class=TOKENIZER,
-        )
-
-    return tuner
 
 
 def curve(trainer: FineTuner, key: str) -> list[float]:

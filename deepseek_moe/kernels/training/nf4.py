@@ -4,11 +4,15 @@ A word of 4 bytes is 8 weights, 16 bytes in bf16, which one thread writes. Each 
 scale of its block, and looks its weights up in shared memory.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
-from bitsandbytes.functional import QuantState
 from torch import Tensor
+
+if TYPE_CHECKING:  # experts are measured without this package too
+    from bitsandbytes.functional import QuantState
 
 WORDS = 512  # of 8 weights, a program
 
@@ -56,7 +60,7 @@ def _unpack_4bit(
     tl.store(out_ptr + first + at_W8, out_W8, mask=ok_W8)
 
 
-def unpack_4bit(packed: Tensor, state: QuantState) -> Tensor:
+def unpack_4bit(packed: Tensor, state: "QuantState") -> Tensor:
     """As `torch_ops.unpack_4bit`."""
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     numel = out.numel()

@@ -1,14 +1,16 @@
 """What each kernel of fine-tuning computes, in torch. The experts use it where no GPU is."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.functional import QuantState
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..torch_ops import sort_picks as sort_picks
 from ..torch_ops import swiglu
+
+if TYPE_CHECKING:  # experts are measured without this package too
+    from bitsandbytes.functional import QuantState
 
 ADAMW_BLOCK = 256
 """Weights that share a scale of each of AdamW's averages."""
@@ -81,7 +83,7 @@ def sum_picks(x_ND: Tensor, low_ND: Tensor | None, place_TK: Tensor) -> Tensor:
 # The frozen base of QLoRA.
 
 
-def unpack_4bit(packed: Tensor, state: QuantState) -> Tensor:
+def unpack_4bit(packed: Tensor, state: "QuantState") -> Tensor:
     """A 4-bit weight of bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314) in state.dtype.
 
     The high half of each `packed` byte, then the low half, is an index into state.code [16].

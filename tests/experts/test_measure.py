@@ -1,0 +1,193 @@
+"""A measured profile beside counts and sums made the slow way."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from text_fixtures import BUNDLED, bundled_model, tokenizer_of
+from torch.nn import functional as F
+
+from deepseek_moe import DeepseekForCausalLM, load
+from deepseek_moe.errors import RunError, UserError
+from deepseek_moe.experts import measure as measuring
+from deepseek_moe.experts.measure import hash_ids, measure, top_experts
+from deepseek_moe.experts.profile import SCORES, Profile
+
+TEXTS = ["Once upon a time there was a king.", "A bird", "The old woman went into the wood."]
+SHAPES = [
+    {},
+    {"norm_topk_prob": True},
+    {"n_shared_experts": None},
+    {"first_k_dense_replace": 0},
+    {"num_hidden_layers": 5, "moe_layer_freq": 2},
+    {"hidden_act": "gelu"},
+    {"num_experts_per_tok": 1},
+]
+
+
+def random_ids(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 96, (n,), generator=generator).tolist() for n in lengths]
+
+
+def profile_of(model: DeepseekForCausalLM, ids: list[list[int]], **options: Any) -> Profile:
+    return measure(model, ids, fingerprint="tensors:m", **options)
+
+
+def by_a_loop(model: DeepseekForCausalLM, sequences: list[list[int]]) -> dict[str, Any]:
+    """Every score [layers, E], one sequence, one token, one pick at a time."""
+    experts = [layer.mlp.experts for layer in model.model.layers if layer.is_moe]
+    sums = {name: torch.zeros(len(experts), len(experts[0])) for name in SCORES}
+
+    def add(row: int, inputs: tuple[torch.Tensor, ...]) -> None:
+        for hidden_D, index_K, weights_K in zip(*inputs, strict=True):
+            for expert, weight in zip(index_K.tolist(), weights_K.tolist(), strict=True):
+                gate_up, down = experts[row].matrices(expert)
+                gate, up = F.linear(hidden_D, gate_up).chunk(2)
+                out_D = F.linear(experts[row].act_fn(gate) * up, down)
+                sums["picks"][row, expert] += 1
+                sums["gate"][row, expert] += weight
+                sums["gate_times_norm"][row, expert] += weight * out_D.float().norm().item()
+
+    hooks = [
+        one.register_forward_pre_hook(lambda _, inputs, row=row: add(row, inputs))
+        for row, one in enumerate(experts)
+    ]
+    with torch.no_grad():
+        for ids in sequences:
+            model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    sums["gate"] /= sum(map(len, sequences))
+    sums["gate_times_norm"] /= sums["picks"].clamp(min=1)
+    return sums
+
+
+def assert_equal(profile: Profile, wanted: dict[str, torch.Tensor], rtol: float = 1e-5) -> None:
+    for name in SCORES:
+        found = torch.tensor([getattr(layer, name) for layer in profile.layers.values()])
+        torch.testing.assert_close(found.double(), wanted[name].double(), rtol=rtol, atol=1e-6)
+
+
+def test_picks_are_those_of_the_router_logits() -> None:
+    """Of the bundled model, over a padded batch with a mask."""
+    model, sequences = bundled_model().eval(), tokenizer_of(BUNDLED)(TEXTS).input_ids
+    longest = max(map(len, sequences))
+    ids_BL = torch.tensor([ids + [7] * (longest - len(ids)) for ids in sequences])
+    mask_BL = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
+    with torch.no_grad():
+        found = model(ids_BL, attention_mask=mask_BL, output_router_logits=True).router_logits
+    profile = profile_of(model, sequences, batch_size=2)
+    assert list(profile.layers) == [1, 2, 3, 4, 5]
+    assert profile.tokens == mask_BL.sum()
+    for layer, logits_TE in zip(profile.layers.values(), found, strict=True):
+        scores_TE = logits_TE.softmax(-1)[mask_BL.flatten().bool()]
+        weights_TK, index_TK = scores_TE.topk(6)
+        assert layer.picks == index_TK.flatten().bincount(minlength=24).tolist()
+        gate_TE = torch.zeros_like(scores_TE).scatter(1, index_TK, weights_TK)
+        torch.testing.assert_close(torch.tensor(layer.gate), gate_TE.mean(0), rtol=1e-5, atol=1e-7)
+    for ids in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), output_router_logits=True).router_logits
+        wanted = {n: one.argmax(-1).tolist() for n, one in enumerate(logits, 1)}
+        assert top_experts(model, ids) == wanted
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scores_are_those_of_a_loop_over_experts(
+    shape: dict[str, Any], tiny_model: Callable[..., DeepseekForCausalLM]
+) -> None:
+    model, sequences = tiny_model(**shape), random_ids(9, 3, 17)
+    profile = profile_of(model, sequences, batch_size=2)
+    config = model.config
+    layers = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+    assert list(profile.layers) == layers and profile.num_experts == 8
+    assert_equal(profile, by_a_loop(model, sequences))
+
+
+def test_scores_of_bf16_are_those_of_a_loop(
+    tiny_model: Callable[..., DeepseekForCausalLM],
+) -> None:
+    """The layer's inputs are the same, so the picks are, in the first layer with experts."""
+    model, sequences = tiny_model(num_hidden_layers=2).bfloat16(), random_ids(9, 3, 17)
+    profile = profile_of(model, sequences)
+    assert_equal(profile, by_a_loop(model, sequences), rtol=0.02)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_size_of_batches_changes_nothing(
+    batch_size: int, tiny_model: Callable[..., DeepseekForCausalLM]
+) -> None:
+    model, sequences = tiny_model(), random_ids(9, 3, 17, 0, 30, 1)
+    wanted = profile_of(model, sequences)
+    profile = profile_of(model, sequences, batch_size=batch_size)
+    assert_equal(profile, {n: rows(wanted, n) for n in SCORES})
+    assert (profile.tokens, profile.data) == (60, wanted.data)
+    assert hash_ids(sequences) != hash_ids(random_ids(9, 3, 17, 0, 31, 1))
+    assert hash_ids([[1, 2], [3]]) != hash_ids([[1], [2, 3]])
+
+
+def rows(profile: Profile, name: str) -> torch.Tensor:
+    return torch.tensor([getattr(layer, name) for layer in profile.layers.values()])
+
+
+def test_tied_picks_are_counted_as_the_router_takes_them(
+    tiny_model: Callable[..., DeepseekForCausalLM],
+) -> None:
+    model, sequences = tiny_model(), random_ids(9, 4)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.zero_()
+    profile = profile_of(model, sequences)
+    assert_equal(profile, by_a_loop(model, sequences))
+    assert sum(profile.layers[1].picks) == 13 * 3
+    assert sum(profile.layers[1].gate) == pytest.approx(3 / 8)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_a_measured_model_computes_as_before(
+    implementation: str,
+    tiny_model: Callable[..., DeepseekForCausalLM],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While it is measured, too, and after an error."""
+    model, ids = tiny_model(experts_implementation=implementation), random_ids(9)
+    before = model.get_experts_implementation()
+    assert before == {"": implementation}
+    outputs: list[torch.Tensor] = []
+    hook = model.model.register_forward_hook(lambda *a: outputs.append(a[-1].last_hidden_state))
+    profile_of(model, ids)
+    with torch.inference_mode():
+        model.model(torch.tensor(ids))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    hook.remove()
+    assert model.get_experts_implementation() == before
+    monkeypatch.setattr(measuring, "experts_and_norms", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        profile_of(model, ids)
+    assert model.get_experts_implementation() == before
+    assert measuring.MEASURED not in measuring.ALL_EXPERTS_FUNCTIONS
+
+
+@pytest.mark.parametrize("broken", ["gate.weight", "experts.down_proj"])
+def test_numbers_that_are_not_finite_are_refused(
+    broken: str, tiny_model: Callable[..., DeepseekForCausalLM]
+) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.get_parameter(broken).fill_(torch.nan)
+    with pytest.raises(RunError, match="layer 2 are not finite"):
+        profile_of(model, random_ids(9))
+
+
+def test_what_cannot_be_measured_is_refused(
+    tiny_model: Callable[..., DeepseekForCausalLM], bundled_model: Path
+) -> None:
+    for nothing in ([], [[]]):
+        with pytest.raises(UserError, match="no token"):
+            profile_of(tiny_model(), nothing)
+    with pytest.raises(UserError, match="no routed experts"):
+        profile_of(tiny_model(first_k_dense_replace=9), random_ids(3))
+    with pytest.raises(UserError, match="quantised"):
+        profile_of(load(str(bundled_model), quantization="int8")[0], [[1, 2]])
