@@ -150,9 +150,10 @@ def _activations(
     layer = 2 * D * stream + 4 * D * low + 2 * shared * low
     layer += 0 if options.recompute_experts else K * 2 * F * low
     # Inputs of linears and experts; a frozen linear keeps none.
-    layer += (D if options.train_chosen_whole else 2 * D + shared) * low
+    only_experts = bool(options.chosen_experts) and not options.trainable
+    layer += (D if only_experts else 2 * D + shared) * low
     if options.use_lora and options.lora_dropout:  # the masks of dropout on these inputs
-        layer += 4 * D + shared
+        layer += D if only_experts else 4 * D + shared
     # x A of experts, or the router's input in fp32
     layer += 2 * K * options.lora_rank * low if options.use_lora else 4 * D
     kept = D * stream if training.gradient_checkpointing else layer
