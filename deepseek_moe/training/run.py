@@ -44,6 +44,7 @@ WRITTEN += (QUANTIZATION_FILE, CHOICE_FILE)
 WRITTEN += (DELTA_FILE, "delta*.safetensors", "delta.safetensors.index.json")
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "balance_loss.py", "layout.py")
+WRITTEN += ("fast_generation.py",)
 """Patterns of the names that a run writes into its folder, or removes from it, beside RUN_FILE."""
 HASHED = ("model", "data", "eval_data", "adapter", "train_experts")
 """Settings that are stored as hashes or long lists, so that messages only name them."""

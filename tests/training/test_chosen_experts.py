@@ -34,6 +34,7 @@ from deepseek_moe.training.arguments import FineTuningArguments, ModelArguments
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.dry_run import estimate, meta_model
 from deepseek_moe.training.quantized_base import dequantize
+from deepseek_moe.training.run import WRITTEN
 from deepseek_moe.training.trainable import parameter_table, weights_passed
 
 MakeArgv = Callable[..., list[str]]
@@ -281,6 +282,8 @@ def export_delta(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 def test_a_delta_holds_what_changed_and_its_export_is_the_whole_model(
     base: Path, plain: Path, delta: Path, tmp_path: Path, export_delta: Callable[..., Path]
 ) -> None:
+    names = {file.name for file in delta.iterdir()} - {"run.json", ".lock"}
+    assert names == {file.name for pattern in WRITTEN for file in delta.glob(pattern)}
     assert not (delta / "config.json").exists() and not [*delta.glob("model*")]
     changed = {name for name in weights(base) if is_chosen(name)}
     assert load_file(delta / "delta.safetensors").keys() == changed
