@@ -69,7 +69,7 @@ def read_held_out(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> HeldO
         raise UserError(f"{file} is no text, because it has bytes that are 0; {REMEDY}")
     is_plain = Path(file).suffix != ".jsonl"
     texts = [content] if is_plain else list(_texts_of_lines(content, file))
-    documents = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    documents = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
     if not any(documents):
         raise UserError(f"{file} holds no text, not even a token of it; {REMEDY}")
     return HeldOut(documents, sum(len(text.encode()) for text in texts))
