@@ -120,16 +120,18 @@ def finetune(options: str, last_step: str = "", ranks: int = 1) -> str:
     return printed
 
 
-def speed_and_gigabytes(printed: str) -> tuple[float | None, float | None]:
+def speed_and_gigabytes(
+    printed: str, steps: int = STEPS, uncounted: int = UNCOUNTED
+) -> tuple[float | None, float | None]:
     """Tokens/s of all GPUs in the steps that count, and the most GB of the first one.
 
     Tokens/s are None if the run ended before, GB if no step printed any.
     """
     found = re.findall(r"([\d,]+) tok/s(?:  ([\d.]+) GB)?", printed)
     gigabytes = max((float(size) for _, size in found if size), default=None)
-    if len(found) < STEPS:
+    if len(found) < steps:
         return None, gigabytes
-    seconds = [1 / float(rate.replace(",", "")) for rate, _ in found[UNCOUNTED:STEPS]]  # a token
+    seconds = [1 / float(rate.replace(",", "")) for rate, _ in found[uncounted:steps]]  # a token
     return len(seconds) / sum(seconds), gigabytes
 
 

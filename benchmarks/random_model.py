@@ -2,6 +2,7 @@
 
     python benchmarks/random_model.py --output /tmp/random-16b
     python benchmarks/random_model.py --output /tmp/random-4-layers --num_hidden_layers 4
+    python benchmarks/random_model.py --output /tmp/random-pruned --n_routed_experts 32
 
 The default is the configuration of the official 16B model. Weights are normal with a standard
 deviation of 0.006, embeddings of 0.02, norms are 1. This makes the routing nearly uniform, as in
@@ -107,8 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
     parser.add_argument("--num_hidden_layers", type=int, default=28)
-    args = parser.parse_args()
-    write_random_model(args.output, DeepseekConfig(num_hidden_layers=args.num_hidden_layers))
+    parser.add_argument("--n_routed_experts", type=int, default=64)
+    fields = vars(parser.parse_args())
+    write_random_model(fields.pop("output"), DeepseekConfig(**fields))
 
 
 if __name__ == "__main__":

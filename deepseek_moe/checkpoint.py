@@ -118,6 +118,7 @@ class Checkpoint:
     """The tensors of a checkpoint. Opening it reads only the headers of its files.
 
     Attributes:
+        folder: where it is.
         official: the shape of each tensor, by its name on disk.
         parameters: the shape of each parameter, by its name in memory.
 
@@ -126,20 +127,25 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         try:
             self.config = DeepseekConfig.from_pretrained(folder)
-            with torch.device("meta"):
-                self.model = DeepseekForCausalLM(self.config)
+            self._lay_out()
             refuse_wrong_tensors(folder, self.model)
             opened = [safe_open(file, framework="pt") for file in weight_files(folder)]
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be read: {error}; give a whole model") from error
         # `refuse_wrong_tensors` accepts a bare DeepseekModel too. It has no head.
         self.places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-        self.official = official_tensors(self.model)
-        self.parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         if not self.official.keys() <= self.places.keys():
             raise UserError(f"{folder} has no lm_head.weight; give a whole causal language model")
+
+    def _lay_out(self) -> None:
+        """Sets what follows from `config`."""
+        with torch.device("meta"):
+            self.model = DeepseekForCausalLM(self.config)
+        self.official = official_tensors(self.model)
+        self.parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Official names and tensors, each read when it is asked for."""

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -32,18 +32,21 @@ AUTO_MAP = {
 
 def write_checkpoint(
     tensors: Iterator[tuple[str, torch.Tensor]],
-    base: Path,
+    base: Checkpoint,
     folder: Path,
     dtype: torch.dtype | None,
     max_shard_size: int | str = "5GB",
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint that is complete or absent. All but the tensors comes from `base`.
 
     Args:
         tensors: pairs of official name and tensor, each name once, in any order.
+        base: its config, and which tensors there must be; its folder has the tokenizer.
         folder: it does not exist, or is empty.
         dtype: of all tensors; None keeps each tensor's dtype in `base`.
         max_shard_size: of a weight file, in bytes or as "5GB"; 0 gives each tensor its own file.
+        notes: other text files to write, by their names.
 
     Raises:
         UserError: a tensor is missing, not of this model or not finite, or `folder` is in use.
@@ -55,22 +58,24 @@ def write_checkpoint(
         limit = convert_file_size_to_int(max_shard_size)
     except ValueError as error:
         raise UserError(f"max_shard_size {max_shard_size!r} is no size; use 5GB, 200MB") from error
-    checkpoint = Checkpoint(base)
-    config = checkpoint.config
+    config = base.config
     config.architectures = [DeepseekForCausalLM.__name__]
     config.dtype = dtype or config.dtype
-    tokenizer = own_tokenizer(base)
-    _refuse_full_disk(checkpoint, folder, dtype)
+    tokenizer = own_tokenizer(base.folder)
+    generation_config = base.folder / "generation_config.json"
+    _refuse_full_disk(base, folder, dtype)
     try:
         with complete_or_absent(folder) as aside:
             config.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-            if (base / "generation_config.json").is_file():
-                shutil.copyfile(base / "generation_config.json", aside / "generation_config.json")
+            if generation_config.is_file():
+                shutil.copyfile(generation_config, aside / generation_config.name)
             else:
                 GenerationConfig.from_model_config(config).save_pretrained(aside)
             add_code(aside)
-            write_shards(_checked(tensors, checkpoint, dtype), aside, limit)
+            for name, content in (notes or {}).items():
+                (aside / name).write_text(content, encoding="utf-8")
+            write_shards(_checked(tensors, base, dtype), aside, limit)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error
 
@@ -108,7 +113,7 @@ def _checked(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors, cast to their dtype, with a progress bar. Wrong ones raise a UserError."""
     missing = dict(checkpoint.official)
-    for name, tensor in tqdm(tensors, "export", len(missing), unit="tensor", file=sys.stderr):
+    for name, tensor in tqdm(tensors, "write", len(missing), unit="tensor", file=sys.stderr):
         if missing.pop(name, None) != tuple(tensor.shape):
             raise UserError(f"{name} {list(tensor.shape)} is not of this base; give its own base")
         yield name, cast_finite(name, tensor, dtype or checkpoint.dtype(name))

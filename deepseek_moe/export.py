@@ -48,7 +48,8 @@ def main() -> None:
             tensors = consolidated_tensors(base, args.deepspeed_checkpoint)
         else:
             tensors = Checkpoint(base).tensors()
-        write_checkpoint(tensors, base, args.output, DTYPES.get(args.dtype), args.max_shard_size)
+        dtype = DTYPES.get(args.dtype)
+        write_checkpoint(tensors, Checkpoint(base), args.output, dtype, args.max_shard_size)
     print(args.output)
 
 

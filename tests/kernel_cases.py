@@ -25,6 +25,8 @@ from deepseek_moe.kernels.training import triton_ops as training_triton_ops
 
 OFFICIAL = {"hidden": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128}
 OFFICIAL |= {"experts": 64, "top_k": 6, "width": 1408}
+PRUNED = ((1, 1), (7, 6), (24, 6), (40, 2))
+"""Numbers of experts, and of those that a token uses, which a model may have after pruning."""
 KERNELS_OF_FEW_TOKENS = {"experts_down", "experts_gate_up", "gate_up", "linear", "qkv", "route"}
 """Kernels of steps of up to FEW tokens, which are compiled for each number of tokens."""
 ROOMS = ((triton_ops, torch_ops), (training_triton_ops, training_torch_ops))
@@ -62,7 +64,9 @@ class Case:
 
     def __str__(self) -> str:
         numbers = f"int{self.bits}" if self.bits < 16 else str(self.dtype).removeprefix("torch.")
-        return f"{self.name}-{numbers}-{self.tokens}"
+        pruned = (self.experts, self.top_k) in PRUNED
+        experts = f"-{self.top_k} of {self.experts}" if pruned else ""
+        return f"{self.name}-{numbers}-{self.tokens}{experts}"
 
     @cached_property
     def random(self) -> torch.Generator:
@@ -262,6 +266,9 @@ CASES: dict[str, Callable[[Case], list[Any]]] = {
         c, c.width, low=False
     ),
 }  # fmt: skip
+CASES_OF_EXPERTS = ("combine", "experts_down", "experts_gate_up", "grouped_down", "grouped_gate_up")
+CASES_OF_EXPERTS += ("pick_experts", "route", "sort_picks", "sum_picks")
+"""Cases in which the number of experts counts."""
 DEFINED: dict[str, Callable[[Case, list[Any]], Any]] = {
     "experts_gate_up": lambda c, args: args[-1] < c.experts,  # not those of empty picks
     "grouped_down": lambda c, args: slice(int(args[-1][-1])),  # not places of no expert
@@ -274,10 +281,16 @@ DEFINED: dict[str, Callable[[Case, list[Any]], Any]] = {
 
 def small_cases() -> list[Case]:
     """What Triton's interpreter computes in seconds."""
-    return [
+    cases = [
         Case(name, tokens, bits, seed=tokens)
         for name in CASES
         for bits in ((16, 8, 4) if _has_weight(name) else (16,))
+        for tokens in (1, 3)
+    ]
+    return cases + [
+        Case(name, tokens, seed=tokens, hidden=64, width=32, experts=experts, top_k=top_k)
+        for name in CASES_OF_EXPERTS
+        for experts, top_k in PRUNED
         for tokens in (1, 3)
     ]
 
@@ -304,6 +317,12 @@ def official_cases() -> list[Case]:
                 sizes |= {"hidden": 512, "width": 352}
             seed = T + bits // 8  # even and odd: with and without renormalised weights
             cases.append(Case(name, T, bits, dtype, "cuda", seed, **sizes))
+    for name in CASES_OF_EXPERTS:
+        dtype = torch.float32 if name == "pick_experts" else torch.bfloat16
+        sizes = OFFICIAL | {"hidden": 512, "width": 352}
+        for (E, K), T in ((pruned, T) for pruned in PRUNED for T in (1, FEW)):
+            pruned = sizes | {"experts": E, "top_k": K}
+            cases.append(Case(name, T, 16, dtype, "cuda", T, **pruned))
     return cases
 
 

@@ -15,11 +15,12 @@ import torch
 from adapter_fixtures import ADAPTED, add_tokenizer, load, make_adapter, peft, tensors_in
 from finetune_fixtures import free_port
 from safetensors.torch import load_file, save_file
+from stranger_fixtures import run_as_stranger
 from text_fixtures import BUNDLED
 from transformers import AutoTokenizer
 
 from deepseek_moe import DeepseekForCausalLM, checkpoint_writer, export
-from deepseek_moe.checkpoint import fingerprint
+from deepseek_moe.checkpoint import Checkpoint, fingerprint
 from deepseek_moe.checkpoint_writer import AUTO_MAP, add_code, write_checkpoint
 from deepseek_moe.errors import RunError, UserError, exit_on_user_error
 from deepseek_moe.training.adapter_config import ADAPTER_FILE
@@ -238,7 +239,7 @@ def test_wrong_tensors_leave_no_folder(
     tensors = tensors_in(base)
     change(tensors)
     with pytest.raises(UserError, match=message):
-        write_checkpoint(iter(tensors.items()), base, tmp_path / "new", torch.float16)
+        write_checkpoint(iter(tensors.items()), Checkpoint(base), tmp_path / "new", torch.float16)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
@@ -279,55 +280,12 @@ def test_the_code_is_all_that_the_model_imports_and_no_more(tmp_path: Path) -> N
     assert fields == old
 
 
-# Without this package and all that it needs beside torch and transformers.
-STRANGER = """
-import sys
-for name in ("deepseek_moe", "accelerate", "psutil", "prompt_toolkit", "peft", "datasets",
-             "bitsandbytes", "liger_kernel", "deepspeed", "tensorboard", "rich"):
-    sys.modules[name] = None  # to import it is an error
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-torch.set_num_threads(1)
-folder, result = sys.argv[1:]
-talk = [{"role": "user", "content": "Hello"}]
-for trust in (False, True):  # engines that know the model load its tokenizer without trust
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    assert type(tokenizer).__module__.startswith("transformers."), type(tokenizer)
-    assert tokenizer.padding_side == "left"
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-    assert ids[0, 0] == bos and ids[0].tolist().count(bos) == 1, ids
-    chat = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
-    assert chat == tokenizer.bos_token + "User: Hello\\n\\nAssistant:", chat
-    found = tokenizer.apply_chat_template(talk, add_generation_prompt=True).input_ids
-    assert found[0] == bos and found.count(bos) == 1, found
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-config.rms_norm_eps = 1e-5  # a config that is given counts
-model = AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True)
-assert model.config.rms_norm_eps == 1e-5
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules.")
-made = model.generate(ids, max_new_tokens=5, do_sample=False)
-with torch.no_grad():
-    torch.save((ids, model(ids).logits, made), result)
-"""
-
-
 def test_exported_folder_works_with_transformers_alone(tmp_path: Path) -> None:
     adapter = make_adapter(load(BUNDLED), tmp_path / "adapter", scale=0.02, **ADAPTED)
-    merged, result = tmp_path / "merged", tmp_path / "result.pt"
+    merged = tmp_path / "merged"
     tensors = merged_tensors(BUNDLED, adapter)
-    write_checkpoint(tensors, BUNDLED, merged, torch.float32)
-    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, merged, result],
-        env=os.environ | modules,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    ids, found, made = torch.load(result)
+    write_checkpoint(tensors, Checkpoint(BUNDLED), merged, torch.float32)
+    ids, found, made = run_as_stranger(merged, tmp_path)
     model = load(BUNDLED, dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():

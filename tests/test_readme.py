@@ -7,11 +7,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from finetune_options import OLD_NAMES
 
-from deepseek_moe import export
+from deepseek_moe import export, prune
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS_README = ROOT / "models" / "README.md"
@@ -84,10 +85,13 @@ def test_commands_use_options_that_exist(program: str, page: str | None) -> None
         assert not {option for option in options if f"`{option}`" not in PAGE[page]}
 
 
-def test_commands_of_exports_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    for words in arguments_of("deepseek_moe.export"):
-        monkeypatch.setattr(sys, "argv", ["export", *words])
-        export.parse_arguments()
+@pytest.mark.parametrize("module", [export, prune])
+def test_commands_of_modules_are_understood(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in arguments_of(module.__name__):
+        monkeypatch.setattr(sys, "argv", ["program", *words])
+        module.parse_arguments()
 
 
 def test_programs_and_files_that_are_named_exist() -> None:

@@ -18,7 +18,7 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint import fingerprint, is_outdated
+from ..checkpoint import Checkpoint, fingerprint, is_outdated
 from ..checkpoint_writer import write_checkpoint
 from ..delta import DELTA_FILE, whole_tensors, write_delta
 from ..errors import UserError
@@ -191,7 +191,7 @@ class Run:
             tensors = whole_tensors(base, changed)
         else:
             tensors = tensors_on_host(trainer.model, state)
-        write_checkpoint(tensors, base, result, None, trainer.shard_bytes)
+        write_checkpoint(tensors, Checkpoint(base), result, None, trainer.shard_bytes)
         self._publish(result)
 
     def _publish(self, result: Path) -> None:

@@ -1,21 +1,24 @@
 """Each benchmark runs once on a CPU with a tiny model, or says that it needs a GPU."""
 
 import json
+import math
+import shutil
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from finetune_fixtures import ROOT, write_base
+from finetune_fixtures import ROOT, write_base, write_rows
 from option_fixtures import parse_arguments
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.bundled import BUNDLED_MODEL
-from deepseek_moe.errors import UserError
+from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.experts.choose import read_choice
 
 slow = pytest.mark.slow
@@ -116,6 +119,8 @@ def test_every_setting_is_one_that_finetune_takes(run: Run) -> None:
     for one in import_module("memory").SETTINGS.values():
         settings.add(f"{one.options} --train_experts file" if one.share else one.options)
     settings |= {one.options for one in import_module("fits").SETTINGS.values() if one.rows}
+    places = {"profile": "profile.json", "random": "expert_cfg.json", "share": 0.25}
+    settings |= {way.options.format(**places) for way in import_module("experts").WAYS.values()}
     for options in settings:
         words = runs.command_of(Path("m"), Path("d"), 16, 1024, options, 9).split()
         if "--deepspeed" in words:  # It wants its launcher.
@@ -176,6 +181,82 @@ def test_fits(run: Run, base: Path) -> None:
     [row] = run("fits", SETTINGS=settings, LENGTH=32)["fits"]
     became = "trained, saved, resumed, finished, continued a text: 50 tokens"
     assert row["became"].startswith(became)
+
+
+@pytest.fixture
+def experts(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """Runs the benchmark of chosen experts on a tiny model, with `changed` names and options."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rows, text = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "text.txt"
+    text.write_text("The old king had three sons and a bird of gold. " * 5)
+    module = import_module("experts")
+    ways = {name: module.WAYS[name]._replace(rates=(1e-3, 2e-3)) for name in
+            ("all weights", "random experts")}  # fmt: skip
+    sizes = {"BASE": base, "LENGTH": 64, "ROWS": 2, "RECOVERY_STEPS": 1, "WAYS": ways}
+
+    def experts(options: str = "", **changed: object) -> dict[str, Any]:
+        command = f"experts --data_path {rows} --eval_data_path {rows} --text {text} --steps 1 "
+        command += f"--folder {tmp_path / 'kept'} --overwrite {options}"
+        return run(command, **(sizes | changed))
+
+    return experts
+
+
+def test_experts(
+    experts: Callable[..., dict[str, Any]], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best rate of the first seed counts; means and spreads are over all seeds."""
+    ran: list[str] = []
+
+    def pretend(words: list[str], timeout: float) -> tuple[str, int]:
+        ran.append(words[0])
+        given = dict(pairwise(words))
+        if "--keep" in given:
+            assert given["--keep"] == "4"
+            shutil.copytree(base, given["--output"])
+        elif "--output" in given:
+            Path(given["--output"]).mkdir(parents=True)
+            Path(given["--output"], "profile.json").touch()
+        else:
+            parse_arguments(words[1:])
+            shutil.copytree(base, given["--output_dir"])
+            loss = 4.0 - 500 * float(given["--learning_rate"]) + int(given["--seed"])
+            return f"{PRINTED}all   1,000   200\nstep 8/8  evaluation: loss {loss}  \n", 0
+        return "", 0
+
+    monkeypatch.setattr("finetune_runs.run", pretend)
+    report = experts("--seeds 2 --jobs 2", TIMED_STEPS=8, UNTIMED_STEPS=4)
+    assert report["base"][0]["task_loss"] == 4
+    best = [(row["name"], row["rate"]) for row in report["rates"] if row["best"] == "yes"]
+    assert best == [("all weights", 2e-3), ("random experts", 2e-3)]
+    for row in report["train"]:
+        assert (row["task_loss"], row["task_loss spread"], row["x_all"]) == (3.5, 1, 1)
+        assert (row["trained"], row["forgotten"], row["text_loss spread"]) == (200, 0, 0)
+    before, after, recovered = report["prune"]
+    assert before["x_before"] == recovered["x_before"] == 1
+    assert after["x_before"] == pytest.approx((math.exp(4 - 3) + math.exp(4 - 4)) / 2)
+    assert [row["gigabytes"] for row in report["cost"]] == [8.5, 8.5]
+    ran.clear()
+    again = experts("--seeds 2 --parts train prune")
+    assert again["train"] == report["train"] and again["prune"] == report["prune"]
+    assert ran == []
+    with pytest.raises(UserError, match="results of other settings"):
+        experts("--share 0.5")
+    with pytest.raises(RunError, match="the time is over; repeat"):
+        experts("--seeds 3 --minutes 0")
+
+
+@slow
+def test_experts_for_real(experts: Callable[..., dict[str, Any]]) -> None:
+    """Trains, measures the experts, prunes to half and trains again."""
+    whole = import_module("experts").WAYS["all weights"]._replace(rates=(1e-3,))
+    report = experts("--parts prune --seeds 1", WAYS={"all weights": whole})
+    before, after, recovered = report["prune"]
+    assert before["perplexity"] == pytest.approx(math.exp(report["rates"][0]["task_loss"]), 1e-3)
+    assert after["perplexity"] != before["perplexity"] != recovered["perplexity"]
+    assert after["text_loss"] != before["text_loss"] != recovered["text_loss"]
 
 
 def test_multi_gpu_trains_what_fits_and_compares_rates(

@@ -15,6 +15,7 @@ from example_fixtures import ENVIRONMENT, EXAMPLES, assert_error, run
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
+from deepseek_moe.checkpoint import Checkpoint
 from deepseek_moe.checkpoint_writer import write_checkpoint
 from deepseek_moe.decode.sampling import greedy
 from deepseek_moe.errors import UserError
@@ -59,7 +60,8 @@ def test_an_adapter_is_merged_in_memory(script: str, tmp_path: Path) -> None:
     with_adapter = run(script, *words, "--model", BUNDLED, "--adapter", adapter)
     assert with_adapter.code == 0, with_adapter.err
     assert with_adapter.out != run(script, *words, "--model", BUNDLED).out
-    write_checkpoint(merged_tensors(BUNDLED, adapter), BUNDLED, whole, dtype=torch.float32)
+    tensors = merged_tensors(BUNDLED, adapter)
+    write_checkpoint(tensors, Checkpoint(BUNDLED), whole, dtype=torch.float32)
     assert with_adapter.out == run(script, *words, "--model", whole).out
     if script == "completion.py":  # The content of an adapter decides, not its path.
         command = [*words, "--model", BUNDLED, "--adapter", adapter]

@@ -22,6 +22,7 @@ from adapter_fixtures import (
 from safetensors.torch import load_file, save_file
 
 from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.checkpoint import Checkpoint
 from deepseek_moe.checkpoint_writer import write_checkpoint
 from deepseek_moe.errors import UserError
 from deepseek_moe.training import merge_lora as merge
@@ -47,7 +48,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
 def merged(base: Path, adapter: Path) -> DeepseekForCausalLM:
     folder = adapter.with_name("merged")
     add_tokenizer(base)  # without which no checkpoint is written
-    write_checkpoint(merged_tensors(base, adapter), base, folder, dtype=None)
+    write_checkpoint(merged_tensors(base, adapter), Checkpoint(base), folder, dtype=None)
     return load(folder, dtype=torch.float32)
 
 
