@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+from deepseek_moe.__main__ import find_program
+
 LINES = 'import transformers; print(transformers.DeepseekForCausalLM.__module__, "{}")'
 KNOWS = 'import json, sys; print(*(name in sys.modules for name in ("torch", "transformers")))'
 
@@ -66,6 +68,26 @@ def test_a_process_that_needs_no_transformers_imports_none(tmp_path: Path) -> No
 def test_a_module_runs_by_its_name() -> None:
     done = python("-m", "deepseek_moe", "json.tool", "--help")
     assert done.stdout.startswith("usage: "), done.stderr
+
+
+@pytest.mark.parametrize("program", ["python3", "python", "pip"])
+def test_programs_of_its_own_environment_come_first(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others of the same name may be on the PATH, as where the environment is not activated."""
+    own, other = tmp_path / "environment" / program, tmp_path / "system" / program
+    for file in (own, other):
+        file.parent.mkdir()
+        file.write_text("#!/bin/sh")
+        file.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(own.with_name("python")))
+    monkeypatch.setenv("PATH", str(other.parent))
+    assert find_program(program) == [str(own)]
+    assert find_program(str(other)) == [str(other)]
+    own.unlink()
+    assert find_program(program) == [str(other)]
+    monkeypatch.delenv("PATH")
+    assert find_program("no-such/command") is None
 
 
 @pytest.mark.parametrize(("words", "code"), [((), 2), (("--help",), 0), (("no-such",), 2)])
