@@ -61,8 +61,21 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
     kind = fields.get("model_type") or ", ".join(fields.get("architectures") or []) or None
     if kind != DeepseekConfig.model_type:
         raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
+    read_config(folder)
+    _refuse_broken_generation_config(folder / "generation_config.json")
     _refuse_incomplete_weights(folder)
     return folder
+
+
+def read_config(folder: Path) -> DeepseekConfig:
+    """The config of a checkpoint.
+
+    Raises:
+        UserError: it describes a model that this code does not implement.
+    """
+    remedy = "use a checkpoint of this architecture, or mend the field"
+    with as_user_error(f"{folder / 'config.json'} cannot be used", remedy):
+        return DeepseekConfig.from_pretrained(folder)
 
 
 def own_tokenizer(folder: Path) -> DeepseekTokenizer:
@@ -93,6 +106,16 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds {type(content).__name__}, no JSON object; get it anew")
     return content
+
+
+def _refuse_broken_generation_config(file: Path) -> None:
+    """transformers would go on without a file that is no JSON, and without the ends of texts."""
+    if not file.is_file():
+        return
+    ends = _read_object(file).get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and type(end) is not int:
+            raise UserError(f"{file} has eos_token_id {ends!r}; give an id, or a list of ids")
 
 
 def _refuse_incomplete_weights(folder: Path) -> None:
@@ -196,11 +219,10 @@ def fingerprint(folder: Path) -> str:
     Raises:
         UserError: the config or a weight file is broken.
     """
-    with as_user_error(f"{folder / 'config.json'} cannot be used", "mend the field"):
-        config = DeepseekConfig.from_pretrained(folder)
-        names = DeepseekConfig.__annotations__.keys() - NOT_COMPUTED
-        fields = json.dumps({name: getattr(config, name) for name in names})
-        fields = json.loads(fields, parse_int=float)  # so that 10000 equals 10000.0
+    config = read_config(folder)
+    names = DeepseekConfig.__annotations__.keys() - NOT_COMPUTED
+    fields = json.dumps({name: getattr(config, name) for name in names})
+    fields = json.loads(fields, parse_int=float)  # so that 10000 equals 10000.0
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     found: dict[str, bytes] = {}
     for file in weight_files(folder):

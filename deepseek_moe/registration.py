@@ -1,6 +1,6 @@
 """Makes transformers know the model.
 
-Everything is public but for two tables and one attribute of transformers, which stand here alone.
+Everything is public but for three tables and one attribute of transformers, which stand here alone.
 tests/test_registration.py fails when transformers changes them.
 """
 
@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.models.auto import tokenization_auto
+from transformers.models.auto import modeling_auto, tokenization_auto
 
 from .model.classifiers import (
     DeepseekForSequenceClassification,
@@ -45,6 +45,8 @@ def register() -> None:
     # public way to say so. It keeps these two tables of models whose registered class counts.
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add("deepseek")
     tokenization_auto.TOKENIZER_MAPPING_NAMES["deepseek"] = DeepseekTokenizer.__name__
+    # Trainer shifts the labels for its label smoothing only of classes that this table names.
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["deepseek"] = DeepseekForCausalLM.__name__
     DeepseekForCausalLM.decode_fast = _sample_by_engine
     # TRL and `transformers serve` look for the class that a config names in transformers itself.
     for copy in _copies_of_transformers():

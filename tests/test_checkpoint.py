@@ -78,6 +78,27 @@ def test_auto_on_a_cpu_is_float32_where_it_fits(monkeypatch: pytest.MonkeyPatch)
     assert load(str(BUNDLED), device="cpu")[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "", "[]", '"a"', "\xff"),
+        *(f'{{"eos_token_id": {value}}}' for value in ('"x"', "[1, 1.5]", "true", '{"id": 1}')),
+    ],
+)
+def test_a_broken_generation_config_is_not_left_out(content: str, folder: Path) -> None:
+    """The ids in it end texts, which would else go on."""
+    (folder / "generation_config.json").write_text(content, encoding="latin-1")
+    refused(folder, str(folder / "generation_config.json"))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"eos_token_id": null}', '{"eos_token_id": [5, 6]}'])
+def test_a_generation_config_may_be_short_or_missing(content: str, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(content)
+    assert find_checkpoint(str(folder)) == folder
+    (folder / "generation_config.json").unlink()
+    assert find_checkpoint(str(folder)) == folder
+
+
 # --- Arguments that are refused
 
 

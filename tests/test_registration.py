@@ -9,13 +9,21 @@ import pytest
 import torch
 from text_fixtures import BUNDLED, ROOT
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
+from deepseek_moe.__main__ import find_program
+
 LINES = 'import transformers; print(transformers.DeepseekForCausalLM.__module__, "{}")'
 KNOWS = 'import json, sys; print(*(name in sys.modules for name in ("torch", "transformers")))'
+
+
+classifiers = pytest.mark.parametrize(
+    "auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification]
+)
 
 
 def python(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +70,26 @@ def test_a_module_runs_by_its_name() -> None:
     assert done.stdout.startswith("usage: "), done.stderr
 
 
+@pytest.mark.parametrize("program", ["python3", "python", "pip"])
+def test_programs_of_its_own_environment_come_first(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others of the same name may be on the PATH, as where the environment is not activated."""
+    own, other = tmp_path / "environment" / program, tmp_path / "system" / program
+    for file in (own, other):
+        file.parent.mkdir()
+        file.write_text("#!/bin/sh")
+        file.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(own.with_name("python")))
+    monkeypatch.setenv("PATH", str(other.parent))
+    assert find_program(program) == [str(own)]
+    assert find_program(str(other)) == [str(other)]
+    own.unlink()
+    assert find_program(program) == [str(other)]
+    monkeypatch.delenv("PATH")
+    assert find_program("no-such/command") is None
+
+
 @pytest.mark.parametrize(("words", "code"), [((), 2), (("--help",), 0), (("no-such",), 2)])
 def test_without_a_program_it_says_what_there_is(words: tuple[str, ...], code: int) -> None:
     done = python("-m", "deepseek_moe", *words)
@@ -74,9 +102,7 @@ def test_without_a_program_it_says_what_there_is(words: tuple[str, ...], code: i
         assert "accelerate" in said
 
 
-@pytest.mark.parametrize(
-    "auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification]
-)
+@classifiers
 def test_classifiers_start_from_a_causal_model_and_load_again(
     auto_class: type, tmp_path: Path
 ) -> None:
@@ -94,3 +120,24 @@ def test_classifiers_start_from_a_causal_model_and_load_again(
     again = auto_class.from_pretrained(tmp_path)
     assert again.num_labels == 3
     assert torch.equal(again(**words).logits, model.eval()(**words).logits)
+
+
+@classifiers
+def test_classifiers_take_the_experts_as_a_causal_model_does(auto_class: type) -> None:
+    """By default, by name, and with a config that a causal model has used."""
+    causal = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    wanted = causal.config._experts_implementation
+    assert wanted == "grouped_mm"
+    for model in (
+        auto_class.from_pretrained(BUNDLED),
+        auto_class.from_pretrained(BUNDLED, experts_implementation=wanted),
+        auto_class.from_config(causal.config),
+    ):
+        assert model.config._experts_implementation == wanted
+        assert model.model.config._experts_implementation == wanted
+    slow = auto_class.from_pretrained(BUNDLED, experts_implementation="eager", num_labels=3)
+    assert slow.config._experts_implementation == "eager"
+    ids = torch.tensor([[5, 6, 7]])
+    before = slow.eval()(ids).logits
+    slow.set_experts_implementation(wanted)
+    torch.testing.assert_close(slow(ids).logits, before, rtol=1e-3, atol=1e-3)

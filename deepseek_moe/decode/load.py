@@ -11,7 +11,7 @@ import psutil
 import torch
 from safetensors import safe_open
 
-from ..checkpoint import DTYPES, find_checkpoint, own_tokenizer
+from ..checkpoint import DTYPES, find_checkpoint, own_tokenizer, read_config
 from ..errors import UserError, as_user_error
 from ..kernels.int_weights import BITS
 from ..model.configuration_deepseek import DeepseekConfig
@@ -44,11 +44,7 @@ def load(
     folder = find_checkpoint(model)
     place = _device(device)
     numbers = _count_numbers(folder)
-    with as_user_error(
-        f"{folder / 'config.json'} cannot be used",
-        "use a checkpoint of this architecture, or mend the field",
-    ):
-        config = DeepseekConfig.from_pretrained(folder)
+    config = read_config(folder)
     tokenizer = own_tokenizer(folder)  # first, since the weights take longer
     number_type = _choose_dtype(dtype, place, config, numbers, quantization)
     with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):

@@ -1,6 +1,7 @@
 """Every field of a DeepSeekMoE config.json, and a refusal of what the code does not implement."""
 
 from dataclasses import fields
+from functools import wraps
 from importlib.util import find_spec
 from types import NoneType
 from typing import Any, get_args
@@ -34,11 +35,45 @@ FOREIGN_FIELDS = {
     "n_group": ((None, 1), "experts in one group"),
     "topk_group": ((None, 1), "experts in one group"),
     "routed_scaling_factor": ((None, 1), "weights of experts that are not scaled"),
+    "use_mla": ((None, False), "no latent attention (MLA), as DeepSeek-V2 and V3 have it"),
     "mlp_bias": ((None, False), "no biases in its MLPs"),
     "sliding_window": ((None,), "attention to the whole context"),
+    **dict.fromkeys(
+        ("use_qk_norm", "qk_norm", "qk_layernorm"),
+        ((None, False), "queries and keys without a norm"),
+    ),
+    **dict.fromkeys(
+        ("final_logit_softcapping", "attn_logit_softcapping", "clip_qkv"),
+        ((None,), "logits and projections without a cap"),
+    ),
+    **dict.fromkeys(
+        ("embedding_multiplier", "residual_multiplier", "logits_scaling"),
+        ((None, 1), "embeddings, layers and logits that are not scaled"),
+    ),
 }
 
 
+def null_means_default(cls: type) -> type:
+    """Lets a config take None for a field that must have a value, as files do.
+
+    It wraps the constructor, through which all ways to make a config go.
+    """
+    initialize = cls.__init__
+    needed = {f.name for f in fields(cls) if NoneType not in get_args(f.type)} | {"rope_theta"}
+
+    @wraps(initialize)
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        given = {n: value for n, value in given.items() if value is not None or n not in needed}
+        for name in ("rope_parameters", "rope_scaling"):
+            if isinstance(rope := given.get(name), dict):
+                given[name] = {key: value for key, value in rope.items() if value is not None}
+        initialize(self, *args, **given)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@null_means_default
 @strict
 class DeepseekConfig(PreTrainedConfig):
     """Configuration of DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066), by default the 16B model's.
@@ -53,7 +88,7 @@ class DeepseekConfig(PreTrainedConfig):
     `rope_scaling` is null or `{"type": "linear" | "dynamic", "factor": f}`. `pretraining_tp` split
     products on the training cluster; the result is the same, so it has no effect here.
 
-    In a file, null means the default. A `head_dim` must be `hidden_size / num_attention_heads`.
+    None, or null in a file, means the default, and `head_dim` must be the size of a head.
     Fields of other models are ignored where they would change nothing.
 
     Raises:
@@ -139,11 +174,7 @@ class DeepseekConfig(PreTrainedConfig):
         """
         if "name_or_path" in kwargs and not kwargs.get("return_unused_kwargs"):
             _warn_of_other_tokenizer(str(kwargs["name_or_path"]))
-        needed = {f.name for f in fields(cls) if NoneType not in get_args(f.type)}
-        given = {
-            n: value for n, value in config_dict.items() if value is not None or n not in needed
-        }
-        return super().from_dict(given, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -188,10 +219,13 @@ class DeepseekConfig(PreTrainedConfig):
                 "quantised (int8 and int4 are made of it while it loads)"
             )
         heads, experts = self.num_attention_heads, self.n_routed_experts
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
+        rotated = rope.get("partial_rotary_factor", 1)
         rope_types = f"{', '.join(ROPE_TYPES)} only"
         need("scoring_func", self.scoring_func == "softmax", "'softmax' only")
         need("rope_scaling type", rope_type in ROPE_TYPES, rope_types, rope_type)
+        need("partial_rotary_factor", rotated == 1, "the rotation of whole heads", rotated)
         need("hidden_act", self.hidden_act in ACT2FN, "the activations of transformers only")
         need("num_attention_heads", heads >= 1, "1 and above")
         need("hidden_size", self.hidden_size % heads == 0, f"multiples of {heads} heads")

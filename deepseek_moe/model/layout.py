@@ -1,6 +1,7 @@
 """The tensors of a checkpoint: their names on disk and in memory, and whether all are there."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,12 +45,16 @@ def official_parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tup
     if not prefix.endswith(".experts"):
         yield name, ()
         return
+    for part, where in _parts_of_stack(stack, shape):
+        yield f"{prefix}.{part}", where
+
+
+def _parts_of_stack(stack: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, slice]]]:
     matrices = EXPERT_STACKS[stack]
     rows = shape[1] // len(matrices)
     for expert in range(shape[0]):
         for number, matrix in enumerate(matrices):
-            where = (expert, slice(number * rows, (number + 1) * rows))
-            yield f"{prefix}.{expert}.{matrix}.weight", where
+            yield f"{expert}.{matrix}.weight", (expert, slice(number * rows, (number + 1) * rows))
 
 
 def stack_official_experts(
@@ -58,34 +63,52 @@ def stack_official_experts(
     prefix: str,
     local_metadata: dict[str, Any],
     strict: bool,
-    *_: Any,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
 ) -> None:
     """Lets `load_state_dict` take experts by their official names, as they stand in files.
 
-    It is a pre-hook of torch's `load_state_dict`. Trainers and scripts hand the content of files to
-    that method, some of them file by file (not `strict`): the experts that are there are filled.
+    It is a pre-hook of torch's `load_state_dict`, which passes True as `strict`, whatever its
+    caller asked for. Trainers and scripts hand the content of files to that method, some of them
+    file by file: the experts that are there are filled, and the others are reported as missing.
+    With `assign`, the stack takes the dtype and device of the given tensors, as torch's own
+    parameters do. Of a stack on meta, experts that no file has filled yet are NaN.
 
     Raises:
         ValueError: the state dict is an adapter with LoRA on the linears of single experts.
     """
     own = [name for name in state_dict if name.startswith(prefix)]
     refuse_adapters_of_experts(own)
-    if not any(name.removeprefix(prefix).partition(".")[0].isdigit() for name in own):
-        return
-    for stack, matrices in EXPERT_STACKS.items():
+    assign = local_metadata.get("assign_to_params_buffers", False)
+    for stack in EXPERT_STACKS:
         parameter = getattr(experts, stack)
         if parameter.dim() != 3:  # divided by DeepSpeed's ZeRO-3; torch says what is missing
             continue
         places = {
-            name: where
-            for name, where in official_parts(f"{prefix}{stack}", tuple(parameter.shape))
-            if name in state_dict
+            f"{prefix}{part}": where
+            for part, where in _parts_of_stack(stack, tuple(parameter.shape))
         }
-        if not places or (strict and len(places) < len(parameter) * len(matrices)):
-            continue  # torch says what is missing
-        filled = parameter.detach().clone()
+        given = next((state_dict[name] for name in places if name in state_dict), None)
+        if given is None:
+            continue
+        like = {"dtype": given.dtype, "device": given.device}
+        if parameter.is_meta:
+            filled = torch.full(parameter.shape, math.nan, **like)
+        else:
+            filled = parameter.detach().to(copy=True, **(like if assign else {}))
         for name, where in places.items():
-            filled[where].copy_(state_dict.pop(name))
+            if name not in state_dict:
+                missing_keys.append(name)
+                continue
+            tensor, place = state_dict.pop(name), filled[where]
+            if tensor.shape == place.shape:
+                place.copy_(tensor)
+            else:
+                error_msgs.append(
+                    f"size mismatch for {name}: it has shape {list(tensor.shape)}, the model wants "
+                    f"{list(place.shape)}."
+                )
         state_dict[f"{prefix}{stack}"] = filled
 
 
@@ -101,7 +124,7 @@ def refuse_adapters_of_experts(names: Iterable[str]) -> None:
         ValueError: one of them is LoRA on an expert.
     """
     for name in names:
-        if re.search(r"\.experts\.(.*\.)?lora_", name):
+        if re.search(r"(^|\.)experts\.(.*\.)?lora_", name):
             raise ValueError(
                 "this adapter has LoRA on the linears of single experts, for which stacked experts "
                 "have no place; merge it into its base: python -m deepseek_moe.export --model BASE "

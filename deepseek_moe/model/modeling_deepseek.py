@@ -491,7 +491,9 @@ class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
         """
         # generate and Trainer read the signature above to see what the model takes.
         if self.training and not kwargs.keys() & {"sequence_ids", "aux_loss_scale"}:
-            kwargs["sequence_weights"] = _weights_of_rows(labels, kwargs.get("num_items_in_batch"))
+            tokens = inputs_embeds if input_ids is None else input_ids
+            items = kwargs.get("num_items_in_batch")
+            kwargs["sequence_weights"] = _weights_of_rows(tokens, labels, attention_mask, items)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -524,18 +526,28 @@ class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
 
 
 def _weights_of_rows(
-    labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+    tokens: torch.Tensor,
+    labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
 ) -> torch.Tensor | None:
     """How much the balance loss of each row counts under a trainer other than this package's.
 
     transformers' Trainer gives the number of labels in all batches of a step, of all processes, and
     then multiplies the loss by the number of processes. A row counts as its labels do, without the
-    first, which no token predicts.
+    first, which no token predicts. Trainer keeps the labels back where the loss is computed outside
+    of the model. A row then counts as its tokens do, but the rows of a batch no more than 1 in sum,
+    since some of their tokens may have no label.
     """
-    if labels is None or num_items_in_batch is None:
+    if num_items_in_batch is None:
         return None
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return (labels[:, 1:] != -100).sum(dim=1) * (world / num_items_in_batch)
+    if labels is not None:
+        return (labels[:, 1:] != -100).sum(dim=1) * (world / num_items_in_batch)
+    if attention_mask is None or attention_mask.shape != tokens.shape[:2]:
+        attention_mask = tokens.new_ones(tokens.shape[:2])
+    weights_B = (attention_mask[:, 1:] != 0).sum(dim=1) * (world / num_items_in_batch)
+    return weights_B / weights_B.sum().clamp(min=1)
 
 
 __all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekPreTrainedModel"]

@@ -1,9 +1,11 @@
-"""The config of a LoRA adapter: plain LoRA, which can be trained on and merged, or an error."""
+"""A LoRA adapter's config and what it changes: what can be trained on and merged, or an error."""
 
 import hashlib
 from pathlib import Path
 
 import peft
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
 
 from ..errors import UserError, as_user_error
 from ..model.layout import first_few
@@ -50,6 +52,45 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
     config.init_lora_weights = False
     config.lora_dropout = 0.0  # matters while training only, and PEFT refuses it on experts
     return config
+
+
+def find_changes(
+    wrapped: peft.PeftModel, folder: Path
+) -> tuple[dict[str, tuple[str, float]], dict[str, str]]:
+    """By parameter: the name of its adapter's wrapper and the scale of B A; or, where it is
+    replaced as a whole, the name of the new tensor.
+
+    A module with two adapted stacks is wrapped twice: `experts.lora_A` belongs to the outer wrapper
+    and `experts.base_layer.lora_A` to the inner one.
+
+    Raises:
+        UserError: the adapter, which is in `folder`, changes what cannot be merged.
+    """
+    low_rank, replaced = {}, {}
+    for name, module in wrapped.named_modules():
+        own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if isinstance(module, ParamWrapper):
+            low_rank[f"{own}.{module.parameter_name}"] = (name, module.scaling["default"])
+        elif isinstance(module, Linear):
+            low_rank[f"{own}.weight"] = (name, module.scaling["default"])
+        elif isinstance(module, LoraLayer):
+            raise UserError(f"{folder} has LoRA on {own}; only linears and experts can be merged")
+        elif isinstance(module, ModulesToSaveWrapper):
+            for part, _ in module.modules_to_save["default"].named_parameters():
+                replaced[f"{own}.{part}"] = f"{name}.{part}"
+    changed = low_rank.keys() | replaced.keys()
+    ends = {"lm_head.weight", "model.embed_tokens.weight"}
+    if wrapped.base_model.model.config.tie_word_embeddings and changed & ends:
+        raise UserError(
+            f"{folder} changes the embedding or the head, which this base ties to each other; "
+            "untie the base and train anew"
+        )
+    if inside := sorted(name for name in changed if ".modules_to_save." in name):
+        raise UserError(
+            f"{folder} changes {first_few(inside)}, which this base has not: adapters inside of a "
+            "module that was saved whole; name it in one of the two and train anew"
+        )
+    return low_rank, replaced
 
 
 def hash_adapter(folder: str | Path) -> str:

@@ -218,17 +218,21 @@ def _check_training(training: FineTuningArguments) -> None:
         raise UserError("--max_steps is 0; nothing would train; leave it out for whole epochs")
     if not 0 < training.num_train_epochs < math.inf and training.max_steps < 0:
         raise UserError(f"--num_train_epochs is {training.num_train_epochs}; nothing would train")
-    # What Trainer makes after the model is loaded is made once before, over one number.
-    schedule = f"--lr_scheduler_type {training.lr_scheduler_type.value} cannot be made"
+    # What Trainer makes after the model is loaded is made once before, over one number. Some values
+    # of --lr_scheduler_kwargs are first computed with after the warmup, or near the end.
+    failed = f"--lr_scheduler_type {training.lr_scheduler_type.value} cannot be made"
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
-    with as_user_error(schedule, "change it, or --lr_scheduler_kwargs"):
-        get_scheduler(
+    with as_user_error(failed, "change it, or --lr_scheduler_kwargs"):
+        schedule = get_scheduler(
             training.lr_scheduler_type,
             optimizer,
             num_warmup_steps=1,
             num_training_steps=10,
             scheduler_specific_kwargs=training.lr_scheduler_kwargs,
         )
+        for _ in range(10):
+            optimizer.step()
+            schedule.step()
     if training.optim != STEP_IN_BACKWARD:
         with (
             as_user_error(f"--optim {optimizer_name(training)} cannot be made", "use another"),

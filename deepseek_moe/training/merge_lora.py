@@ -11,8 +11,6 @@ from pathlib import Path
 
 import peft
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
-from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
@@ -22,7 +20,7 @@ from ..errors import UserError, as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import dtype_fault, first_few, official_parts
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
-from .adapter_config import ADAPTER_FILE, read_adapter_config
+from .adapter_config import ADAPTER_FILE, find_changes, read_adapter_config
 from .quantized_base import Quantization
 
 
@@ -96,19 +94,7 @@ class _Adapter:
         apart = any(re.search(r"\.experts\.\d+\.", name) for name in self.file.keys())  # noqa: SIM118
         wrapped = _wrap(folder, config, checkpoint.config, apart)
         self._refuse_other_tensors(wrapped)
-        self.low_rank, self.replaced = _find_changes(wrapped, folder)
-        changed = self.low_rank.keys() | self.replaced.keys()
-        ends = {"lm_head.weight", "model.embed_tokens.weight"}
-        if checkpoint.config.tie_word_embeddings and changed & ends:
-            raise UserError(
-                f"{folder} changes the embedding or the head, which this base ties to each other; "
-                "untie the base and train anew"
-            )
-        if unknown := changed - checkpoint.parameters.keys() - checkpoint.official.keys():
-            raise UserError(
-                f"{folder} changes {first_few(sorted(unknown))}, which this base has not: adapters "
-                "inside of a module that was saved whole; name it in one of the two and train anew"
-            )
+        self.low_rank, self.replaced = find_changes(wrapped, folder)
         self._refuse_bad_numbers()
 
     def replacement(self, parameter: str) -> torch.Tensor:
@@ -183,27 +169,3 @@ def _wrap(
                     layer.mlp.experts = nn.ModuleList(experts)
         with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
             return peft.get_peft_model(model, config)
-
-
-def _find_changes(
-    wrapped: peft.PeftModel, folder: Path
-) -> tuple[dict[str, tuple[str, float]], dict[str, str]]:
-    """By parameter: the name of its adapter's wrapper and the scale of B A; or, where it is
-    replaced as a whole, the name of the new tensor.
-
-    A module with two adapted stacks is wrapped twice: `experts.lora_A` belongs to the outer wrapper
-    and `experts.base_layer.lora_A` to the inner one.
-    """
-    low_rank, replaced = {}, {}
-    for name, module in wrapped.named_modules():
-        own = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        if isinstance(module, ParamWrapper):
-            low_rank[f"{own}.{module.parameter_name}"] = (name, module.scaling["default"])
-        elif isinstance(module, Linear):
-            low_rank[f"{own}.weight"] = (name, module.scaling["default"])
-        elif isinstance(module, LoraLayer):
-            raise UserError(f"{folder} has LoRA on {own}; only linears and experts can be merged")
-        elif isinstance(module, ModulesToSaveWrapper):
-            for part, _ in module.modules_to_save["default"].named_parameters():
-                replaced[f"{own}.{part}"] = f"{name}.{part}"
-    return low_rank, replaced

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError, as_user_error
-from ..model.layout import first_few
-from .adapter_config import ADAPTER_FILE, read_adapter_config
+from ..model.layout import EXPERT_STACKS, first_few
+from .adapter_config import ADAPTER_FILE, find_changes, read_adapter_config
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
 from .chosen_experts import is_of_chosen, train_chosen_experts
 from .expert_lora import keep_experts, register_expert_lora
@@ -122,19 +122,31 @@ def continue_adapter(
         UserError: it is no LoRA adapter of this model.
     """
     config = read_adapter_config(folder)
+    _refuse_dropout(config, dropout, folder)
     config.lora_dropout, config.inference_mode = dropout, False
     register_expert_lora(config)
     with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
         adapted = get_peft_model(model, config)
         if chosen:
             keep_experts(adapted, chosen)
-        if model.device.type != "meta":
+        if model.device.type == "meta":
+            find_changes(adapted, folder)  # refuses what no merge could handle afterwards
+        else:
             found = set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE))
             lost = [n for n in found.missing_keys if ".lora_" in n or ".modules_to_save." in n]
             if wrong := [*found.unexpected_keys, *lost]:
                 raise ValueError(f"{first_few(wrong)} is missing or surplus")
     config.lora_dropout = 0.0  # as in `add_lora`
     return adapted
+
+
+def _refuse_dropout(config: LoraConfig, dropout: float, folder: Path) -> None:
+    """PEFT has none for parameters, and `expert_lora` has it for those of routed experts only."""
+    for name in config.target_parameters or ():
+        if dropout and name.rpartition(".")[2] not in EXPERT_STACKS:
+            raise UserError(
+                f"{folder} adapts {name}, for which PEFT has no dropout; add --lora_dropout 0"
+            )
 
 
 def freeze_all_but(

@@ -121,14 +121,19 @@ class KeepGradients(TrainerCallback):
         self.found = {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def sft_gradients(folder: Path, batch: int, alpha: float) -> dict[str, torch.Tensor]:
-    """The gradients of one step of TRL's SFTTrainer over eight rows of 3 to 24 ids."""
+def trl_gradients(kind: str, folder: Path, batch: int, alpha: float) -> dict[str, torch.Tensor]:
+    """The gradients of one step of SFTTrainer or DPOTrainer over eight rows, short to long."""
+    import trl
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     dice = torch.Generator().manual_seed(0)
     ids = [torch.randint(2, 4000, (3 * n,), generator=dice).tolist() for n in range(1, 9)]
-    args = SFTConfig(
+    words = [" ".join(["king"] * n) for n in range(1, 9)]
+    rows = {
+        "SFT": [{"input_ids": row} for row in ids],
+        "DPO": [{"prompt": "The ", "chosen": x, "rejected": x[1:]} for x in words],
+    }
+    args = getattr(trl, f"{kind}Config")(
         str(folder),
         max_steps=1,
         per_device_train_batch_size=batch,
@@ -141,20 +146,24 @@ def sft_gradients(folder: Path, batch: int, alpha: float) -> dict[str, torch.Ten
         save_strategy="no",
     )
     keep = KeepGradients()
-    SFTTrainer(
+    getattr(trl, f"{kind}Trainer")(
         AutoModelForCausalLM.from_pretrained(CHAT, dtype=torch.float32, aux_loss_alpha=alpha),
-        args,
-        train_dataset=Dataset.from_list([{"input_ids": row} for row in ids]),
+        args=args,
+        train_dataset=Dataset.from_list(rows[kind]),
         processing_class=AutoTokenizer.from_pretrained(CHAT),
         callbacks=[keep],
     ).train()
     return keep.found
 
 
-def test_accumulated_batches_of_trl_count_as_one_if_alpha_is_divided(tmp_path: Path) -> None:
-    """SFTTrainer does not tell the model how many batches it accumulates: each counts in full."""
-    at_once, one_by_one = sft_gradients(tmp_path, 8, 8.0), sft_gradients(tmp_path, 1, 8.0 / 8)
-    without = sft_gradients(tmp_path, 8, 0.0)
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_accumulated_batches_of_trl_count_as_one_if_alpha_is_divided(
+    kind: str, tmp_path: Path
+) -> None:
+    """TRL does not tell the model how many batches it accumulates: each counts in full."""
+    at_once = trl_gradients(kind, tmp_path, 8, 8.0)
+    one_by_one = trl_gradients(kind, tmp_path, 1, 8.0 / 8)
+    without = trl_gradients(kind, tmp_path, 8, 0.0)
     gate = "model.layers.1.mlp.gate.weight"
     assert (at_once[gate] - without[gate]).norm() > without[gate].norm()
     for name, gradient in at_once.items():

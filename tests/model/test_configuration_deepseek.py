@@ -55,6 +55,12 @@ def test_defaults_of_fields_that_configs_may_lack() -> None:
         ("n_group", 8),
         ("routed_scaling_factor", 16.0),
         ("q_lora_rank", 1536),
+        ("use_mla", True),
+        ("use_qk_norm", True),
+        ("final_logit_softcapping", 30.0),
+        ("clip_qkv", 8.0),
+        ("logits_scaling", 8.0),
+        ("partial_rotary_factor", 0.5),
     ],
 )
 def test_a_refused_field_is_named_with_its_value(
@@ -62,6 +68,44 @@ def test_a_refused_field_is_named_with_its_value(
 ) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value!r}"):
         tiny_config(**{field: value})
+
+
+NULLABLE = {
+    *("n_shared_experts", "n_routed_experts", "num_experts_per_tok"),  # null: there are none
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+FIELDS = {*DeepseekConfig.__annotations__, "head_dim", "rope_theta", "rope_scaling"}
+FIELDS.add("partial_rotary_factor")
+
+
+@pytest.mark.parametrize("way", ["constructor", "from_dict", "from_json_file", "from_pretrained"])
+@pytest.mark.parametrize("field", sorted(FIELDS - NULLABLE))
+def test_null_means_the_default(field: str, way: str, tmp_path: Path) -> None:
+    given = {"model_type": "deepseek", field: None}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(given))
+    if way == "constructor":
+        config = DeepseekConfig(**{field: None})
+    elif way == "from_dict":
+        config = DeepseekConfig.from_dict(given)
+    else:
+        config = getattr(DeepseekConfig, way)(file if way == "from_json_file" else tmp_path)
+    about_files = {"_name_or_path", "transformers_version"}
+    written, wanted = config.to_dict(), DeepseekConfig().to_dict()
+    assert {k: v for k, v in written.items() if k not in about_files and v is not None} == {
+        k: v for k, v in wanted.items() if k not in about_files and v is not None
+    }
+
+
+@pytest.mark.parametrize("inside", ["rope_parameters", "rope_scaling"])
+def test_null_inside_of_a_rope_block_means_the_default(
+    inside: str, tiny_config: MakeConfig
+) -> None:
+    block = {"type": "linear", "factor": 2.0, "rope_theta": None, "partial_rotary_factor": None}
+    rope = tiny_config(**{inside: block}).rope_parameters
+    assert (rope["rope_theta"], rope["factor"], rope["rope_type"]) == (10000, 2.0, "linear")
+    with pytest.raises(ValueError, match=r"partial_rotary_factor is 0\.5"):
+        tiny_config(**{inside: block | {"partial_rotary_factor": 0.5}})
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
@@ -77,6 +121,7 @@ def test_a_refused_rope_scaling_is_named(kind: str, key: str, tiny_config: MakeC
     [
         {"topk_method": "greedy", "n_group": 1, "routed_scaling_factor": 1.0, "q_lora_rank": None},
         {"pretraining_tp": 4},
+        {"use_mla": False, "use_qk_norm": False, "final_logit_softcapping": None},
         {"n_shared_experts": 0},
         {"aux_loss_alpha": 0},  # a whole number, as people write it in JSON
         {"n_routed_experts": None, "num_experts_per_tok": None},

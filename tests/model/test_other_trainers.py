@@ -9,6 +9,7 @@ import pytest
 import torch
 from finetune_fixtures import free_port
 from torch import multiprocessing
+from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from deepseek_moe import DeepseekForCausalLM
@@ -33,8 +34,28 @@ def collate(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
+def loss_over_all_labels(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor
+) -> torch.Tensor:
+    """A loss of one's own, as Trainer's `compute_loss_func` takes it."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+
+OTHER_LOSSES = {
+    "smoothed": {"label_smoothing_factor": 0.1},
+    "own": {"compute_loss_func": loss_over_all_labels},
+}
+
+
 def gradients(
-    model: Any, folder: Path, batch: int, data: list[dict[str, list[int]]], ranks: int = 1
+    model: Any,
+    folder: Path,
+    batch: int,
+    data: list[dict[str, list[int]]],
+    ranks: int = 1,
+    label_smoothing_factor: float = 0.0,
+    compute_loss_func: Callable | None = None,
 ) -> dict[str, torch.Tensor]:
     """The gradients of one step over all rows, as the optimizer (plain SGD) applies them.
 
@@ -50,13 +71,20 @@ def gradients(
         learning_rate=1.0,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
+        label_smoothing_factor=label_smoothing_factor,
         use_cpu=True,
         ddp_backend="gloo" if ranks > 1 else None,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
     )
-    Trainer(model, arguments, train_dataset=data, data_collator=collate).train()
+    Trainer(
+        model,
+        arguments,
+        train_dataset=data,
+        data_collator=collate,
+        compute_loss_func=compute_loss_func,
+    ).train()
     return {name: before[name] - p for name, p in model.named_parameters()}
 
 
@@ -74,6 +102,45 @@ def test_accumulated_batches_count_as_much_as_one(
     one_by_one = gradients(tiny_model(**options), tmp_path, 1, data)
     for name, gradient in at_once.items():
         torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", OTHER_LOSSES)
+def test_accumulated_batches_count_as_one_where_the_loss_is_computed_outside(
+    loss: str, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    """Trainer then keeps the labels back from the model."""
+    at_once, without, one_by_one = (
+        gradients(tiny_model(aux_loss_alpha=alpha), tmp_path, batch, rows(), **OTHER_LOSSES[loss])
+        for alpha, batch in ((5.0, 8), (0.0, 8), (5.0, 1))
+    )
+    gate = "model.layers.1.mlp.gate.weight"
+    assert (at_once[gate] - without[gate]).norm() > without[gate].norm()
+    for name, gradient in at_once.items():
+        torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-4, atol=1e-5)
+    inside, plain = (
+        gradients(tiny_model(aux_loss_alpha=alpha), tmp_path, 8, rows()) for alpha in (5.0, 0.0)
+    )
+    balance = inside[gate] - plain[gate]
+    torch.testing.assert_close(at_once[gate] - without[gate], balance, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_with_few_labels_counts_once_where_the_model_is_not_told_them(
+    tiny_model: MakeModel,
+) -> None:
+    model, ids = tiny_model(aux_loss_alpha=1.0).train(), torch.arange(2, 22).view(4, 5)
+    for given in ({"input_ids": ids}, {"inputs_embeds": model.model.embed_tokens(ids)}):
+        for few in (2, torch.tensor(2)):
+            weighted = model(**given, num_items_in_batch=few)
+            torch.testing.assert_close(weighted.aux_loss, model(**given).aux_loss)
+
+
+def test_label_smoothing_shifts_the_labels(tiny_model: MakeModel, tmp_path: Path) -> None:
+    """A smoothing near 0 gives the loss of the model."""
+    losses = [
+        stock(tmp_path, tiny_model(), label_smoothing_factor=factor).evaluate()["eval_loss"]
+        for factor in (0.0, 1e-9)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def one_rank(rank: int, folder: Path, port: int, batch: int, seq_aux: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from deepseek_moe import DeepseekForCausalLM
@@ -62,24 +62,103 @@ def test_its_own_state_dict_loads_as_before(saved: tuple[Any, Path]) -> None:
     assert_equal(model, other)
 
 
-def test_file_after_file_loads_though_a_file_has_some_experts_of_a_layer_only(
-    saved: tuple[Any, Path],
+def test_file_after_file_loads_though_a_stack_is_divided_among_them(
+    saved: tuple[Any, Path], tmp_path: Path
 ) -> None:
+    """The files of a published checkpoint begin and end in the middle of a layer's experts."""
     model, folder = saved
+    state = official(folder)
+    divided = tmp_path / "divided"
+    divided.mkdir()
+    files = {name: f"model-{number % 3}.safetensors" for number, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in state if files[name] == file}, divided / file)
+    index = json.dumps({"weight_map": files})
+    (divided / "model.safetensors.index.json").write_text(index)
     other = zeroed(model)
-    load_sharded_checkpoint(other, str(folder), strict=False, prefer_safe=True)
+    load_sharded_checkpoint(other, str(divided), strict=False, prefer_safe=True)
     assert_equal(model, other)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    layers = [{f for n, f in index["weight_map"].items() if f".{i}.mlp.exp" in n} for i in (1, 2)]
-    assert max(map(len, layers)) > 1
 
 
-def test_a_strict_load_that_leaves_an_expert_unfilled_raises(saved: tuple[Any, Path]) -> None:
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_load_that_leaves_an_expert_unfilled_says_so(
+    saved: tuple[Any, Path], assign: bool
+) -> None:
     model, folder = saved
     state = official(folder)
     del state[EXPERT]
-    with pytest.raises(RuntimeError, match=r"Missing key.*layers\.1\.mlp\.experts\.gate_up_proj"):
-        zeroed(model).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{EXPERT}"):
+        zeroed(model).load_state_dict(state, assign=assign)
+    other = zeroed(model)
+    assert other.load_state_dict(state, strict=False, assign=assign).missing_keys == [EXPERT]
+    assert (other.model.layers[1].mlp.experts[3].up_proj.weight == 0).all()
+    whole = model.model.layers[1].mlp.experts[3].gate_proj.weight
+    assert torch.equal(other.model.layers[1].mlp.experts[3].gate_proj.weight, whole)
+
+
+def test_a_model_on_meta_is_assigned_all_tensors(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    with torch.device("meta"):
+        other = DeepseekForCausalLM(model.config)
+    other.load_state_dict(official(folder), assign=True)
+    assert_equal(model, other)
+    assert all(isinstance(p, torch.nn.Parameter) for p in other.parameters())
+
+
+def test_a_model_on_meta_is_assigned_file_after_file(saved: tuple[Any, Path]) -> None:
+    """An expert that no file had stays visible as NaN, where torch leaves meta."""
+    model, folder = saved
+    state = official(folder)
+    names = list(state)
+    with torch.device("meta"):
+        other = DeepseekForCausalLM(model.config)
+    first = other.load_state_dict({n: state[n] for n in names[::2]}, strict=False, assign=True)
+    assert {n for n in names[1::2] if ".mlp.experts." in n} <= {*first.missing_keys}
+    unfilled = [p for n, p in other.named_parameters() if ".experts." in n]
+    assert all(p.isnan().any() for p in unfilled)
+    other.load_state_dict({n: state[n] for n in names[1::2]}, strict=False, assign=True)
+    assert_equal(model, other)
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_assigned_tensors_keep_their_dtype(saved: tuple[Any, Path], meta: bool) -> None:
+    model, folder = saved
+    state = {name: tensor.bfloat16() for name, tensor in official(folder).items()}
+    with torch.device("meta" if meta else "cpu"):
+        other = DeepseekForCausalLM(model.config)
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    other.load_state_dict(state, assign=True)
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    assert_equal(model.to(torch.bfloat16), other)
+    copied = zeroed(model).float()
+    copied.load_state_dict(state)
+    assert {p.dtype for p in copied.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (8, 1), (16, 32), (8, 32, 1), ()])
+def test_an_expert_of_another_shape_is_named(
+    saved: tuple[Any, Path], shape: tuple[int, ...]
+) -> None:
+    """Copying would repeat the first of them for each row."""
+    model, folder = saved
+    state = official(folder)
+    assert state[EXPERT].shape == (8, 32)
+    state[EXPERT] = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {EXPERT}: .*wants \[8, 32\]"):
+        zeroed(model).load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("inside", ["model.layers.1.mlp", "model.layers.1.mlp.experts"])
+def test_a_part_of_the_model_loads_by_its_own_official_names(
+    inside: str, saved: tuple[Any, Path]
+) -> None:
+    model, folder = saved
+    prefix = f"{inside}."
+    state = {n.removeprefix(prefix): x for n, x in official(folder).items() if n.startswith(prefix)}
+    part = zeroed(model).get_submodule(inside)
+    part.load_state_dict(state)
+    for name, tensor in model.get_submodule(inside).state_dict().items():
+        assert torch.equal(part.state_dict()[name], tensor), name
 
 
 def test_the_matrices_of_an_expert_are_views(saved: tuple[Any, Path]) -> None:

@@ -96,6 +96,25 @@ def test_every_schedule_can_be_made(name: str) -> None:
     assert (kwargs or {}) == WITH_KWARGS.get(name, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("inverse_sqrt", {"timescale": "x"}),
+        ("cosine_with_restarts", {"num_cycles": "x"}),
+        ("cosine", {"num_cycles": "x"}),
+        ("polynomial", {"power": "x"}),
+        ("cosine_with_min_lr", {"min_lr": "x"}),
+        ("warmup_stable_decay", {"num_decay_steps": 2, "min_lr_ratio": "x"}),
+    ],
+)
+def test_values_that_a_schedule_fails_at_later_are_refused(
+    name: str, kwargs: dict[str, object]
+) -> None:
+    words = ["--data_path", "x", "--output_dir", "out", "--lr_scheduler_type", name]
+    with pytest.raises(UserError, match=f"--lr_scheduler_type {name} cannot be made: "):
+        parse_arguments([*words, "--lr_scheduler_kwargs", json.dumps(kwargs)])
+
+
 # --- What is understood
 
 
