@@ -7,7 +7,6 @@ once.
 import argparse
 import difflib
 import os
-import re
 import signal
 import stat
 import sys
@@ -25,13 +24,13 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
-        words = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words]
+        known = [option for action in self._actions for option in action.option_strings]
+        words = [_with_underscores(word, known) for word in words]
         found, unknown = self.parse_known_args(words, namespace)
         if sys.stdout is None:
             self.error("the standard output is closed; send it to a file, or to /dev/null")
         if unknown:
             name = unknown[0].partition("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
             self.error(f"there is no option {name}; {hint}")
@@ -44,6 +43,14 @@ class OptionParser(argparse.ArgumentParser):
                 "deepseek_moe.export --adapter first, and give the result as --model"
             )
         return found
+
+
+def _with_underscores(word: str, options: Sequence[str]) -> str:
+    """`word` as the option is spelled that it names or abbreviates; another word as it is."""
+    name, equals, value = word.partition("=")
+    spelled = "--" + name[2:].replace("-", "_")
+    known = word.startswith("--") and any(option.startswith(spelled) for option in options)
+    return spelled + equals + value if known else word
 
 
 def add_model_options(parser: OptionParser, bundled: str) -> None:

@@ -38,8 +38,17 @@ def test_dashes_are_underscores_and_the_nearest_option_is_named(script: str) -> 
     wanted = run(script, "--prompt", "Once", "--max_new_tokens", 3)
     dashed = run(script, "--prompt", "Once", "--max-new-tokens=3")
     assert (dashed.code, dashed.out) == (0, wanted.out)
-    assert_error(run(script, "--max_tokens", 3), "no option --max_tokens; did you mean --max_new_")
+    assert run(script, "--prompt", "Once", "--max-new", 3).out == wanted.out
+    for wrong in ("--max_tokens", "--max-tokens"):
+        assert_error(run(script, wrong, 3), f"no option {wrong}; did you mean --max_new_tokens?")
     assert_error(run(script, "--zzzzz"), "no option --zzzzz; --help lists the options")
+
+
+@pytest.mark.parametrize("prompt", ["--well-known old-king said", "--well-known king-size=2 x"])
+def test_a_prompt_that_begins_with_dashes_stays_as_it_is(prompt: str) -> None:
+    done = run("completion.py", "--prompt", prompt, "--max-new-tokens", 2)
+    assert (done.code, done.out[: len(prompt)]) == (0, prompt), done.err
+    assert run("completion.py", f"--prompt={prompt}", "--max-new-tokens", 2).out == done.out
 
 
 @pytest.mark.parametrize("option", ["--top_p=0.9", "--top_k=5", "--min_p=0.1", "--seed=0"])
