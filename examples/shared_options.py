@@ -28,7 +28,7 @@ class OptionParser(argparse.ArgumentParser):
         words = [_with_underscores(word, known) for word in words]
         found, unknown = self.parse_known_args(words, namespace)
         if sys.stdout is None:
-            self.error("the standard output is closed; send it to a file, or to /dev/null")
+            self.exit(2, "error: the standard output is closed; send it to a file or /dev/null\n")
         if unknown:
             name = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(name, known, 1, 0.5)

@@ -119,6 +119,7 @@ def test_a_full_or_closed_output_is_one_line() -> None:
         done = completion(line)
         assert done.returncode == code
         assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
+        assert "usage: " not in done.stderr
 
 
 def test_fewer_tokens_than_asked_are_explained() -> None:
