@@ -10,7 +10,7 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.output.defaults import create_output
-from shared_options import load_model, sampling_arguments
+from shared_options import load_model, sampling_arguments, standard_input
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe import Generator
@@ -37,6 +37,8 @@ def talk(args: argparse.Namespace) -> None:
     """Answers the question of the command line, or each line of stdin."""
     if args.prompt is not None:
         check_prompt(args.prompt)
+    else:
+        lines = standard_input()
     sample = Sampling(**sampling_arguments(args))
     name = args.model or str(BUNDLED_CHAT_MODEL)
     model, tokenizer = load_model(args, name)
@@ -47,10 +49,8 @@ def talk(args: argparse.Namespace) -> None:
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return
-    interactive = sys.stdin.isatty()
-    if not interactive:  # bytes that are not UTF-8 become a question that ask() refuses
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    for line in typed_lines() if interactive else sys.stdin:
+    interactive = lines.isatty()
+    for line in typed_lines() if interactive else lines:
         if line.strip() in ("/exit", "/quit"):
             return
         try:

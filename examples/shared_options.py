@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 DRAWN = ("top_k", "top_p", "min_p", "seed")  # those that say how tokens are drawn
@@ -112,6 +112,20 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"it is {number}; it must be 1 or more")
     return number
+
+
+def standard_input() -> TextIO:
+    """stdin as UTF-8. Bytes that are not UTF-8 become text that `check_prompt` refuses.
+
+    Raises:
+        UserError: it is closed.
+    """
+    from deepseek_moe.errors import UserError
+
+    if sys.stdin is None:
+        raise UserError("the standard input is closed; pipe some text in, or give it as --prompt")
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
 
 def stdin_is_piped() -> bool:

@@ -113,6 +113,22 @@ def test_what_is_piped_in_is_a_prompt(line: str, begins: str) -> None:
     assert done.stdout.count("A bird") == begins.count("A bird")
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('"$@" --prompt - <&-', "the standard input is closed; pipe some text in"),
+        ('"${@/completion/chat}" <&-', "the standard input is closed; pipe some text in"),
+        ("printf 'ab\\xff' | PYTHONUTF8=0 PYTHONIOENCODING=utf-8:strict \"$@\"", "not UTF-8"),
+        ("printf 'ab\\xff' | PYTHONUTF8=0 PYTHONIOENCODING=ascii \"$@\" --prompt -", "not UTF-8"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_one_line(line: str, said: str) -> None:
+    done = completion(line)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_or_closed_output_is_one_line() -> None:
     for line, code in (('"$@" > /dev/full', 1), ('"$@" >&-', 2)):
