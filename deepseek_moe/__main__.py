@@ -39,8 +39,9 @@ def find_program(program: str) -> list[str] | None:
     """The command that starts `program`; None if there is none."""
     if program.endswith(".py") and Path(program).is_file():
         return [sys.executable, program]
-    beside = Path(sys.executable).with_name(program)  # an environment that is not activated
-    if found := shutil.which(program) or shutil.which(beside):
+    # This Python's own environment comes first. It need not be activated.
+    places = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
+    if found := shutil.which(program, path=os.pathsep.join(places)):
         return [found]
     try:
         is_module = find_spec(program) is not None

@@ -62,6 +62,18 @@ def test_a_module_runs_by_its_name() -> None:
     assert done.stdout.startswith("usage: "), done.stderr
 
 
+def test_a_command_is_looked_for_beside_this_python_first(tmp_path: Path) -> None:
+    """So that it finds what is installed with the model. A path names one file."""
+    for name in (Path(sys.executable).name, "only-there"):
+        (tmp_path / name).write_text("#!/bin/sh\necho found\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    own = python("-m", "deepseek_moe", Path(sys.executable).name, "-c", LINES, PATH=path)
+    assert own.stdout == "deepseek_moe.model.modeling_deepseek {}\n", own.stderr
+    for command in ("only-there", tmp_path / "only-there"):
+        assert python("-m", "deepseek_moe", command, PATH=path).stdout == "found\n"
+
+
 @pytest.mark.parametrize(("words", "code"), [((), 2), (("--help",), 0), (("no-such",), 2)])
 def test_without_a_program_it_says_what_there_is(words: tuple[str, ...], code: int) -> None:
     done = python("-m", "deepseek_moe", *words)
