@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def talk(args: argparse.Namespace) -> None:
     name = args.model or str(BUNDLED_CHAT_MODEL)
     model, tokenizer = load_model(args, name)
     note(f"talking to {name}" + (f" with {args.adapter}" if args.adapter else ""))
-    if "base" in Path(name).name.lower() and not args.adapter:
+    if named_base(name) and not args.adapter:
         note("by its name it is a base model: it continues texts, and was not taught to chat")
     conversation = Conversation(Generator(model), tokenizer, args.max_new_tokens, sample)
     if args.prompt is not None:
@@ -59,6 +60,15 @@ def talk(args: argparse.Namespace) -> None:
             if not interactive:
                 raise
             note(f"error: {error}")
+
+
+def named_base(model: str) -> bool:
+    """Whether "base" is a word in the name of a folder or hub id.
+
+    Files do not tell: a base model may have the chat template too, as every checkpoint has that
+    this code writes.
+    """
+    return "base" in re.split("[^a-z0-9]+", Path(model).expanduser().resolve().name.lower())
 
 
 class Conversation:

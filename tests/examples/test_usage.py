@@ -21,7 +21,7 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.training.merge_lora import merged_tensors
 
 with patch("sys.path", [str(EXAMPLES), *sys.path]):
-    from conversation import Conversation
+    from conversation import Conversation, named_base
 
 both_scripts = pytest.mark.parametrize("script", ["completion.py", "chat.py"])
 
@@ -159,6 +159,17 @@ def test_the_model_is_named_and_a_base_model_is_warned_of() -> None:
     assert "base model" not in done.err
     done = run("chat.py", "--prompt", "Hi", "--max_new_tokens", 2, "--model", BUNDLED)
     assert "by its name it is a base model" in done.err
+
+
+def test_a_base_model_is_known_by_a_word_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(BUNDLED)
+    (tmp_path / "link-to-it").symlink_to(BUNDLED)
+    for name in (".", str(tmp_path / "link-to-it"), "deepseek-ai/deepseek-moe-16b-base", "My_Base"):
+        assert named_base(name), name
+    for name in ("database-helper", "models/base/tuned", "deepseek-ai/deepseek-moe-16b-chat"):
+        assert not named_base(name), name
 
 
 def test_retry_asks_again_and_exit_leaves() -> None:
