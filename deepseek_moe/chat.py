@@ -102,7 +102,7 @@ def _family_format(messages: Sequence[Message], bos: str, eos: str) -> list[Piec
     pieces = [(bos, True, 0)]
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message["content"]
-        trained = int(message.get("train", True))
+        trained = _is_trained(message)
         if role == "user":
             pieces.append((f"User: {content}\n\n", False, 0))
         elif role == "assistant":
@@ -131,16 +131,22 @@ def _by_template(
     answers = [message for message in messages if message.get("role") == "assistant"]
     for (start, end), answer in zip(spans, answers, strict=True):
         pieces.append((text[at:start], True, 0))
-        pieces.append((text[start:end], True, int(answer.get("train", True))))
+        pieces.append((text[start:end], True, _is_trained(answer)))
         at = end
     return [*pieces, (text[at:], True, 0)]
+
+
+def _is_trained(answer: Message) -> int:
+    """1, or 0 if `train` is false. A null counts as absent."""
+    return int(answer.get("train") is None or bool(answer["train"]))
 
 
 def _text_of(content: Any, where: str) -> str:
     """The text of a content, as a string or as OpenAI's list of parts.
 
     Raises:
-        UserError: it has other parts than text, or is nothing of the kind.
+        UserError: it has other parts than text, is nothing of the kind, or has half a character,
+            of which no tokenizer can make ids.
     """
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:
@@ -148,7 +154,13 @@ def _text_of(content: Any, where: str) -> str:
             raise UserError(f"{where} has content {part!r}; it must be text")
         if not isinstance(part.get("text"), str):
             raise UserError(f"{where} has content {part.get('text')!r}; it must be text")
-    return "".join(part["text"] for part in parts)
+    text = "".join(part["text"] for part in parts)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        raise UserError(f"{where} has half a character ({found!a}); it must be text") from error
+    return text
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:

@@ -170,7 +170,10 @@ class Conversation:
                 raise ValueError("questions and answers do not take turns")
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError("a message is no text")
-        self.messages, self.dropped = messages, 0
+            "".join(texts).encode()  # raises where a text has half a character
+        both = zip(roles, texts, strict=True)
+        self.messages = [{"role": role, "content": text} for role, text in both]
+        self.dropped = 0
         note(f"{len(messages)} messages are loaded")
 
     def save(self, name: str) -> None:

@@ -89,6 +89,7 @@ def test_typed_special_tokens_are_ordinary_text(folder: Path, typed: str) -> Non
         ({"content": "x"}, "message 2 has role None"),
         ({"role": "user"}, "message 2 has content None"),
         ({"role": "user", "content": [{"type": "text"}]}, "message 2 has content"),
+        (user("x\ud800"), r"message 2 has half a character \('\\ud800'\); it must be text"),
     ],
 )
 def test_a_wrong_message_is_an_error_that_names_it(message: Message, said: str) -> None:

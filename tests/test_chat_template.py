@@ -63,7 +63,10 @@ def test_an_answer_that_is_marked_is_not_trained_on() -> None:
     ids, mask = render(tokenizer, talk)
     assert [text for trained, text in parts(tokenizer, ids, mask) if trained] == ["Four.<|end|>"]
     assert ids == render(tokenizer, TALK)[0]
+    unmarked = [message | {"train": None} for message in TALK]
     bundled = tokenizer_of(BUNDLED)
+    for other in (tokenizer, bundled):
+        assert render(other, unmarked) == render(other, TALK)
     ids, mask = render(bundled, talk)
     assert [text for trained, text in parts(bundled, ids, mask) if trained] == [f" Four.{EOS}"]
     assert ids == render(bundled, TALK)[0]

@@ -189,7 +189,11 @@ def test_load_takes_what_save_has_written(tmp_path: Path) -> None:
     assert talk(f"/load {file}", "Two?").messages == talk("One?", "Two?").messages
     file.write_text(json.dumps([saved.messages[0], {"role": "assistant", "content": ""}]))
     assert len(talk(f"/load {file}").messages) == 2  # its answer was stopped at once
-    for content in ("not JSON", "[1]", json.dumps(saved.messages[1:]), '{"role": "user"}'):
+    marked = [message | {"train": None, "id": 7} for message in saved.messages]
+    file.write_text(json.dumps(marked))
+    assert talk(f"/load {file}").messages == saved.messages
+    half = json.dumps([{"role": "user", "content": "a\ud800"}, saved.messages[1]])
+    for content in ("not JSON", "[1]", json.dumps(saved.messages[1:]), '{"role": "user"}', half):
         file.write_text(content)
         with pytest.raises(UserError, match="is no conversation that /save has written"):
             talk(f"/load {file}")
