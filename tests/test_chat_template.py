@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from text_fixtures import BUNDLED, OFFICIAL, assistant, needs_official, system, tokenizer_of, user
 
 from deepseek_moe.chat import has_own_template, render, render_within
@@ -127,6 +128,29 @@ def test_other_trainers_get_the_mask_from_the_template() -> None:
     tokenizer = tokenizer_of(BUNDLED)
     made = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
     assert (made["input_ids"], made["assistant_masks"]) == render(tokenizer, TALK)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"content": None},
+        {"content": 1},
+        {"content": {"type": "text", "text": "x"}},
+        {"content": ["x"]},
+        {"content": [{"type": "text"}]},
+        {"content": [{"type": "text", "text": None}]},
+        {"content": [{"text": "x"}]},
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_content_that_is_no_text_is_refused_by_the_built_in_template(
+    message: dict[str, Any], role: str
+) -> None:
+    with pytest.raises(TemplateError, match="reads text only|is no text"):
+        tokenizer_of(BUNDLED).apply_chat_template([{"role": role} | message])
+    with pytest.raises(UserError, match="it must be text"):
+        render(tokenizer_of(BUNDLED), [{"role": role} | message])
 
 
 def test_content_in_parts_is_joined_and_other_parts_are_refused() -> None:

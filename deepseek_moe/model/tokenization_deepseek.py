@@ -18,16 +18,18 @@ EOS = "<｜end▁of▁sentence｜>"
 # marks tell other trainers what an answer is. They change no character of the text.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
-{%- if content is string -%}
-{{- content -}}
-{%- else -%}
-{%- for part in content -%}
+{%- set parts = [{"type": "text", "text": content}] -%}
+{%- if content is defined and content is sequence and content is not string -%}
+{%- set parts = content -%}
+{%- endif -%}
+{%- for part in parts -%}
 {%- if part.type != "text" -%}
-{{- raise_exception("this model reads text only, not a content part of type " + part.type) -}}
+{{- raise_exception("this model reads text only, not a content part of type " ~ part.type) -}}
+{%- elif part.text is not string -%}
+{{- raise_exception("the content of a message is no text") -}}
 {%- endif -%}
 {{- part.text -}}
 {%- endfor -%}
-{%- endif -%}
 {%- endmacro -%}
 {{- bos_token -}}
 {%- for message in messages -%}
