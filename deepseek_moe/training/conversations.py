@@ -185,7 +185,7 @@ def _text(value: Any, what: str, not_empty: bool = False) -> str:
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and "text" in part
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _name(value: Any) -> str:

@@ -133,6 +133,10 @@ def talk(*messages: Any) -> dict[str, Any]:
             talk({"role": "user", "content": [{"type": "image"}]}, assistant("b")),
             "content of message 1 is list [{'type': 'image'}], wanted text",
         ),
+        *(
+            (talk(user("a") | {"content": [part]}, assistant("b")), "content of message 1 is list")
+            for part in (None, "a", {"text": "a"}, *({"type": "text", "text": x} for x in (None, 7)))
+        ),
         (make_object([("a", 1), ("b", 2), ("a", 3)]), "a occurs twice in the row"),
     ],
 )
