@@ -8,7 +8,8 @@ People write the same things under different names:
     prompt, completion    texts, or lists of messages, of which the prompt is not trained on
     question, answer
 
-All may have `system` beside them, and the pairs `history` (earlier pairs of question and answer).
+All may have `system` beside them, which messages with a system message of their own leave unused,
+and the pairs `history` (earlier pairs of question and answer).
 If a row has several forms, the first of this list counts. A null counts as absent.
 
 An answer that is marked by `weight` 0, `train` false or `trainable` false is not trained on.
@@ -69,9 +70,12 @@ def find_conversation(row: Any, columns: Mapping[str, str]) -> tuple[list[Messag
     if name is None:
         messages, used = _pair(found)
     else:
-        messages, used = _messages(found[name], name), (name, "system")
-        if messages[0]["role"] != "system":
-            messages = [*_system(found), *messages]
+        messages, used = _messages(found[name], name), [name]
+    system = _system(found)
+    if messages[0]["role"] != "system":
+        messages = [*system, *messages]
+    if not system or messages[0]["content"] == system[0]["content"]:
+        used.append("system")
     _check_order(messages)
     unused = [columns.get(field, field) for field in found if field not in used]
     if name is not None:
@@ -80,7 +84,8 @@ def find_conversation(row: Any, columns: Mapping[str, str]) -> tuple[list[Messag
     return messages, unused
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
+def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
+    """The messages of a pair, without `system`, and the names of the fields that they are from."""
     for names in PAIRS:
         if set(names) & row.keys():
             break
@@ -91,22 +96,21 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
     for name in names:
         if name not in row:
             raise BadRow(f"no {name}: found {', '.join(map(str, row))}")
+    messages = _history(row.get("history"))
     if isinstance(row[question], list):  # as in TRL
-        before = [message | {"train": False} for message in _messages(row[question], question)]
-        return [*before, *_messages(row[answer], answer)], names
+        before = _messages(row[question], question)
+        at = int(before[0]["role"] == "system")
+        before[at:at] = messages
+        before = [message | {"train": False} for message in before]
+        return [*before, *_messages(row[answer], answer)], [*names, "history"]
     texts = [_text(row[name], name) for name in (question, "input") if name in row]
     asked = "\n".join(text for text in texts if text.strip())
     if not asked:
         raise BadRow(f"{question} is empty, wanted a question")
-    messages = _system(row)
-    for number, pair in enumerate(_history(row.get("history")), 1):
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            content = _text(text, f"turn {number} of history", not_empty=True)
-            messages.append({"role": role, "content": content})
     messages.append({"role": "user", "content": asked})
     content = _text(row[answer], answer, not_empty=True)
     messages.append({"role": "assistant", "content": content})
-    return messages, (*names, *BESIDE)
+    return messages, [*names, "input", "history"]
 
 
 def _system(row: Mapping[str, Any]) -> list[Message]:
@@ -114,11 +118,15 @@ def _system(row: Mapping[str, Any]) -> list[Message]:
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
-def _history(value: Any) -> list[Any]:
+def _history(value: Any) -> list[Message]:
     pairs = [] if value in (None, "") else value
     if not isinstance(pairs, list) or any(not isinstance(p, list) or len(p) != 2 for p in pairs):
         raise BadRow(f"history is {_name(value)}, wanted a list of [question, answer]")
-    return pairs
+    return [
+        {"role": role, "content": _text(text, f"turn {number} of history", not_empty=True)}
+        for number, pair in enumerate(pairs, 1)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _messages(value: Any, field: str) -> list[Message]:
@@ -185,7 +193,8 @@ def _text(value: Any, what: str, not_empty: bool = False) -> str:
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    return is_text and isinstance(part.get("text"), str)
 
 
 def _name(value: Any) -> str:

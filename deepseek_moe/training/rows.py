@@ -23,7 +23,7 @@ from pyarrow import parquet
 from ..errors import UserError, as_user_error, unwrap_cache_error
 from .conversations import FIELDS, BadRow, find_conversation, make_object
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the names of cache files. Raise it whenever the same data becomes other rows, examples or
 packed rows, so that old caches are not read."""
 

@@ -10,11 +10,16 @@ from deepseek_moe.training.conversations import BadRow, find_conversation, make_
 from deepseek_moe.training.rows import parse_columns
 
 ASKED = [user("Who?"), assistant("The king.")]
+KIND = [system("Be kind."), *ASKED]
 PARTS = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]
 
 
 def sharegpt(*turns: tuple[str, str]) -> dict[str, Any]:
     return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def untrained(*messages: dict[str, str]) -> list[dict[str, Any]]:
+    return [message | {"train": False} for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +61,21 @@ def sharegpt(*turns: tuple[str, str]) -> dict[str, Any]:
             [],
         ),
         ({"messages": ASKED, "system": "Be brief."}, [system("Be brief."), *ASKED], []),
+        ({"messages": KIND, "system": "Be brief."}, KIND, ["system"]),
+        ({"messages": KIND, "system": "Be kind."}, KIND, []),
+        ({"messages": KIND, "system": " "}, KIND, []),
+        (
+            {"prompt": [user("And?")], "completion": [assistant("He slept.")]}
+            | {"system": "Be kind.", "history": [["Who?", "The king."]]},
+            [KIND[0], *untrained(*ASKED, user("And?")), assistant("He slept.")],
+            [],
+        ),
+        (
+            {"prompt": [KIND[0], user("And?")], "completion": [assistant("He slept.")]}
+            | {"system": "Be brief.", "history": [["Who?", "The king."]]},
+            [*untrained(*KIND, user("And?")), assistant("He slept.")],
+            ["system"],
+        ),
     ],
 )
 def test_every_form_of_a_row(row: dict[str, Any], messages: list[Any], unused: list[str]) -> None:
@@ -90,6 +110,9 @@ def test_columns_that_are_none(given: str) -> None:
 
 def talk(*messages: Any) -> dict[str, Any]:
     return {"messages": list(messages)}
+
+
+NO_TEXT = [None, "a", {"text": "a"}, {"type": "text"}, {"type": "text", "text": None}]
 
 
 @pytest.mark.parametrize(
@@ -134,8 +157,8 @@ def talk(*messages: Any) -> dict[str, Any]:
             "content of message 1 is list [{'type': 'image'}], wanted text",
         ),
         *(
-            (talk(user("a") | {"content": [part]}, assistant("b")), "content of message 1 is list")
-            for part in (None, "a", {"text": "a"}, *({"type": "text", "text": x} for x in (None, 7)))
+            (talk(user("a") | {"content": [part]}), "content of message 1 is list")
+            for part in NO_TEXT
         ),
         (make_object([("a", 1), ("b", 2), ("a", 3)]), "a occurs twice in the row"),
     ],
