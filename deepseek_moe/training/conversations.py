@@ -12,7 +12,8 @@ All may have `system` beside them, which messages with a system message of their
 and the pairs `history` (earlier pairs of question and answer).
 If a row has several forms, the first of this list counts. A null counts as absent.
 
-An answer that is marked by `weight` 0, `train` false or `trainable` false is not trained on.
+An answer that is marked by `weight` 0, `train` false or `trainable` false is not trained on. Beside
+the fields of a row, such a mark is for all of its answers, and the row is a bad row.
 """
 
 import reprlib
@@ -27,6 +28,7 @@ BESIDE = ("input", "history", "system")
 FIELDS = (*LISTS, *(name for pair in PAIRS for name in pair), *BESIDE)
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 MARKS = ("weight", "train", "trainable")
+SAID = {"0": False, "0.0": False, "false": False, "": True, "1": True, "1.0": True, "true": True}
 KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *MARKS}
 
 
@@ -77,6 +79,10 @@ def find_conversation(row: Any, columns: Mapping[str, str]) -> tuple[list[Messag
     if not system or messages[0]["content"] == system[0]["content"]:
         used.append("system")
     _check_order(messages)
+    marks = {name: _mark(found[name]) for name in MARKS if name in found}
+    if False in marks.values():
+        raise BadRow("the row is marked as not to be trained on")
+    used += [name for name, mark in marks.items() if mark is not None]
     unused = [columns.get(field, field) for field in found if field not in used]
     if name is not None:
         keys = {key for message in found[name] for key in message if message[key] is not None}
@@ -151,11 +157,18 @@ def _message(message: Any, number: int) -> Message:
     made = {"role": role, "content": content}
     for name in MARKS:
         if (mark := message.get(name)) is not None:
-            if mark not in (0, 1):
+            if _mark(mark) is None:
                 raise BadRow(f"{name} of message {number} is {_name(mark)}, wanted 0 or 1")
-            if role == "assistant" and not mark:
+            if role == "assistant" and not _mark(mark):
                 made["train"] = False
     return made
+
+
+def _mark(value: Any) -> bool | None:
+    """Whether a mark says to train, as a number, truth value or text; None if it says neither."""
+    if isinstance(value, str):  # as in CSV
+        return SAID.get(value.strip().lower())
+    return bool(value) if value in (0, 1) else None
 
 
 def _check_order(messages: list[Message]) -> None:

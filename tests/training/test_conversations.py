@@ -92,6 +92,19 @@ def test_a_marked_answer_is_context(mark: dict[str, Any]) -> None:
     assert all("train" not in message for message in find_conversation(row, {})[0])
 
 
+@pytest.mark.parametrize("value", [0, 0.0, False, "0", "0.0", "False"])
+@pytest.mark.parametrize("mark", ["weight", "train", "trainable"])
+def test_a_marked_row_is_a_bad_row(mark: str, value: Any) -> None:
+    pair = {"instruction": "Who?", "output": "The king."}
+    for row in (pair, {"messages": ASKED}, {"prompt": ASKED[:1], "completion": ASKED[1:]}):
+        with pytest.raises(BadRow, match="the row is marked as not to be trained on"):
+            find_conversation(row | {mark: value}, {})
+    for other in (1, 1.0, True, "1", "1.0", "true", ""):
+        assert find_conversation(pair | {mark: other}, {}) == (ASKED, [])
+    for other in (0.5, 70, "part 1", [0]):  # a field that is no mark
+        assert find_conversation(pair | {mark: other}, {}) == (ASKED, [mark])
+
+
 def test_columns_of_other_names() -> None:
     columns = parse_columns("instruction=query, output=text,system=persona")
     row = {"query": "Who?", "text": "The king.", "persona": "Be brief.", "output": "?", "n": 1}
