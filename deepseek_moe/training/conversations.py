@@ -10,14 +10,15 @@ People write the same things under different names:
 
 All may have `system` beside them, which messages with a system message of their own leave unused,
 and the pairs `history` (earlier pairs of question and answer).
-If a row has several forms, the first of this list counts. A null counts as absent.
+A form that is named by --columns counts before all others, messages before pairs, and pairs as in
+this list, whole ones first. A null counts as absent, and an input without its question is one.
 
 An answer that is marked by `weight` 0, `train` false or `trainable` false is not trained on. Beside
 the fields of a row, such a mark is for all of its answers, and the row is a bad row.
 """
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from ..chat import Message
@@ -68,9 +69,10 @@ def find_conversation(row: Any, columns: Mapping[str, str]) -> tuple[list[Messag
     row = {name: value for name, value in row.items() if value is not None}
     given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     found = {name: value for name, value in row.items() if name not in columns.values()} | given
-    name = next((name for name in LISTS if name in found), None)
+    forms = given.keys() - set(BESIDE) or found.keys()
+    name = next((name for name in LISTS if name in forms), None)
     if name is None:
-        messages, used = _pair(found)
+        messages, used = _pair(found, forms)
     else:
         messages, used = _messages(found[name], name), [name]
     system = _system(found)
@@ -83,27 +85,29 @@ def find_conversation(row: Any, columns: Mapping[str, str]) -> tuple[list[Messag
     if False in marks.values():
         raise BadRow("the row is marked as not to be trained on")
     used += [name for name, mark in marks.items() if mark is not None]
-    unused = [columns.get(field, field) for field in found if field not in used]
+    used = {columns[field] if field in given else field for field in used}
+    unused = [field for field in row if field not in used]
     if name is not None:
         keys = {key for message in found[name] for key in message if message[key] is not None}
         unused += [f"{columns.get(name, name)}.{key}" for key in sorted(keys - KEYS)]
     return messages, unused
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
-    """The messages of a pair, without `system`, and the names of the fields that they are from."""
-    for names in PAIRS:
-        if set(names) & row.keys():
-            break
-    else:
+def _pair(row: Mapping[str, Any], forms: Set[str]) -> tuple[list[Message], list[str]]:
+    """The messages of a pair, without `system`, and the names of the fields that they are from.
+
+    It is the pair among `forms` of which the row lacks the least.
+    """
+    names = min(PAIRS, key=lambda pair: (forms.isdisjoint(pair), len(set(pair) - row.keys())))
+    if row.keys().isdisjoint(names):
         fields = ", ".join(map(str, row)) or "no field"
         raise BadRow(f"found {fields}; wanted instruction and output, or messages")
     question, answer = names
     for name in names:
-        if name not in row:
+        if name not in row and (name == answer or "input" not in row):
             raise BadRow(f"no {name}: found {', '.join(map(str, row))}")
     messages = _history(row.get("history"))
-    if isinstance(row[question], list):  # as in TRL
+    if isinstance(row.get(question), list):  # as in TRL
         before = _messages(row[question], question)
         at = int(before[0]["role"] == "system")
         before[at:at] = messages

@@ -49,6 +49,10 @@ def untrained(*messages: dict[str, str]) -> list[dict[str, Any]]:
         ),
         ({"instruction": "", "input": "Who?", "output": "The king."}, ASKED, []),
         ({"instruction": "Who?", "input": " ", "output": "The king."}, ASKED, []),
+        ({"instruction": None, "input": "Who?", "output": "The king."}, ASKED, []),
+        ({"input": "Who?", "output": "The king."}, ASKED, []),
+        ({"question": "Who?", "answer": "The king.", "output": "x"}, ASKED, ["output"]),
+        ({"prompt": "x", "question": "Who?", "answer": "The king."}, ASKED, ["prompt"]),
         (
             {"instruction": "And?", "output": "He slept.", "history": [["Who?", "The king."]]}
             | {"system": "Be brief."},
@@ -110,12 +114,39 @@ def test_columns_of_other_names() -> None:
     row = {"query": "Who?", "text": "The king.", "persona": "Be brief.", "output": "?", "n": 1}
     messages, unused = find_conversation(row, columns)
     assert messages == [system("Be brief."), *ASKED]
-    assert unused == ["n"]
+    assert unused == ["output", "n"]
     with pytest.raises(BadRow, match="no output: found instruction"):
         find_conversation({"query": "Who?"}, columns)
 
 
-@pytest.mark.parametrize("given", ["instruction", "query=output", "output=", "input=a,input=b"])
+@pytest.mark.parametrize(
+    ("columns", "others"),
+    [
+        ("question=q,answer=a", {"instruction": "x", "output": "y"}),
+        ("question=q,answer=a", {"question": "x", "answer": "y"}),
+        ("prompt=q,completion=a", {"messages": [user("x"), assistant("y")]}),
+        ("answer=a,question=q", {"prompt": "x", "completion": "y", "answer": "z"}),
+    ],
+)
+def test_columns_that_are_named_count_before_others(columns: str, others: dict[str, Any]) -> None:
+    row = others | {"q": "Who?", "a": "The king."}
+    assert find_conversation(row, parse_columns(columns)) == (ASKED, list(others))
+
+
+def test_columns_may_swap_names_and_need_not_be_in_every_row() -> None:
+    columns = parse_columns("instruction=output,output=instruction,input=context")
+    row = {"output": "Who?", "instruction": "The king."}
+    assert find_conversation(row, columns) == (ASKED, [])
+    columns = parse_columns("question=q,answer=a")
+    row = {"instruction": "Who?", "output": "The king."}
+    assert find_conversation(row, columns) == (ASKED, [])
+    assert find_conversation(row | {"q": None}, columns) == (ASKED, [])
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["instruction", "query=output", "output=", "input=a,input=b", "instruction=q,output=q"],
+)
 def test_columns_that_are_none(given: str) -> None:
     with pytest.raises(UserError, match="write --columns instruction=question,output=answer"):
         parse_columns(given)
