@@ -95,7 +95,7 @@ def has_own_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     named = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens_map
     pieces = _family_format(PROBE, named["bos_token"], named["eos_token"])
     text = "".join(piece[0] for piece in pieces) + "Assistant:"
-    return not chat_template.writes_as(tokenizer.get_chat_template(), named, PROBE, text)
+    return not chat_template.writes_as(chat_template.template_of(tokenizer), named, PROBE, text)
 
 
 def _family_format(messages: Sequence[Message], bos: str, eos: str) -> list[Piece]:

@@ -5,12 +5,12 @@ of the text an answer is. This module finds the answers, so that exactly they ar
 """
 
 import json
-import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -19,7 +19,20 @@ from .errors import UserError, first_words
 Span = tuple[int, int]
 """The characters from the first number to the one before the second."""
 
-MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says where answers are
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template; of several, the one that is named default.
+
+    Raises:
+        UserError: none of several is named so.
+    """
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise UserError(
+            f"the checkpoint has the chat templates {', '.join(templates)}, of which none is named "
+            "default; name one so, or leave only one as chat_template.jinja"
+        )
+    return tokenizer.get_chat_template()
 
 
 def write(
@@ -47,7 +60,7 @@ def find_answers(
     Raises:
         UserError: the template writes answers in such a way that this cannot be told.
     """
-    if MARKED.search(tokenizer.get_chat_template()):
+    if _has_marks(template_of(tokenizer)):
         spans = _write(tokenizer, messages, False, marks=True)[1]
         answers = sum(message.get("role") == "assistant" for message in messages)
         if len(spans) != answers:
@@ -112,6 +125,16 @@ def _try_template(template: str, given: str) -> str | None:
     return text
 
 
+@lru_cache(maxsize=8)
+def _has_marks(template: str) -> bool:
+    """Whether a template says where answers are. Comments do not count."""
+    words = [word[1:] for word in Environment().lex(template) if word[1] != "whitespace"]
+    return any(
+        first[0] == "block_begin" and second == ("name", "generation")
+        for first, second in pairwise(words)
+    )
+
+
 def _write(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[dict[str, Any]],
@@ -121,7 +144,7 @@ def _write(
     try:
         (text,), spans = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
-            chat_template=tokenizer.get_chat_template(),
+            chat_template=template_of(tokenizer),
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=marks,
             **tokenizer.special_tokens_map,

@@ -31,7 +31,7 @@ MARKED = (
 TALK = [system("Be short."), user("One?"), assistant("Two."), user("Three?"), assistant("Four.")]
 
 
-def with_template(template: str) -> Any:
+def with_template(template: Any) -> Any:
     tokenizer = copy.deepcopy(tokenizer_of(BUNDLED))
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|start|>", "<|end|>"]})
     tokenizer.chat_template = template
@@ -43,7 +43,17 @@ def parts(tokenizer: Any, ids: list[int], mask: list[int]) -> list[tuple[int, st
     return [(trained, tokenizer.decode([i for i, _ in pairs])) for trained, pairs in groups]
 
 
-@pytest.mark.parametrize("template", [CHATML, BY_PLACE, MARKED], ids=["plain", "list", "marked"])
+TEMPLATES = {
+    "plain": CHATML,
+    "list": BY_PLACE,
+    "marked": MARKED,
+    "marked with pluses": MARKED.replace("{% gen", "{%+ gen").replace("{% endgen", "{%- endgen"),
+    "marks in a comment": "{# {% generation %} {% endgeneration %} #}" + CHATML,
+    "marks in raw text": "{% set _ %}{% raw %}{% generation %}{% endraw %}{% endset %}" + CHATML,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_the_answers_with_the_tokens_that_end_them_are_trained_on(template: str) -> None:
     tokenizer = with_template(template)
     assert has_own_template(tokenizer)
@@ -106,6 +116,16 @@ def test_what_the_template_refuses_is_said_in_one_line() -> None:
     tokenizer = with_template("{{ raise_exception('roles must\nalternate') }}")
     with pytest.raises(UserError, match="refuses the conversation: roles must alternate; change"):
         render(tokenizer, TALK)
+
+
+@pytest.mark.parametrize("ask", [render, render_within])
+def test_several_templates_need_a_default(ask: Any) -> None:
+    tokenizer = with_template({"default": MARKED, "tool_use": "x"})
+    talk = [TALK[:4], 100] if ask is render_within else [TALK]
+    assert ask(tokenizer, *talk) == ask(with_template(MARKED), *talk)
+    tokenizer.chat_template = {"rag": MARKED, "tool_use": MARKED}
+    with pytest.raises(UserError, match="the chat templates rag, tool_use, of which none is"):
+        ask(tokenizer, *talk)
 
 
 def test_a_message_cannot_end_a_turn() -> None:

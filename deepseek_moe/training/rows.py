@@ -147,7 +147,8 @@ def _checked_rows(
         if theirs not in seen:
             fields = ", ".join(sorted(seen)[:SHOWN_FIELDS]) or "no field"
             raise UserError(
-                f"no row has {theirs}, which --columns gives for {ours}, but {fields}; mend the name"
+                f"no row has {theirs}, which --columns gives for {ours}, but {fields}; "
+                "mend the name"
             )
 
 

@@ -73,7 +73,7 @@ def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
     write_jsonl(file, [GOOD, GOOD | {"context": "c"}, GOOD | {"context": None}])
     assert not any(read_rows([str(file)], cache, {"input": "context"})["problem"])
     with pytest.raises(
-        UserError, match="no row has contxt, which --columns .* input, but context, "
+        UserError, match=r"no row has contxt, which --columns .* input, but context, "
     ):
         read_rows([str(file)], cache, {"input": "contxt"})
 
