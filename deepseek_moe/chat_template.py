@@ -43,8 +43,9 @@ def write(
     """The text of a conversation by the tokenizer's template.
 
     Raises:
-        UserError: the template refuses the conversation.
+        UserError: the template refuses the conversation, or leaves out a message.
     """
+    _refuse_dropped(tokenizer, messages)
     return _write(tokenizer, messages, add_generation_prompt)[0]
 
 
@@ -74,8 +75,8 @@ def find_answers(
     for number, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = write(tokenizer, messages[:number], add_generation_prompt=True)
-        after = write(tokenizer, messages[: number + 1])
+        before, _ = _write(tokenizer, messages[:number], add_generation_prompt=True)
+        after, _ = _write(tokenizer, messages[: number + 1], add_generation_prompt=False)
         end = max(
             (after.rfind(token) + len(token) for token in special if token in after), default=0
         )
@@ -123,6 +124,22 @@ def _try_template(template: str, given: str) -> str | None:
     except (TemplateError, TypeError, ValueError):
         return None
     return text
+
+
+def _refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> None:
+    """Raises a UserError if the template leaves out a message, as one of a role without a branch.
+
+    It is tried on contents that occur nowhere else, and that a template has no reason to change.
+    """
+    contents = [f"content {number} of {len(messages)}" for number in range(1, len(messages) + 1)]
+    tried = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
+    text, _ = _write(tokenizer, tried, add_generation_prompt=False)
+    for number, (message, content) in enumerate(zip(messages, contents, strict=True), 1):
+        if message["content"].strip() and content not in text:
+            raise UserError(
+                f"the checkpoint's chat template leaves out message {number}, which has role "
+                f"{message.get('role')!r}; change its role or its place"
+            )
 
 
 @lru_cache(maxsize=8)

@@ -28,6 +28,11 @@ MARKED = (
     "{% else %}{{ message.content + '<|end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
+# Other templates have no branch for a role, and leave its messages out.
+TWO_ROLES = CHATML.replace(
+    "{{ '<|start|>' + ", "{% if message.role in ('user', 'assistant') %}{{ '<|start|>' + "
+).replace("<|end|>\n' }}{% endfor", "<|end|>\n' }}{% endif %}{% endfor")
+SYSTEM_FIRST = TWO_ROLES.replace("'assistant')", "'assistant') or loop.first")
 TALK = [system("Be short."), user("One?"), assistant("Two."), user("Three?"), assistant("Four.")]
 
 
@@ -96,7 +101,7 @@ def test_a_question_is_asked_in_the_words_of_training(template: str) -> None:
     "other",
     [
         # The last answer is written otherwise than the same answer with more behind it.
-        CHATML.replace("message.content", "(message.content if loop.last else 'dropped')"),
+        CHATML.replace("message.content", "message.content + ('' if loop.last else '!')"),
         # No special token ends an answer.
         CHATML.replace("<|end|>", ""),
         # Only the last answer is marked.
@@ -126,6 +131,36 @@ def test_several_templates_need_a_default(ask: Any) -> None:
     tokenizer.chat_template = {"rag": MARKED, "tool_use": MARKED}
     with pytest.raises(UserError, match="the chat templates rag, tool_use, of which none is"):
         ask(tokenizer, *talk)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize(
+    ("template", "message", "at"),
+    [
+        (TWO_ROLES, system("s"), 0),  # The letter is in the text anyway.
+        (TWO_ROLES, {"role": "tool", "content": "21"}, 3),
+        (SYSTEM_FIRST, system("Be kind."), 2),
+        (TWO_ROLES.replace("'assistant')", "'bot')"), assistant("Two."), 1),
+        (TWO_ROLES.replace("'assistant')", "'assistant') and not loop.first"), user("Hi"), 0),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(
+    template: str, message: dict[str, str], at: int, asks: bool
+) -> None:
+    tokenizer, talk = with_template(template), [user("One?"), assistant("Two."), user("Three?")]
+    talk = [*talk[:at], message, *talk[at:]]
+    said = f"leaves out message {at + 1}, which has role '{message['role']}'; change its role"
+    with pytest.raises(UserError, match=said):
+        render(tokenizer, talk, asks)
+
+
+def test_a_template_may_strip_and_change_content() -> None:
+    changed = TWO_ROLES.replace("message.content", "(message.content | trim | replace('x', 'y'))")
+    tokenizer = with_template(changed)
+    ids, _ = render(tokenizer, [user(" x "), assistant("\nx")])
+    assert "user\ny<|end|>" in tokenizer.decode(ids)
+    talk = [system(" "), user("One?")]  # Nothing is lost where there is nothing.
+    assert render(tokenizer, talk, True) == render(tokenizer, talk[1:], True)
 
 
 def test_a_message_cannot_end_a_turn() -> None:
