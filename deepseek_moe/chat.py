@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import chat_template
 from .errors import UserError
+from .model.tokenization_deepseek import writes_this_format
 
 Message = dict[str, Any]
 
@@ -28,12 +29,6 @@ NO_SYSTEM_PROMPT = (
     "DeepSeek-MoE's chat models were trained without a system prompt, and their authors advise "
     "against one. Say it in your first message instead."
 )
-PROBE = [  # with blanks, which a template might strip
-    {"role": "system", "content": "a "},
-    {"role": "user", "content": " b "},
-    {"role": "assistant", "content": " c "},
-    {"role": "user", "content": "d\n"},
-]
 
 
 def render(
@@ -93,9 +88,8 @@ def has_own_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     if not tokenizer.chat_template:
         return False
     named = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens_map
-    pieces = _family_format(PROBE, named["bos_token"], named["eos_token"])
-    text = "".join(piece[0] for piece in pieces) + "Assistant:"
-    return not chat_template.writes_as(chat_template.template_of(tokenizer), named, PROBE, text)
+    template = chat_template.template_of(tokenizer)
+    return not writes_this_format(template, named["bos_token"], named["eos_token"])
 
 
 def _family_format(messages: Sequence[Message], bos: str, eos: str) -> list[Piece]:

@@ -4,7 +4,6 @@ A template is a small program (Jinja) that writes a conversation as text. It nee
 of the text an answer is. This module finds the answers, so that exactly they are trained on.
 """
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -102,28 +101,6 @@ def refuse_special_tokens(
                     f"message {number} spells {token}, a special token of this checkpoint's chat "
                     "template; leave it out"
                 )
-
-
-def writes_as(
-    template: str, special_tokens: dict[str, str], probe: Sequence[dict[str, Any]], text: str
-) -> bool:
-    """Whether `template` writes the conversation `probe`, which asks for an answer, as `text`."""
-    return _try_template(template, json.dumps([special_tokens, list(probe)])) == text
-
-
-@lru_cache(maxsize=8)  # compiling a template takes much longer than writing a conversation
-def _try_template(template: str, given: str) -> str | None:
-    special_tokens, probe = json.loads(given)
-    try:
-        (text,), _ = render_jinja_template(
-            conversations=[probe],
-            chat_template=template,
-            add_generation_prompt=True,
-            **special_tokens,
-        )
-    except (TemplateError, TypeError, ValueError):
-        return None
-    return text
 
 
 def _refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> None:

@@ -5,11 +5,14 @@ ask for one by `add_bos_token` in tokenizer_config.json, which transformers 5 do
 """
 
 import json
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, TokenizersBackend
+from transformers.utils.chat_template_utils import render_jinja_template
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -51,11 +54,51 @@ CHAT_TEMPLATE = """\
 {%- endif -%}"""
 
 
+# Conversations on which another template is compared with this one. It might strip the blanks, or
+# have a system prompt of its own.
+TALK = [
+    {"role": "system", "content": "a "},
+    {"role": "user", "content": " b "},
+    {"role": "assistant", "content": " c "},
+    {"role": "user", "content": "d\n"},
+]
+TALKS = (TALK, TALK[1:], TALK[1:3], TALK[:2])
+TOOL = {"type": "function", "function": {"name": "e", "description": "f", "parameters": {}}}
+
+
+@lru_cache(maxsize=8)
+def writes_this_format(template: str, bos: str, eos: str) -> bool:
+    """Whether `template` writes conversations as CHAT_TEMPLATE does, and can write nothing more.
+
+    It may leave out, or refuse, a tool or its message, which CHAT_TEMPLATE has no words for.
+    """
+    names = {"bos_token": bos, "eos_token": eos}
+    for talk, asks in product(TALKS, (False, True)):
+        names["add_generation_prompt"] = asks
+        text = _rendered(CHAT_TEMPLATE, talk, names)
+        with_result = _rendered(template, [*talk, {"role": "tool", "content": "g"}], names)
+        with_tool = _rendered(template, talk, names | {"tools": [TOOL]})
+        if _rendered(template, talk, names) != text or {with_result, with_tool} - {text, None}:
+            return False
+    return True
+
+
+def _rendered(template: str, talk: list[dict[str, str]], options: dict[str, Any]) -> str | None:
+    """The text of a conversation; None if the template fails, in whatever way."""
+    try:
+        (text,), _ = render_jinja_template(conversations=[talk], chat_template=template, **options)
+    except Exception:
+        return None
+    return text
+
+
 class DeepseekTokenizer(TokenizersBackend):
     """transformers' tokenizer with BOS in front exactly once, left padding, and the chat template.
 
     BOS and EOS are those of tokenizer_config.json, else this family's own, if tokenizer.json has
     them, else those with the ids in config.json. PAD is EOS unless the files name another.
+
+    The chat template is that of the files, unless it writes what CHAT_TEMPLATE does.
 
     BOS is added to plain text, stays single if the text already begins with it (as a rendered chat
     does), and is left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json,
@@ -79,8 +122,11 @@ class DeepseekTokenizer(TokenizersBackend):
             # Before 5.23 transformers has read the file by now.
             vocabulary = kwargs.get("tokenizer_object") or Tokenizer.from_file(str(file))
             kwargs |= _find_special_tokens(Path(file), vocabulary, kwargs)
-        if not kwargs.get("chat_template"):
-            kwargs["chat_template"] = CHAT_TEMPLATE
+        template = kwargs.get("chat_template") or CHAT_TEMPLATE
+        names = [str(kwargs.get(name) or "") for name in ("bos_token", "eos_token")]
+        if isinstance(template, str) and writes_this_format(template, *names):
+            template = CHAT_TEMPLATE  # its marks tell other trainers what an answer is
+        kwargs["chat_template"] = template
         return kwargs
 
     def _encode_plus(
