@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,23 @@ def test_an_adapter_is_merged_in_memory(script: str, tmp_path: Path) -> None:
     refused = run(script, *words, "--adapter", adapter, "--quantization", "int4")
     assert_error(refused, "cannot be merged into quantised weights")
     assert_error(run(script, *words, "--adapter", tmp_path), "adapter_config.json does not exist")
+
+
+@both_scripts
+def test_sampling_settings_of_a_checkpoint_have_no_effect(script: str, tmp_path: Path) -> None:
+    """Each would change the text, or draw another one at each start."""
+    folder = shutil.copytree(BUNDLED, tmp_path / "model")
+    words = [script, "--prompt", "Once upon a time", "--max_new_tokens", 12, "--model", folder]
+    wanted = run(*words)
+    file = folder / "generation_config.json"
+    settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "max_length": 3}
+    settings |= {"min_new_tokens": 11, "bad_words_ids": [[n] for n in range(4000)]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    assert wanted.code == 0 and run(*words).out == wanted.out
+    drawn = [*words, "--temperature", 1, "--seed", 3]
+    with_settings = run(*drawn).out
+    file.unlink()
+    assert with_settings == run(*drawn).out != wanted.out
 
 
 # --- Completions
