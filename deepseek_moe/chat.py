@@ -7,7 +7,7 @@
     Assistant:
 
 Training and chatting both use `render`, so that the model is asked in the words in which it was
-taught. The Jinja template for other engines (CHAT_TEMPLATE in model/tokenization_deepseek.py, and
+taught. The Jinja template for other engines (CHAT_TEMPLATE in model/chat_format.py, and
 chat_template.jinja in checkpoints) gives the same ids, which tests/test_chat.py compares.
 A checkpoint whose template writes something else is asked, and taught, in the words of that one
 (chat_template.py).
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import chat_template
 from .errors import UserError
-from .model.tokenization_deepseek import writes_this_format
+from .model.chat_format import writes_this_format
 
 Message = dict[str, Any]
 

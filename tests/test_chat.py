@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe.chat import Message, TextStream, render, render_within
 from deepseek_moe.errors import UserError
-from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS
+from deepseek_moe.model.chat_format import CHAT_TEMPLATE
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS
 
 CONTENTS = [
     *("", " ", "  two spaces before", "two after  ", "\ttab", " \n mixed \t\n ", "\n\n\n"),

@@ -23,7 +23,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from deepseek_moe.model import configuration_deepseek
-from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
+from deepseek_moe.model.chat_format import CHAT_TEMPLATE
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS, DeepseekTokenizer
 
 TALK = [user("Hi!"), assistant("Hello, who are you?"), user("Me?\nNobody.")]
 
