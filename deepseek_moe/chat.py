@@ -7,7 +7,7 @@
     Assistant:
 
 Training and chatting both use `render`, so that the model is asked in the words in which it was
-taught. The Jinja template for other engines (CHAT_TEMPLATE in model/tokenization_deepseek.py, and
+taught. The Jinja template for other engines (CHAT_TEMPLATE in model/chat_format.py, and
 chat_template.jinja in checkpoints) gives the same ids, which tests/test_chat.py compares.
 A checkpoint whose template writes something else is asked, and taught, in the words of that one
 (chat_template.py).
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import chat_template
 from .errors import UserError
+from .model.chat_format import writes_this_format
 
 Message = dict[str, Any]
 
@@ -28,12 +29,6 @@ NO_SYSTEM_PROMPT = (
     "DeepSeek-MoE's chat models were trained without a system prompt, and their authors advise "
     "against one. Say it in your first message instead."
 )
-PROBE = [  # with blanks, which a template might strip
-    {"role": "system", "content": "a "},
-    {"role": "user", "content": " b "},
-    {"role": "assistant", "content": " c "},
-    {"role": "user", "content": "d\n"},
-]
 
 
 def render(
@@ -93,16 +88,15 @@ def has_own_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     if not tokenizer.chat_template:
         return False
     named = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens_map
-    pieces = _family_format(PROBE, named["bos_token"], named["eos_token"])
-    text = "".join(piece[0] for piece in pieces) + "Assistant:"
-    return not chat_template.writes_as(tokenizer.get_chat_template(), named, PROBE, text)
+    template = chat_template.template_of(tokenizer)
+    return not writes_this_format(template, named["bos_token"], named["eos_token"])
 
 
 def _family_format(messages: Sequence[Message], bos: str, eos: str) -> list[Piece]:
     pieces = [(bos, True, 0)]
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message["content"]
-        trained = int(message.get("train", True))
+        trained = _is_trained(message)
         if role == "user":
             pieces.append((f"User: {content}\n\n", False, 0))
         elif role == "assistant":
@@ -131,16 +125,22 @@ def _by_template(
     answers = [message for message in messages if message.get("role") == "assistant"]
     for (start, end), answer in zip(spans, answers, strict=True):
         pieces.append((text[at:start], True, 0))
-        pieces.append((text[start:end], True, int(answer.get("train", True))))
+        pieces.append((text[start:end], True, _is_trained(answer)))
         at = end
     return [*pieces, (text[at:], True, 0)]
+
+
+def _is_trained(answer: Message) -> int:
+    """1, or 0 if `train` is false. A null counts as absent."""
+    return int(answer.get("train") is None or bool(answer["train"]))
 
 
 def _text_of(content: Any, where: str) -> str:
     """The text of a content, as a string or as OpenAI's list of parts.
 
     Raises:
-        UserError: it has other parts than text, or is nothing of the kind.
+        UserError: it has other parts than text, is nothing of the kind, or has half a character,
+            of which no tokenizer can make ids.
     """
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:
@@ -148,7 +148,13 @@ def _text_of(content: Any, where: str) -> str:
             raise UserError(f"{where} has content {part!r}; it must be text")
         if not isinstance(part.get("text"), str):
             raise UserError(f"{where} has content {part.get('text')!r}; it must be text")
-    return "".join(part["text"] for part in parts)
+    text = "".join(part["text"] for part in parts)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        raise UserError(f"{where} has half a character ({found!a}); it must be text") from error
+    return text
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:

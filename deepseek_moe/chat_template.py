@@ -4,13 +4,12 @@ A template is a small program (Jinja) that writes a conversation as text. It nee
 of the text an answer is. This module finds the answers, so that exactly they are trained on.
 """
 
-import json
-import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -19,7 +18,20 @@ from .errors import UserError, first_words
 Span = tuple[int, int]
 """The characters from the first number to the one before the second."""
 
-MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says where answers are
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template; of several, the one that is named default.
+
+    Raises:
+        UserError: none of several is named so.
+    """
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise UserError(
+            f"the checkpoint has the chat templates {', '.join(templates)}, of which none is named "
+            "default; name one so, or leave only one as chat_template.jinja"
+        )
+    return tokenizer.get_chat_template()
 
 
 def write(
@@ -30,8 +42,9 @@ def write(
     """The text of a conversation by the tokenizer's template.
 
     Raises:
-        UserError: the template refuses the conversation.
+        UserError: the template refuses the conversation, or leaves out a message.
     """
+    _refuse_dropped(tokenizer, messages)
     return _write(tokenizer, messages, add_generation_prompt)[0]
 
 
@@ -47,7 +60,7 @@ def find_answers(
     Raises:
         UserError: the template writes answers in such a way that this cannot be told.
     """
-    if MARKED.search(tokenizer.get_chat_template()):
+    if _has_marks(template_of(tokenizer)):
         spans = _write(tokenizer, messages, False, marks=True)[1]
         answers = sum(message.get("role") == "assistant" for message in messages)
         if len(spans) != answers:
@@ -61,8 +74,8 @@ def find_answers(
     for number, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = write(tokenizer, messages[:number], add_generation_prompt=True)
-        after = write(tokenizer, messages[: number + 1])
+        before, _ = _write(tokenizer, messages[:number], add_generation_prompt=True)
+        after, _ = _write(tokenizer, messages[: number + 1], add_generation_prompt=False)
         end = max(
             (after.rfind(token) + len(token) for token in special if token in after), default=0
         )
@@ -90,26 +103,30 @@ def refuse_special_tokens(
                 )
 
 
-def writes_as(
-    template: str, special_tokens: dict[str, str], probe: Sequence[dict[str, Any]], text: str
-) -> bool:
-    """Whether `template` writes the conversation `probe`, which asks for an answer, as `text`."""
-    return _try_template(template, json.dumps([special_tokens, list(probe)])) == text
+def _refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> None:
+    """Raises a UserError if the template leaves out a message, as one of a role without a branch.
+
+    It is tried on contents that occur nowhere else, and that a template has no reason to change.
+    """
+    contents = [f"content {number} of {len(messages)}" for number in range(1, len(messages) + 1)]
+    tried = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
+    text, _ = _write(tokenizer, tried, add_generation_prompt=False)
+    for number, (message, content) in enumerate(zip(messages, contents, strict=True), 1):
+        if message["content"].strip() and content not in text:
+            raise UserError(
+                f"the checkpoint's chat template leaves out message {number}, which has role "
+                f"{message.get('role')!r}; change its role or its place"
+            )
 
 
-@lru_cache(maxsize=8)  # compiling a template takes much longer than writing a conversation
-def _try_template(template: str, given: str) -> str | None:
-    special_tokens, probe = json.loads(given)
-    try:
-        (text,), _ = render_jinja_template(
-            conversations=[probe],
-            chat_template=template,
-            add_generation_prompt=True,
-            **special_tokens,
-        )
-    except (TemplateError, TypeError, ValueError):
-        return None
-    return text
+@lru_cache(maxsize=8)
+def _has_marks(template: str) -> bool:
+    """Whether a template says where answers are. Comments do not count."""
+    words = [word[1:] for word in Environment().lex(template) if word[1] != "whitespace"]
+    return any(
+        first[0] == "block_begin" and second == ("name", "generation")
+        for first, second in pairwise(words)
+    )
 
 
 def _write(
@@ -121,7 +138,7 @@ def _write(
     try:
         (text,), spans = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
-            chat_template=tokenizer.get_chat_template(),
+            chat_template=template_of(tokenizer),
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=marks,
             **tokenizer.special_tokens_map,

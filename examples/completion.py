@@ -24,6 +24,7 @@ from shared_options import (
     load_model,
     positive,
     sampling_arguments,
+    standard_input,
     stdin_is_piped,
 )
 from tqdm import tqdm
@@ -41,9 +42,9 @@ def main() -> None:
         from deepseek_moe.errors import exit_on_user_error
 
     with exit_on_user_error():
-        given = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+        given = [standard_input().read() if one == "-" else one for one in args.prompt]
         if not given and not args.prompts_file and stdin_is_piped():
-            given = [text] if (text := sys.stdin.read()) else []
+            given = [text] if (text := standard_input().read()) else []
         prompts = read_prompts(given, args.prompts_file)
         sample = Sampling(**sampling_arguments(args))
         name, output = args.model or str(BUNDLED_MODEL), None

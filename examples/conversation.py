@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.output.defaults import create_output
-from shared_options import load_model, sampling_arguments
+from shared_options import load_model, sampling_arguments, standard_input
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe import Generator
@@ -37,20 +38,20 @@ def talk(args: argparse.Namespace) -> None:
     """Answers the question of the command line, or each line of stdin."""
     if args.prompt is not None:
         check_prompt(args.prompt)
+    else:
+        lines = standard_input()
     sample = Sampling(**sampling_arguments(args))
     name = args.model or str(BUNDLED_CHAT_MODEL)
     model, tokenizer = load_model(args, name)
     note(f"talking to {name}" + (f" with {args.adapter}" if args.adapter else ""))
-    if "base" in Path(name).name.lower() and not args.adapter:
+    if named_base(name) and not args.adapter:
         note("by its name it is a base model: it continues texts, and was not taught to chat")
     conversation = Conversation(Generator(model), tokenizer, args.max_new_tokens, sample)
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return
-    interactive = sys.stdin.isatty()
-    if not interactive:  # bytes that are not UTF-8 become a question that ask() refuses
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    for line in typed_lines() if interactive else sys.stdin:
+    interactive = lines.isatty()
+    for line in typed_lines() if interactive else lines:
         if line.strip() in ("/exit", "/quit"):
             return
         try:
@@ -59,6 +60,15 @@ def talk(args: argparse.Namespace) -> None:
             if not interactive:
                 raise
             note(f"error: {error}")
+
+
+def named_base(model: str) -> bool:
+    """Whether "base" is a word in the name of a folder or hub id.
+
+    Files do not tell: a base model may have the chat template too, as every checkpoint has that
+    this code writes.
+    """
+    return "base" in re.split("[^a-z0-9]+", Path(model).expanduser().resolve().name.lower())
 
 
 class Conversation:
@@ -160,7 +170,10 @@ class Conversation:
                 raise ValueError("questions and answers do not take turns")
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError("a message is no text")
-        self.messages, self.dropped = messages, 0
+            "".join(texts).encode()  # raises where a text has half a character
+        both = zip(roles, texts, strict=True)
+        self.messages = [{"role": role, "content": text} for role, text in both]
+        self.dropped = 0
         note(f"{len(messages)} messages are loaded")
 
     def save(self, name: str) -> None:

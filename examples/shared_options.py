@@ -7,14 +7,13 @@ once.
 import argparse
 import difflib
 import os
-import re
 import signal
 import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 DRAWN = ("top_k", "top_p", "min_p", "seed")  # those that say how tokens are drawn
@@ -25,13 +24,13 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
-        words = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words]
+        known = [option for action in self._actions for option in action.option_strings]
+        words = [_with_underscores(word, known) for word in words]
         found, unknown = self.parse_known_args(words, namespace)
         if sys.stdout is None:
-            self.error("the standard output is closed; send it to a file, or to /dev/null")
+            self.exit(2, "error: the standard output is closed; send it to a file or /dev/null\n")
         if unknown:
             name = unknown[0].partition("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
             self.error(f"there is no option {name}; {hint}")
@@ -44,6 +43,14 @@ class OptionParser(argparse.ArgumentParser):
                 "deepseek_moe.export --adapter first, and give the result as --model"
             )
         return found
+
+
+def _with_underscores(word: str, options: Sequence[str]) -> str:
+    """`word` as the option is spelled that it names or abbreviates; another word as it is."""
+    name, equals, value = word.partition("=")
+    spelled = "--" + name[2:].replace("-", "_")
+    known = word.startswith("--") and any(option.startswith(spelled) for option in options)
+    return spelled + equals + value if known else word
 
 
 def add_model_options(parser: OptionParser, bundled: str) -> None:
@@ -105,6 +112,20 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"it is {number}; it must be 1 or more")
     return number
+
+
+def standard_input() -> TextIO:
+    """stdin as UTF-8. Bytes that are not UTF-8 become text that `check_prompt` refuses.
+
+    Raises:
+        UserError: it is closed.
+    """
+    from deepseek_moe.errors import UserError
+
+    if sys.stdin is None:
+        raise UserError("the standard input is closed; pipe some text in, or give it as --prompt")
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
 
 def stdin_is_piped() -> bool:

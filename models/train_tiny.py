@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deepseek_moe import DeepseekConfig
 from deepseek_moe.errors import UserError, exit_on_user_error
-from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
+from deepseek_moe.model.chat_format import CHAT_TEMPLATE
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS, DeepseekTokenizer
 
 VOCABULARY = 4096
 # Curly quotes and rare spaces would take too much of it.

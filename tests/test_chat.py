@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe.chat import Message, TextStream, render, render_within
 from deepseek_moe.errors import UserError
-from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS
+from deepseek_moe.model.chat_format import CHAT_TEMPLATE
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS
 
 CONTENTS = [
     *("", " ", "  two spaces before", "two after  ", "\ttab", " \n mixed \t\n ", "\n\n\n"),
@@ -28,6 +29,7 @@ CONTENTS = [
 def test_ids_equal_those_of_the_templates(folder: Path, asks: bool) -> None:
     """Of our template, and of the one in the folder, which may be the official one."""
     tokenizer = tokenizer_of(folder)
+    of_files = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for text in CONTENTS:
         for messages in (
             [user(text)],
@@ -37,7 +39,7 @@ def test_ids_equal_those_of_the_templates(folder: Path, asks: bool) -> None:
             [system(text)],
         ):
             ids, _ = render(tokenizer, messages, asks)
-            for template in (CHAT_TEMPLATE, tokenizer.chat_template):
+            for template in (CHAT_TEMPLATE, of_files):
                 found = tokenizer.apply_chat_template(
                     messages, chat_template=template, add_generation_prompt=asks
                 )
@@ -89,6 +91,7 @@ def test_typed_special_tokens_are_ordinary_text(folder: Path, typed: str) -> Non
         ({"content": "x"}, "message 2 has role None"),
         ({"role": "user"}, "message 2 has content None"),
         ({"role": "user", "content": [{"type": "text"}]}, "message 2 has content"),
+        (user("x\ud800"), r"message 2 has half a character \('\\ud800'\); it must be text"),
     ],
 )
 def test_a_wrong_message_is_an_error_that_names_it(message: Message, said: str) -> None:

@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from text_fixtures import BUNDLED, OFFICIAL, assistant, needs_official, system, tokenizer_of, user
 
 from deepseek_moe.chat import has_own_template, render, render_within
@@ -27,10 +28,15 @@ MARKED = (
     "{% else %}{{ message.content + '<|end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
+# Other templates have no branch for a role, and leave its messages out.
+TWO_ROLES = CHATML.replace(
+    "{{ '<|start|>' + ", "{% if message.role in ('user', 'assistant') %}{{ '<|start|>' + "
+).replace("<|end|>\n' }}{% endfor", "<|end|>\n' }}{% endif %}{% endfor")
+SYSTEM_FIRST = TWO_ROLES.replace("'assistant')", "'assistant') or loop.first")
 TALK = [system("Be short."), user("One?"), assistant("Two."), user("Three?"), assistant("Four.")]
 
 
-def with_template(template: str) -> Any:
+def with_template(template: Any) -> Any:
     tokenizer = copy.deepcopy(tokenizer_of(BUNDLED))
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|start|>", "<|end|>"]})
     tokenizer.chat_template = template
@@ -42,7 +48,17 @@ def parts(tokenizer: Any, ids: list[int], mask: list[int]) -> list[tuple[int, st
     return [(trained, tokenizer.decode([i for i, _ in pairs])) for trained, pairs in groups]
 
 
-@pytest.mark.parametrize("template", [CHATML, BY_PLACE, MARKED], ids=["plain", "list", "marked"])
+TEMPLATES = {
+    "plain": CHATML,
+    "list": BY_PLACE,
+    "marked": MARKED,
+    "marked with pluses": MARKED.replace("{% gen", "{%+ gen").replace("{% endgen", "{%- endgen"),
+    "marks in a comment": "{# {% generation %} {% endgeneration %} #}" + CHATML,
+    "marks in raw text": "{% set _ %}{% raw %}{% generation %}{% endraw %}{% endset %}" + CHATML,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_the_answers_with_the_tokens_that_end_them_are_trained_on(template: str) -> None:
     tokenizer = with_template(template)
     assert has_own_template(tokenizer)
@@ -63,7 +79,10 @@ def test_an_answer_that_is_marked_is_not_trained_on() -> None:
     ids, mask = render(tokenizer, talk)
     assert [text for trained, text in parts(tokenizer, ids, mask) if trained] == ["Four.<|end|>"]
     assert ids == render(tokenizer, TALK)[0]
+    unmarked = [message | {"train": None} for message in TALK]
     bundled = tokenizer_of(BUNDLED)
+    for other in (tokenizer, bundled):
+        assert render(other, unmarked) == render(other, TALK)
     ids, mask = render(bundled, talk)
     assert [text for trained, text in parts(bundled, ids, mask) if trained] == [f" Four.{EOS}"]
     assert ids == render(bundled, TALK)[0]
@@ -82,7 +101,7 @@ def test_a_question_is_asked_in_the_words_of_training(template: str) -> None:
     "other",
     [
         # The last answer is written otherwise than the same answer with more behind it.
-        CHATML.replace("message.content", "(message.content if loop.last else 'dropped')"),
+        CHATML.replace("message.content", "message.content + ('' if loop.last else '!')"),
         # No special token ends an answer.
         CHATML.replace("<|end|>", ""),
         # Only the last answer is marked.
@@ -102,6 +121,46 @@ def test_what_the_template_refuses_is_said_in_one_line() -> None:
     tokenizer = with_template("{{ raise_exception('roles must\nalternate') }}")
     with pytest.raises(UserError, match="refuses the conversation: roles must alternate; change"):
         render(tokenizer, TALK)
+
+
+@pytest.mark.parametrize("ask", [render, render_within])
+def test_several_templates_need_a_default(ask: Any) -> None:
+    tokenizer = with_template({"default": MARKED, "tool_use": "x"})
+    talk = [TALK[:4], 100] if ask is render_within else [TALK]
+    assert ask(tokenizer, *talk) == ask(with_template(MARKED), *talk)
+    tokenizer.chat_template = {"rag": MARKED, "tool_use": MARKED}
+    with pytest.raises(UserError, match="the chat templates rag, tool_use, of which none is"):
+        ask(tokenizer, *talk)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize(
+    ("template", "message", "at"),
+    [
+        (TWO_ROLES, system("s"), 0),  # The letter is in the text anyway.
+        (TWO_ROLES, {"role": "tool", "content": "21"}, 3),
+        (SYSTEM_FIRST, system("Be kind."), 2),
+        (TWO_ROLES.replace("'assistant')", "'bot')"), assistant("Two."), 1),
+        (TWO_ROLES.replace("'assistant')", "'assistant') and not loop.first"), user("Hi"), 0),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(
+    template: str, message: dict[str, str], at: int, asks: bool
+) -> None:
+    tokenizer, talk = with_template(template), [user("One?"), assistant("Two."), user("Three?")]
+    talk = [*talk[:at], message, *talk[at:]]
+    said = f"leaves out message {at + 1}, which has role '{message['role']}'; change its role"
+    with pytest.raises(UserError, match=said):
+        render(tokenizer, talk, asks)
+
+
+def test_a_template_may_strip_and_change_content() -> None:
+    changed = TWO_ROLES.replace("message.content", "(message.content | trim | replace('x', 'y'))")
+    tokenizer = with_template(changed)
+    ids, _ = render(tokenizer, [user(" x "), assistant("\nx")])
+    assert "user\ny<|end|>" in tokenizer.decode(ids)
+    talk = [system(" "), user("One?")]  # Nothing is lost where there is nothing.
+    assert render(tokenizer, talk, True) == render(tokenizer, talk[1:], True)
 
 
 def test_a_message_cannot_end_a_turn() -> None:
@@ -124,6 +183,29 @@ def test_other_trainers_get_the_mask_from_the_template() -> None:
     tokenizer = tokenizer_of(BUNDLED)
     made = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
     assert (made["input_ids"], made["assistant_masks"]) == render(tokenizer, TALK)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"content": None},
+        {"content": 1},
+        {"content": {"type": "text", "text": "x"}},
+        {"content": ["x"]},
+        {"content": [{"type": "text"}]},
+        {"content": [{"type": "text", "text": None}]},
+        {"content": [{"text": "x"}]},
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_content_that_is_no_text_is_refused_by_the_built_in_template(
+    message: dict[str, Any], role: str
+) -> None:
+    with pytest.raises(TemplateError, match=r"reads text only|is no text"):
+        tokenizer_of(BUNDLED).apply_chat_template([{"role": role} | message])
+    with pytest.raises(UserError, match="it must be text"):
+        render(tokenizer_of(BUNDLED), [{"role": role} | message])
 
 
 def test_content_in_parts_is_joined_and_other_parts_are_refused() -> None:

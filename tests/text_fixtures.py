@@ -18,6 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "tiny-base"
 OFFICIAL = ROOT.parent / "shared" / "official"
 
+# The format of the chat models without marks of answers, as in templates that go with their files.
+UNMARKED = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ 'User: ' + message['content'] + '\n\n' }}{% elif message['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' + message['content'] + eos_token }}{% elif message['role'] == 'system' %}"
+    "{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
 needs_official = pytest.mark.skipif(
     not OFFICIAL.is_dir(), reason="the official files are not in ../shared/official"
 )

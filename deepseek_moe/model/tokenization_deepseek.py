@@ -11,42 +11,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, TokenizersBackend
 
+from .chat_format import CHAT_TEMPLATE, writes_this_format
+
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
-
-# The format of the chat models. chat.py renders the same, and a test compares them. The generation
-# marks tell other trainers what an answer is. They change no character of the text.
-CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
-{%- if content is string -%}
-{{- content -}}
-{%- else -%}
-{%- for part in content -%}
-{%- if part.type != "text" -%}
-{{- raise_exception("this model reads text only, not a content part of type " + part.type) -}}
-{%- endif -%}
-{{- part.text -}}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message.role == "user" -%}
-{{- "User: " + text(message.content) + "\\n\\n" -}}
-{%- elif message.role == "assistant" -%}
-{{- "Assistant:" -}}
-{%- generation -%}
-{{- " " + text(message.content) + eos_token -}}
-{%- endgeneration -%}
-{%- elif message.role == "system" -%}
-{{- text(message.content) + "\\n\\n" -}}
-{%- else -%}
-{{- raise_exception("role " + message.role + " is unknown; use user, assistant or system") -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- "Assistant:" -}}
-{%- endif -%}"""
 
 
 class DeepseekTokenizer(TokenizersBackend):
@@ -54,6 +22,8 @@ class DeepseekTokenizer(TokenizersBackend):
 
     BOS and EOS are those of tokenizer_config.json, else this family's own, if tokenizer.json has
     them, else those with the ids in config.json. PAD is EOS unless the files name another.
+
+    The chat template is that of the files, unless it writes what CHAT_TEMPLATE does.
 
     BOS is added to plain text, stays single if the text already begins with it (as a rendered chat
     does), and is left out with `add_special_tokens=False`. Saved files carry it in tokenizer.json,
@@ -77,8 +47,11 @@ class DeepseekTokenizer(TokenizersBackend):
             # Before 5.23 transformers has read the file by now.
             vocabulary = kwargs.get("tokenizer_object") or Tokenizer.from_file(str(file))
             kwargs |= _find_special_tokens(Path(file), vocabulary, kwargs)
-        if not kwargs.get("chat_template"):
-            kwargs["chat_template"] = CHAT_TEMPLATE
+        template = kwargs.get("chat_template") or CHAT_TEMPLATE
+        names = [str(kwargs.get(name) or "") for name in ("bos_token", "eos_token")]
+        if isinstance(template, str) and writes_this_format(template, *names):
+            template = CHAT_TEMPLATE  # its marks tell other trainers what an answer is
+        kwargs["chat_template"] = template
         return kwargs
 
     def _encode_plus(

@@ -8,14 +8,17 @@ People write the same things under different names:
     prompt, completion    texts, or lists of messages, of which the prompt is not trained on
     question, answer
 
-All may have `system` beside them, and the pairs `history` (earlier pairs of question and answer).
-If a row has several forms, the first of this list counts. A null counts as absent.
+All may have `system` beside them, which messages with a system message of their own leave unused,
+and the pairs `history` (earlier pairs of question and answer).
+A form that is named by --columns counts before all others, messages before pairs, and pairs as in
+this list, whole ones first. A null counts as absent, and an input without its question is one.
 
-An answer that is marked by `weight` 0, `train` false or `trainable` false is not trained on.
+An answer that is marked by `weight` 0, `train` false or `trainable` false is not trained on. Beside
+the fields of a row, such a mark is for all of its answers, and the row is a bad row.
 """
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from ..chat import Message
@@ -26,6 +29,7 @@ BESIDE = ("input", "history", "system")
 FIELDS = (*LISTS, *(name for pair in PAIRS for name in pair), *BESIDE)
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 MARKS = ("weight", "train", "trainable")
+SAID = {"0": False, "0.0": False, "false": False, "": True, "1": True, "1.0": True, "true": True}
 KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *MARKS}
 
 
@@ -65,48 +69,58 @@ def find_conversation(row: Any, columns: Mapping[str, str]) -> tuple[list[Messag
     row = {name: value for name, value in row.items() if value is not None}
     given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     found = {name: value for name, value in row.items() if name not in columns.values()} | given
-    name = next((name for name in LISTS if name in found), None)
+    forms = given.keys() - set(BESIDE) or found.keys()
+    name = next((name for name in LISTS if name in forms), None)
     if name is None:
-        messages, used = _pair(found)
+        messages, used = _pair(found, forms)
     else:
-        messages, used = _messages(found[name], name), (name, "system")
-        if messages[0]["role"] != "system":
-            messages = [*_system(found), *messages]
+        messages, used = _messages(found[name], name), [name]
+    system = _system(found)
+    if messages[0]["role"] != "system":
+        messages = [*system, *messages]
+    if not system or messages[0]["content"] == system[0]["content"]:
+        used.append("system")
     _check_order(messages)
-    unused = [columns.get(field, field) for field in found if field not in used]
+    marks = {name: _mark(found[name]) for name in MARKS if name in found}
+    if False in marks.values():
+        raise BadRow("the row is marked as not to be trained on")
+    used += [name for name, mark in marks.items() if mark is not None]
+    used = {columns[field] if field in given else field for field in used}
+    unused = [field for field in row if field not in used]
     if name is not None:
         keys = {key for message in found[name] for key in message if message[key] is not None}
         unused += [f"{columns.get(name, name)}.{key}" for key in sorted(keys - KEYS)]
     return messages, unused
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
-    for names in PAIRS:
-        if set(names) & row.keys():
-            break
-    else:
+def _pair(row: Mapping[str, Any], forms: Set[str]) -> tuple[list[Message], list[str]]:
+    """The messages of a pair, without `system`, and the names of the fields that they are from.
+
+    It is the pair among `forms` of which the row lacks the least.
+    """
+    names = min(PAIRS, key=lambda pair: (forms.isdisjoint(pair), len(set(pair) - row.keys())))
+    if row.keys().isdisjoint(names):
         fields = ", ".join(map(str, row)) or "no field"
         raise BadRow(f"found {fields}; wanted instruction and output, or messages")
     question, answer = names
     for name in names:
-        if name not in row:
+        if name not in row and (name == answer or "input" not in row):
             raise BadRow(f"no {name}: found {', '.join(map(str, row))}")
-    if isinstance(row[question], list):  # as in TRL
-        before = [message | {"train": False} for message in _messages(row[question], question)]
-        return [*before, *_messages(row[answer], answer)], names
+    messages = _history(row.get("history"))
+    if isinstance(row.get(question), list):  # as in TRL
+        before = _messages(row[question], question)
+        at = int(before[0]["role"] == "system")
+        before[at:at] = messages
+        before = [message | {"train": False} for message in before]
+        return [*before, *_messages(row[answer], answer)], [*names, "history"]
     texts = [_text(row[name], name) for name in (question, "input") if name in row]
     asked = "\n".join(text for text in texts if text.strip())
     if not asked:
         raise BadRow(f"{question} is empty, wanted a question")
-    messages = _system(row)
-    for number, pair in enumerate(_history(row.get("history")), 1):
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            content = _text(text, f"turn {number} of history", not_empty=True)
-            messages.append({"role": role, "content": content})
     messages.append({"role": "user", "content": asked})
     content = _text(row[answer], answer, not_empty=True)
     messages.append({"role": "assistant", "content": content})
-    return messages, (*names, *BESIDE)
+    return messages, [*names, "input", "history"]
 
 
 def _system(row: Mapping[str, Any]) -> list[Message]:
@@ -114,11 +128,15 @@ def _system(row: Mapping[str, Any]) -> list[Message]:
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
-def _history(value: Any) -> list[Any]:
+def _history(value: Any) -> list[Message]:
     pairs = [] if value in (None, "") else value
     if not isinstance(pairs, list) or any(not isinstance(p, list) or len(p) != 2 for p in pairs):
         raise BadRow(f"history is {_name(value)}, wanted a list of [question, answer]")
-    return pairs
+    return [
+        {"role": role, "content": _text(text, f"turn {number} of history", not_empty=True)}
+        for number, pair in enumerate(pairs, 1)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _messages(value: Any, field: str) -> list[Message]:
@@ -143,11 +161,18 @@ def _message(message: Any, number: int) -> Message:
     made = {"role": role, "content": content}
     for name in MARKS:
         if (mark := message.get(name)) is not None:
-            if mark not in (0, 1):
+            if _mark(mark) is None:
                 raise BadRow(f"{name} of message {number} is {_name(mark)}, wanted 0 or 1")
-            if role == "assistant" and not mark:
+            if role == "assistant" and not _mark(mark):
                 made["train"] = False
     return made
+
+
+def _mark(value: Any) -> bool | None:
+    """Whether a mark says to train, as a number, truth value or text; None if it says neither."""
+    if isinstance(value, str):  # as in CSV
+        return SAID.get(value.strip().lower())
+    return bool(value) if value in (0, 1) else None
 
 
 def _check_order(messages: list[Message]) -> None:
@@ -185,7 +210,8 @@ def _text(value: Any, what: str, not_empty: bool = False) -> str:
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and "text" in part
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    return is_text and isinstance(part.get("text"), str)
 
 
 def _name(value: Any) -> str:

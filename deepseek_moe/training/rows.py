@@ -23,12 +23,13 @@ from pyarrow import parquet
 from ..errors import UserError, as_user_error, unwrap_cache_error
 from .conversations import FIELDS, BadRow, find_conversation, make_object
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the names of cache files. Raise it whenever the same data becomes other rows, examples or
 packed rows, so that old caches are not read."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # as in checkpoint.py
 SHOWN = 3  # bad rows that an error names
+SHOWN_FIELDS = 20
 
 CHECKED = Features({name: Value("string") for name in ("source", "messages", "problem", "unused")})
 
@@ -53,7 +54,8 @@ def read_rows(
         good row) and unused (the names of the fields that were not used, a line each).
 
     Raises:
-        UserError: a path does not exist, or a file cannot be read or has no rows.
+        UserError: a path does not exist, a file cannot be read or has no rows, or no row has a
+            field that `columns` names.
     """
     found = [source for path in paths for source in _find_sources(path, cache_dir)]
     columns = tuple(sorted((columns or {}).items()))
@@ -123,10 +125,12 @@ def _identity(source: Path | Dataset) -> tuple[Any, ...]:
 def _checked_rows(
     found: Sequence[tuple[str, Path | Dataset]], columns: Sequence[tuple[str, str]]
 ) -> Iterator[dict[str, str]]:
+    seen: set[str] = set()
     for name, source in found:
         place = None
         for place, row in _rows_of(name, source):
             messages, problem, unused = [], "", []
+            seen.update(row if isinstance(row, dict) else ())
             try:
                 messages, unused = find_conversation(row, dict(columns))
             except BadRow as error:
@@ -139,6 +143,13 @@ def _checked_rows(
             }
         if place is None:
             raise UserError(f"{name} has no rows; give a file with some")
+    for ours, theirs in columns:
+        if theirs not in seen:
+            fields = ", ".join(sorted(seen)[:SHOWN_FIELDS]) or "no field"
+            raise UserError(
+                f"no row has {theirs}, which --columns gives for {ours}, but {fields}; "
+                "mend the name"
+            )
 
 
 def _rows_of(name: str, source: Path | Dataset) -> Rows:
@@ -231,7 +242,7 @@ def parse_columns(given: str) -> dict[str, str]:
     """What `--columns instruction=question,output=answer` says: our names, and those of the data.
 
     Raises:
-        UserError: it says nothing of the kind, or a name is not one of FIELDS.
+        UserError: it says nothing of the kind, or gives a name twice or one that is not of FIELDS.
     """
     columns = {}
     for pair in filter(None, given.split(",")):
@@ -240,6 +251,11 @@ def parse_columns(given: str) -> dict[str, str]:
             raise UserError(
                 f"--columns {pair!r} is no name of {', '.join(FIELDS)} with the name that your "
                 "data has for it; write --columns instruction=question,output=answer"
+            )
+        if theirs in columns.values():
+            raise UserError(
+                f"--columns gives {theirs} two names; "
+                "write --columns instruction=question,output=answer"
             )
         columns[ours] = theirs
     return columns

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.training.merge_lora import merged_tensors
 
 with patch("sys.path", [str(EXAMPLES), *sys.path]):
-    from conversation import Conversation
+    from conversation import Conversation, named_base
 
 both_scripts = pytest.mark.parametrize("script", ["completion.py", "chat.py"])
 
@@ -39,8 +40,17 @@ def test_dashes_are_underscores_and_the_nearest_option_is_named(script: str) -> 
     wanted = run(script, "--prompt", "Once", "--max_new_tokens", 3)
     dashed = run(script, "--prompt", "Once", "--max-new-tokens=3")
     assert (dashed.code, dashed.out) == (0, wanted.out)
-    assert_error(run(script, "--max_tokens", 3), "no option --max_tokens; did you mean --max_new_")
+    assert run(script, "--prompt", "Once", "--max-new", 3).out == wanted.out
+    for wrong in ("--max_tokens", "--max-tokens"):
+        assert_error(run(script, wrong, 3), f"no option {wrong}; did you mean --max_new_tokens?")
     assert_error(run(script, "--zzzzz"), "no option --zzzzz; --help lists the options")
+
+
+@pytest.mark.parametrize("prompt", ["--well-known old-king said", "--well-known king-size=2 x"])
+def test_a_prompt_that_begins_with_dashes_stays_as_it_is(prompt: str) -> None:
+    done = run("completion.py", "--prompt", prompt, "--max-new-tokens", 2)
+    assert (done.code, done.out[: len(prompt)]) == (0, prompt), done.err
+    assert run("completion.py", f"--prompt={prompt}", "--max-new-tokens", 2).out == done.out
 
 
 @pytest.mark.parametrize("option", ["--top_p=0.9", "--top_k=5", "--min_p=0.1", "--seed=0"])
@@ -72,6 +82,23 @@ def test_an_adapter_is_merged_in_memory(script: str, tmp_path: Path) -> None:
     refused = run(script, *words, "--adapter", adapter, "--quantization", "int4")
     assert_error(refused, "cannot be merged into quantised weights")
     assert_error(run(script, *words, "--adapter", tmp_path), "adapter_config.json does not exist")
+
+
+@both_scripts
+def test_sampling_settings_of_a_checkpoint_have_no_effect(script: str, tmp_path: Path) -> None:
+    """Each would change the text, or draw another one at each start."""
+    folder = shutil.copytree(BUNDLED, tmp_path / "model")
+    words = [script, "--prompt", "Once upon a time", "--max_new_tokens", 12, "--model", folder]
+    wanted = run(*words)
+    file = folder / "generation_config.json"
+    settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "max_length": 3}
+    settings |= {"min_new_tokens": 11, "bad_words_ids": [[n] for n in range(4000)]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    assert wanted.code == 0 and run(*words).out == wanted.out
+    drawn = [*words, "--temperature", 1, "--seed", 3]
+    with_settings = run(*drawn).out
+    file.unlink()
+    assert with_settings == run(*drawn).out != wanted.out
 
 
 # --- Completions
@@ -106,12 +133,29 @@ def test_what_is_piped_in_is_a_prompt(line: str, begins: str) -> None:
     assert done.stdout.count("A bird") == begins.count("A bird")
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('"$@" --prompt - <&-', "the standard input is closed; pipe some text in"),
+        ('"${@/completion/chat}" <&-', "the standard input is closed; pipe some text in"),
+        ("printf 'ab\\xff' | PYTHONUTF8=0 PYTHONIOENCODING=utf-8:strict \"$@\"", "not UTF-8"),
+        ("printf 'ab\\xff' | PYTHONUTF8=0 PYTHONIOENCODING=ascii \"$@\" --prompt -", "not UTF-8"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_one_line(line: str, said: str) -> None:
+    done = completion(line)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_or_closed_output_is_one_line() -> None:
     for line, code in (('"$@" > /dev/full', 1), ('"$@" >&-', 2)):
         done = completion(line)
         assert done.returncode == code
         assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
+        assert "usage: " not in done.stderr
 
 
 def test_fewer_tokens_than_asked_are_explained() -> None:
@@ -137,6 +181,17 @@ def test_the_model_is_named_and_a_base_model_is_warned_of() -> None:
     assert "by its name it is a base model" in done.err
 
 
+def test_a_base_model_is_known_by_a_word_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(BUNDLED)
+    (tmp_path / "link-to-it").symlink_to(BUNDLED)
+    for name in (".", str(tmp_path / "link-to-it"), "deepseek-ai/deepseek-moe-16b-base", "My_Base"):
+        assert named_base(name), name
+    for name in ("database-helper", "models/base/tuned", "deepseek-ai/deepseek-moe-16b-chat"):
+        assert not named_base(name), name
+
+
 def test_retry_asks_again_and_exit_leaves() -> None:
     asked = talk("One?", "Two?")
     again = talk("One?", "Two?", "/retry")
@@ -154,7 +209,11 @@ def test_load_takes_what_save_has_written(tmp_path: Path) -> None:
     assert talk(f"/load {file}", "Two?").messages == talk("One?", "Two?").messages
     file.write_text(json.dumps([saved.messages[0], {"role": "assistant", "content": ""}]))
     assert len(talk(f"/load {file}").messages) == 2  # its answer was stopped at once
-    for content in ("not JSON", "[1]", json.dumps(saved.messages[1:]), '{"role": "user"}'):
+    marked = [message | {"train": None, "id": 7} for message in saved.messages]
+    file.write_text(json.dumps(marked))
+    assert talk(f"/load {file}").messages == saved.messages
+    half = json.dumps([{"role": "user", "content": "a\ud800"}, saved.messages[1]])
+    for content in ("not JSON", "[1]", json.dumps(saved.messages[1:]), '{"role": "user"}', half):
         file.write_text(content)
         with pytest.raises(UserError, match="is no conversation that /save has written"):
             talk(f"/load {file}")

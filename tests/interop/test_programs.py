@@ -6,6 +6,7 @@ They need `pip install -r requirements-interop.txt`.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import pytest
 import torch
 from finetune_fixtures import free_port
 from safetensors import safe_open
-from text_fixtures import BUNDLED, ROOT
+from text_fixtures import BUNDLED, ROOT, UNMARKED
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 pytestmark = pytest.mark.slow
@@ -59,9 +60,11 @@ def write_lines(file: Path, rows: list[dict]) -> Path:
 
 
 def test_trl_sft_from_the_command_line(tmp_path: Path) -> None:
-    """It trains on answers only, which the marks of the chat template tell."""
+    """It trains on answers only, also where the checkpoint's template does not mark them."""
     rows, output = write_lines(tmp_path / "rows" / "train.jsonl", TALKS), tmp_path / "out"
-    words = f"trl sft --model_name_or_path {CHAT} --dataset_name {rows.parent} --max_steps 2"
+    model = shutil.copytree(CHAT, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(UNMARKED)
+    words = f"trl sft --model_name_or_path {model} --dataset_name {rows.parent} --max_steps 2"
     words += f" --output_dir {output} --assistant_only_loss True --use_cpu True --report_to none"
     said = run(*words.split())
     assert float(re.search(r"'train_loss': '?([\d.]+)", said)[1]) > 0

@@ -10,6 +10,7 @@ import pytest
 from text_fixtures import (
     BUNDLED,
     OFFICIAL,
+    UNMARKED,
     assistant,
     both_tokenizers,
     needs_official,
@@ -22,7 +23,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from deepseek_moe.model import configuration_deepseek
-from deepseek_moe.model.tokenization_deepseek import BOS, CHAT_TEMPLATE, EOS, DeepseekTokenizer
+from deepseek_moe.model.chat_format import CHAT_TEMPLATE
+from deepseek_moe.model.tokenization_deepseek import BOS, EOS, DeepseekTokenizer
 
 TALK = [user("Hi!"), assistant("Hello, who are you?"), user("Me?\nNobody.")]
 
@@ -230,6 +232,42 @@ def test_the_template_is_that_of_the_files_or_built_in(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.apply_chat_template([user("mine")], tokenize=False) == "mine"
+
+
+@pytest.mark.parametrize("folder", [None, pytest.param(OFFICIAL, marks=needs_official)])
+def test_a_template_that_writes_the_same_text_gets_marks_of_answers(
+    folder: Path | None, tmp_path: Path
+) -> None:
+    copy(BUNDLED, tmp_path)
+    if folder is None:
+        (tmp_path / "chat_template.jinja").write_text(UNMARKED, encoding="utf-8")
+    else:
+        shutil.copy(folder / "chat_template.jinja", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    made = tokenizer.apply_chat_template(TALK, return_assistant_tokens_mask=True)
+    marked = [i for i, on in zip(made["input_ids"], made["assistant_masks"], strict=True) if on]
+    assert tokenizer.decode(marked) == f" {TALK[1]['content']}{EOS}"
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        UNMARKED + "!",
+        "{% if messages[0].role != 'system' %}{{ 'Be brief.\n\n' }}{% endif %}" + UNMARKED,
+        "{{ tools if tools }}" + UNMARKED,
+        UNMARKED.replace(
+            "{% endif %}{% endfor", "{% else %}{{ message['content'] }}{% endif %}{% endfor"
+        ),
+        UNMARKED.replace("message['content']", "message['content'] | trim"),
+        UNMARKED.replace("message['role'] == 'system'", "raise_exception('no system')"),
+        "{% for",
+    ],
+)
+def test_a_template_that_writes_anything_else_stays(other: str, tmp_path: Path) -> None:
+    copy(BUNDLED, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(other, encoding="utf-8")
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == other
 
 
 @both_tokenizers

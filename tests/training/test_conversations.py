@@ -10,11 +10,16 @@ from deepseek_moe.training.conversations import BadRow, find_conversation, make_
 from deepseek_moe.training.rows import parse_columns
 
 ASKED = [user("Who?"), assistant("The king.")]
+KIND = [system("Be kind."), *ASKED]
 PARTS = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]
 
 
 def sharegpt(*turns: tuple[str, str]) -> dict[str, Any]:
     return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def untrained(*messages: dict[str, str]) -> list[dict[str, Any]]:
+    return [message | {"train": False} for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,10 @@ def sharegpt(*turns: tuple[str, str]) -> dict[str, Any]:
         ),
         ({"instruction": "", "input": "Who?", "output": "The king."}, ASKED, []),
         ({"instruction": "Who?", "input": " ", "output": "The king."}, ASKED, []),
+        ({"instruction": None, "input": "Who?", "output": "The king."}, ASKED, []),
+        ({"input": "Who?", "output": "The king."}, ASKED, []),
+        ({"question": "Who?", "answer": "The king.", "output": "x"}, ASKED, ["output"]),
+        ({"prompt": "x", "question": "Who?", "answer": "The king."}, ASKED, ["prompt"]),
         (
             {"instruction": "And?", "output": "He slept.", "history": [["Who?", "The king."]]}
             | {"system": "Be brief."},
@@ -56,6 +65,21 @@ def sharegpt(*turns: tuple[str, str]) -> dict[str, Any]:
             [],
         ),
         ({"messages": ASKED, "system": "Be brief."}, [system("Be brief."), *ASKED], []),
+        ({"messages": KIND, "system": "Be brief."}, KIND, ["system"]),
+        ({"messages": KIND, "system": "Be kind."}, KIND, []),
+        ({"messages": KIND, "system": " "}, KIND, []),
+        (
+            {"prompt": [user("And?")], "completion": [assistant("He slept.")]}
+            | {"system": "Be kind.", "history": [["Who?", "The king."]]},
+            [KIND[0], *untrained(*ASKED, user("And?")), assistant("He slept.")],
+            [],
+        ),
+        (
+            {"prompt": [KIND[0], user("And?")], "completion": [assistant("He slept.")]}
+            | {"system": "Be brief.", "history": [["Who?", "The king."]]},
+            [*untrained(*KIND, user("And?")), assistant("He slept.")],
+            ["system"],
+        ),
     ],
 )
 def test_every_form_of_a_row(row: dict[str, Any], messages: list[Any], unused: list[str]) -> None:
@@ -72,17 +96,57 @@ def test_a_marked_answer_is_context(mark: dict[str, Any]) -> None:
     assert all("train" not in message for message in find_conversation(row, {})[0])
 
 
+@pytest.mark.parametrize("value", [0, 0.0, False, "0", "0.0", "False"])
+@pytest.mark.parametrize("mark", ["weight", "train", "trainable"])
+def test_a_marked_row_is_a_bad_row(mark: str, value: Any) -> None:
+    pair = {"instruction": "Who?", "output": "The king."}
+    for row in (pair, {"messages": ASKED}, {"prompt": ASKED[:1], "completion": ASKED[1:]}):
+        with pytest.raises(BadRow, match="the row is marked as not to be trained on"):
+            find_conversation(row | {mark: value}, {})
+    for other in (1, 1.0, True, "1", "1.0", "true", ""):
+        assert find_conversation(pair | {mark: other}, {}) == (ASKED, [])
+    for other in (0.5, 70, "part 1", [0]):  # a field that is no mark
+        assert find_conversation(pair | {mark: other}, {}) == (ASKED, [mark])
+
+
 def test_columns_of_other_names() -> None:
     columns = parse_columns("instruction=query, output=text,system=persona")
     row = {"query": "Who?", "text": "The king.", "persona": "Be brief.", "output": "?", "n": 1}
     messages, unused = find_conversation(row, columns)
     assert messages == [system("Be brief."), *ASKED]
-    assert unused == ["n"]
+    assert unused == ["output", "n"]
     with pytest.raises(BadRow, match="no output: found instruction"):
         find_conversation({"query": "Who?"}, columns)
 
 
-@pytest.mark.parametrize("given", ["instruction", "query=output", "output=", "input=a,input=b"])
+@pytest.mark.parametrize(
+    ("columns", "others"),
+    [
+        ("question=q,answer=a", {"instruction": "x", "output": "y"}),
+        ("question=q,answer=a", {"question": "x", "answer": "y"}),
+        ("prompt=q,completion=a", {"messages": [user("x"), assistant("y")]}),
+        ("answer=a,question=q", {"prompt": "x", "completion": "y", "answer": "z"}),
+    ],
+)
+def test_columns_that_are_named_count_before_others(columns: str, others: dict[str, Any]) -> None:
+    row = others | {"q": "Who?", "a": "The king."}
+    assert find_conversation(row, parse_columns(columns)) == (ASKED, list(others))
+
+
+def test_columns_may_swap_names_and_need_not_be_in_every_row() -> None:
+    columns = parse_columns("instruction=output,output=instruction,input=context")
+    row = {"output": "Who?", "instruction": "The king."}
+    assert find_conversation(row, columns) == (ASKED, [])
+    columns = parse_columns("question=q,answer=a")
+    row = {"instruction": "Who?", "output": "The king."}
+    assert find_conversation(row, columns) == (ASKED, [])
+    assert find_conversation(row | {"q": None}, columns) == (ASKED, [])
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["instruction", "query=output", "output=", "input=a,input=b", "instruction=q,output=q"],
+)
 def test_columns_that_are_none(given: str) -> None:
     with pytest.raises(UserError, match="write --columns instruction=question,output=answer"):
         parse_columns(given)
@@ -90,6 +154,9 @@ def test_columns_that_are_none(given: str) -> None:
 
 def talk(*messages: Any) -> dict[str, Any]:
     return {"messages": list(messages)}
+
+
+NO_TEXT = [None, "a", {"text": "a"}, {"type": "text"}, {"type": "text", "text": None}]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +199,10 @@ def talk(*messages: Any) -> dict[str, Any]:
         (
             talk({"role": "user", "content": [{"type": "image"}]}, assistant("b")),
             "content of message 1 is list [{'type': 'image'}], wanted text",
+        ),
+        *(
+            (talk(user("a") | {"content": [part]}), "content of message 1 is list")
+            for part in NO_TEXT
         ),
         (make_object([("a", 1), ("b", 2), ("a", 3)]), "a occurs twice in the row"),
     ],

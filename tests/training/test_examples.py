@@ -72,6 +72,21 @@ def test_examples_are_what_chat_renders(
     assert report.startswith("4 of 5 rows, ") and report.endswith("; 1 bad rows skipped")
 
 
+def test_a_system_text_is_written_by_the_template_or_refused(load: Load) -> None:
+    row = {"instruction": "Who?", "output": "The king.", "system": "Be brief."}
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ message.content + '|' }}"
+        "{% else %}{{ '<' + message.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<' }}{% endif %}"
+    )
+    (ids,) = load([row], tokenizer=tokenizer)[0]["input_ids"]
+    assert tokenizer.decode(ids) == f"Be brief.|<Who?{EOS}<The king.{EOS}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content + '|'", "''")
+    with pytest.raises(UserError, match=r"x\.jsonl line 1: .* leaves out message 1, .* 'system'"):
+        load([row], tokenizer=tokenizer)
+
+
 def test_cut_and_dropped_rows_are_counted(load: Load) -> None:
     whole = rendered(ROWS)
     prompts, lengths = [mask.index(1) for _, mask in whole], [len(ids) for ids, _ in whole]
@@ -125,7 +140,7 @@ def test_the_format_is_that_of_its_version(load: Load) -> None:
     """
     examples, _ = load(ROWS * 5)
     made = fingerprint(examples), fingerprint(pack(examples, 256))
-    assert (FORMAT_VERSION, *made) == (2, "25def8c105c28b5f", "750357ae4a0cebaf")
+    assert (FORMAT_VERSION, *made) == (3, "25def8c105c28b5f", "750357ae4a0cebaf")
 
 
 def test_split(load: Load) -> None:

@@ -68,6 +68,16 @@ def test_every_format_gives_the_same_conversations(name: str, read: Any, tmp_pat
     assert found.column_names == ["source", "messages", "problem", "unused"]
 
 
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    file, cache = tmp_path / "x.jsonl", str(tmp_path / "cache")
+    write_jsonl(file, [GOOD, GOOD | {"context": "c"}, GOOD | {"context": None}])
+    assert not any(read_rows([str(file)], cache, {"input": "context"})["problem"])
+    with pytest.raises(
+        UserError, match=r"no row has contxt, which --columns .* input, but context, "
+    ):
+        read_rows([str(file)], cache, {"input": "contxt"})
+
+
 def test_a_folder_and_several_paths(read: Any, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     (folder / "below").mkdir(parents=True)
