@@ -6,6 +6,7 @@ Letters that suffix locals: G sequences, T tokens, K experts a token, E experts.
 from typing import Any, NamedTuple
 
 import torch
+from torch import distributed as dist
 
 
 class Sequences(NamedTuple):
@@ -15,6 +16,31 @@ class Sequences(NamedTuple):
     count: int = 0
     aux_loss_scale: float = 1.0  # multiplies the gradient of the balance loss
     weight_G: torch.Tensor | None = None  # how much each counts; None: alike, 1 in sum
+
+
+def weights_of_rows(
+    tokens: torch.Tensor,
+    labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> torch.Tensor | None:
+    """How much the balance loss of each row counts under a trainer other than this package's.
+
+    transformers' Trainer gives the number of labels in all batches of a step, of all processes, and
+    then multiplies the loss by the number of processes. A row counts as its labels do, without the
+    first, which no token predicts. Trainer keeps the labels back where the loss is computed outside
+    of the model. A row then counts as its tokens do, but the rows of a batch no more than 1 in sum,
+    since some of their tokens may have no label.
+    """
+    if num_items_in_batch is None:
+        return None
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if labels is not None:
+        return (labels[:, 1:] != -100).sum(dim=1) * (world / num_items_in_batch)
+    if attention_mask is None or attention_mask.shape != tokens.shape[:2]:
+        attention_mask = tokens.new_ones(tokens.shape[:2])
+    weights_B = (attention_mask[:, 1:] != 0).sum(dim=1) * (world / num_items_in_batch)
+    return weights_B / weights_B.sum().clamp(min=1)
 
 
 def balance_loss(

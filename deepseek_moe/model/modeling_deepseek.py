@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -39,7 +38,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .balance_loss import AddLossGradient, Sequences, balance_loss
+from .balance_loss import AddLossGradient, Sequences, balance_loss, weights_of_rows
 from .configuration_deepseek import DeepseekConfig
 from .fast_generation import FastGenerationMixin
 from .layout import (
@@ -493,7 +492,7 @@ class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
         if self.training and not kwargs.keys() & {"sequence_ids", "aux_loss_scale"}:
             tokens = inputs_embeds if input_ids is None else input_ids
             items = kwargs.get("num_items_in_batch")
-            kwargs["sequence_weights"] = _weights_of_rows(tokens, labels, attention_mask, items)
+            kwargs["sequence_weights"] = weights_of_rows(tokens, labels, attention_mask, items)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -523,31 +522,6 @@ class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-
-def _weights_of_rows(
-    tokens: torch.Tensor,
-    labels: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    num_items_in_batch: torch.Tensor | int | None,
-) -> torch.Tensor | None:
-    """How much the balance loss of each row counts under a trainer other than this package's.
-
-    transformers' Trainer gives the number of labels in all batches of a step, of all processes, and
-    then multiplies the loss by the number of processes. A row counts as its labels do, without the
-    first, which no token predicts. Trainer keeps the labels back where the loss is computed outside
-    of the model. A row then counts as its tokens do, but the rows of a batch no more than 1 in sum,
-    since some of their tokens may have no label.
-    """
-    if num_items_in_batch is None:
-        return None
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if labels is not None:
-        return (labels[:, 1:] != -100).sum(dim=1) * (world / num_items_in_batch)
-    if attention_mask is None or attention_mask.shape != tokens.shape[:2]:
-        attention_mask = tokens.new_ones(tokens.shape[:2])
-    weights_B = (attention_mask[:, 1:] != 0).sum(dim=1) * (world / num_items_in_batch)
-    return weights_B / weights_B.sum().clamp(min=1)
 
 
 __all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekPreTrainedModel"]
