@@ -39,6 +39,7 @@ def main() -> None:
         base = find_checkpoint(args.model)
         for folder in filter(None, (args.adapter, args.deepspeed_checkpoint)):
             refuse_other_base(folder, base)
+        checkpoint = Checkpoint(base)
         if args.adapter:
             tensors = merged_tensors(base, args.adapter)
         elif args.delta:
@@ -47,9 +48,9 @@ def main() -> None:
         elif args.deepspeed_checkpoint:
             tensors = consolidated_tensors(base, args.deepspeed_checkpoint)
         else:
-            tensors = Checkpoint(base).tensors()
+            tensors = checkpoint.tensors()
         dtype = DTYPES.get(args.dtype)
-        write_checkpoint(tensors, Checkpoint(base), args.output, dtype, args.max_shard_size)
+        write_checkpoint(tensors, checkpoint, args.output, dtype, args.max_shard_size)
     print(args.output)
 
 
