@@ -178,7 +178,7 @@ class Experiment:
     def random_choice(self, seed: int) -> Path:
         """A file of ESFT's form with as many experts in each layer as the profile chooses."""
         E, source = self.config.n_routed_experts, random.Random(seed)
-        layers = filter(self.config.is_moe_layer, range(self.config.num_hidden_layers))
+        layers = self.config.moe_layers
         count = int(self.args.share * E + 0.5)
         experts = {layer: sorted(source.sample(range(E), count)) for layer in layers}
         file = self.args.folder / f"random-{seed}.json"

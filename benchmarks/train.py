@@ -117,8 +117,8 @@ def write_choice(model: Path, file: Path, share: float) -> Path:
     """Writes a file for --train_experts that names random experts in each layer of `model`."""
     config, random = DeepseekConfig.from_pretrained(model), Random(0)
     E = config.n_routed_experts
-    layers = filter(config.is_moe_layer, range(config.num_hidden_layers))
-    chosen = {layer: sorted(random.sample(range(E), round(share * E))) for layer in layers}
+    count = round(share * E)
+    chosen = {layer: sorted(random.sample(range(E), count)) for layer in config.moe_layers}
     file.write_text(choice_as_text(chosen))
     return file
 

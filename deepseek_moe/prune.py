@@ -128,7 +128,7 @@ def experts_per_token(config: DeepseekConfig, keep: int, wanted: int | None) -> 
         UserError: the model has no experts to leave out, or too few would stay.
     """
     E, K = config.n_routed_experts or 0, config.num_experts_per_tok
-    if not any(map(config.is_moe_layer, range(config.num_hidden_layers))):
+    if not config.moe_layers:
         raise UserError("this model has no routed experts to leave out; give a mixture of experts")
     if not 1 <= keep < E:
         raise UserError(f"--keep is {keep}, but the model has {E} experts; keep 1 to {E - 1}")
@@ -149,9 +149,8 @@ def profile_of(base: Checkpoint, file: Path) -> Profile:
         UserError: it is no profile, one of another model, or has no such score.
     """
     profile, config = read_profile(file), base.config
-    moe_layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
     mark, experts = fingerprint(base.folder), config.n_routed_experts
-    refuse_other_model(profile, file, mark, moe_layers, experts)
+    refuse_other_model(profile, file, mark, config.moe_layers, experts)
     for number, layer in profile.layers.items():
         if not any(layer.gate_times_norm):
             raise UserError(

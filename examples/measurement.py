@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, load
 from deepseek_moe.bundled import BUNDLED_MODEL
-from deepseek_moe.checkpoint import find_checkpoint, fingerprint, own_tokenizer
+from deepseek_moe.checkpoint import find_checkpoint, fingerprint, own_tokenizer, read_config
 from deepseek_moe.errors import UserError, as_user_error
 from deepseek_moe.experts import coloured_text, heatmap
 from deepseek_moe.experts.compare import differences, together
@@ -64,21 +64,15 @@ def run(args: argparse.Namespace) -> None:
 
 def usable_config(folder: Path) -> DeepseekConfig:
     """The config of a checkpoint that has routed experts."""
-    with as_user_error(f"{folder / 'config.json'} cannot be used", "mend the field"):
-        config = DeepseekConfig.from_pretrained(folder)
-    if not layers_of(config):
+    config = read_config(folder)
+    if not config.moe_layers:
         raise UserError(f"{folder} has no routed experts; give a mixture of experts")
     return config
 
 
-def layers_of(config: DeepseekConfig) -> list[int]:
-    """The numbers of the layers with routed experts."""
-    return [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
-
-
 def check_layer(args: argparse.Namespace, config: DeepseekConfig) -> None:
     """Takes the middle layer where none is given, and refuses one without routed experts."""
-    layers = layers_of(config)
+    layers = config.moe_layers
     args.layer = layers[len(layers) // 2] if args.layer is None else args.layer
     if args.layer not in layers:
         found = ", ".join(map(str, layers))

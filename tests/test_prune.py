@@ -33,7 +33,7 @@ def write_profile(of: Path, **changes: Any) -> Path:
     """A profile of the model in `of` with random scores, of which two are equal in each layer."""
     config, random = Checkpoint(of).config, torch.Generator().manual_seed(0)
     E, layers = config.n_routed_experts, {}
-    for number in filter(config.is_moe_layer, range(config.num_hidden_layers)):
+    for number in config.moe_layers:
         scores = torch.rand(E, generator=random).tolist()
         scores[2] = scores[5] = 0.5
         layers[number] = LayerProfile([1] * E, [0.1] * E, scores)

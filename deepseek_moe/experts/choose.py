@@ -92,7 +92,7 @@ def read_choice(
         UserError: it is neither, is of another model, or chooses nothing.
     """
     config = DeepseekConfig.from_pretrained(checkpoint)
-    layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
+    layers = config.moe_layers
     if not layers:
         raise UserError(f"{checkpoint} has no routed experts to choose from; leave out {file}")
     fields = _read_object(Path(file))

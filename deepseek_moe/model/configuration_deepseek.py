@@ -188,6 +188,11 @@ class DeepseekConfig(PreTrainedConfig):
             and layer_idx % self.moe_layer_freq == 0
         )
 
+    @property
+    def moe_layers(self) -> list[int]:
+        """The numbers of the layers that route their tokens."""
+        return [i for i in range(self.num_hidden_layers) if self.is_moe_layer(i)]
+
     def to_dict(self) -> dict[str, Any]:
         """As transformers' own, but with `rope_theta` and `rope_scaling` as in the official files.
 

@@ -25,7 +25,7 @@ class ExpertLoad:
     """
 
     def __init__(self, config: DeepseekConfig, device: torch.device) -> None:
-        self.layers = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+        self.layers = config.moe_layers
         self.picks: list[list[int]] = []
         self.curves: dict[str, list[float]] = {}
         """What was read last, of each of these layers: its experts' picks, and its figures."""

@@ -102,7 +102,7 @@ def test_scores_are_those_of_a_loop_over_experts(
     model, sequences = tiny_model(**shape), random_ids(9, 3, 17)
     profile = profile_of(model, sequences, batch_size=2)
     config = model.config
-    layers = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+    layers = config.moe_layers
     assert list(profile.layers) == layers and profile.num_experts == 8
     assert_equal(profile, by_a_loop(model, sequences))
 

@@ -160,4 +160,4 @@ def test_layers_are_routed_where_the_published_code_routes_them(
     changes: dict[str, Any], routed: list[int], tiny_config: MakeConfig
 ) -> None:
     config = tiny_config(num_hidden_layers=6, **changes)
-    assert [i for i in range(6) if config.is_moe_layer(i)] == routed
+    assert config.moe_layers == routed
