@@ -3,17 +3,19 @@
     python benchmarks/experts.py --data_path train.jsonl --eval_data_path val.jsonl \\
         --text tales.jsonl --folder /tmp/experts --jobs 8
 
-The bundled model is fine-tuned in several ways, each with the learning rate that is best for it by
+A bundled model is fine-tuned in several ways, each with the learning rate that is best for it by
 the first seed. Its task loss is that of the held-out answers, in nats a token. Its text loss is
 that of held-out text like that which it was pretrained on. Means and spreads (largest less
 smallest) are over the seeds. Then the model that was trained whole is pruned to half of its experts
 and trained a little more.
 
 Every result is kept in --folder as soon as it is there. A repeated command computes what is
-missing. With --minutes it ends by itself after so many.
+missing. With --minutes it ends by itself after so many. The runs of --jobs are dealt out to all
+GPUs.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,19 +32,21 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import finetune_runs as runs
+import torch
 from tables import DEVICE, Report, Row, machine, make_parser, ratio
 from timing import release
 from tqdm import tqdm
 
 from deepseek_moe import DeepseekConfig, load
-from deepseek_moe.bundled import BUNDLED_MODEL
+from deepseek_moe.bundled import BUNDLED_CHAT_MODEL, BUNDLED_MODEL
 from deepseek_moe.checkpoint import own_tokenizer
 from deepseek_moe.errors import RunError, UserError, exit_on_user_error
 from deepseek_moe.experts.choose import choice_as_text
 from deepseek_moe.files import write_text
 from deepseek_moe.perplexity import measure_loss, read_held_out
 
-BASE, LENGTH, ROWS = BUNDLED_MODEL, 1024, 32
+MODELS = {model.name: model for model in (BUNDLED_MODEL, BUNDLED_CHAT_MODEL)}
+LENGTH, ROWS = 1024, 32
 RECOVERY_STEPS = 200
 TIMED_STEPS, UNTIMED_STEPS = 60, 20  # of a run that is timed, and those of them that do not count
 UNTRAINED = "--use_lora True --lora_dropout 0"  # with a learning rate of 0 the model stays as it is
@@ -55,12 +59,15 @@ class Way(NamedTuple):
 
 FULL = "--single_gpu_full False"  # what trains is fp32 under AdamW, as adapters are
 LORA, CHOSEN = "--use_lora True --lora_rank 16", "--train_experts {profile} --expert_share {share}"
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WAYS = {
-    "all weights": Way(FULL, (5e-4, 1e-3, 2e-3)),
-    "LoRA on everything": Way(LORA, (1e-3, 3e-3, 1e-2)),
-    "chosen experts": Way(f"{FULL} {CHOSEN}", (1e-3, 3e-3, 1e-2)),
-    "LoRA on chosen experts": Way(f"{LORA} {CHOSEN}", (2e-3, 6e-3, 2e-2)),
-    "random experts": Way(f"{FULL} --train_experts {{random}}", (1e-3, 3e-3, 1e-2)),
+    "all weights": Way(FULL, RATES),
+    "LoRA on everything": Way(LORA, (1e-3, 2e-3, 4e-3)),
+    "chosen experts": Way(f"{FULL} {CHOSEN}", RATES),
+    "LoRA on chosen experts": Way(f"{LORA} {CHOSEN}", (2e-3, 4e-3, 8e-3)),
+    "random experts": Way(f"{FULL} --train_experts {{random}}", RATES),
+    "all routed experts": Way(f"{FULL} --train_experts {{profile}} --expert_share 1", RATES),
+    "chosen experts, attention": Way(f"{FULL} {CHOSEN} --trainable self_attn", RATES),
 }
 WHOLE = "all weights"
 PARTS = ("rates", "train", "cost", "prune")
@@ -70,13 +77,16 @@ class Experiment:
     """The runs of a command, whose results are files in its folder."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+        self.args, self.base = args, MODELS[args.model]
         self.end = time.monotonic() + 60 * args.minutes
-        self.text = read_held_out(args.text, own_tokenizer(BASE))
+        self.text = read_held_out(args.text, own_tokenizer(self.base))
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = chosen.split(",") if chosen else map(str, range(torch.cuda.device_count()))
+        self.deal = itertools.cycle(gpus)
         self.measuring = Lock()  # training runs side by side, text loss is measured in turn
         self.results = args.folder / "results"
         self.results.mkdir(parents=True, exist_ok=True)
-        self.config = DeepseekConfig.from_pretrained(BASE)
+        self.config = DeepseekConfig.from_pretrained(self.base)
 
     def kept(self, name: str, compute: Callable[[], Row]) -> Row:
         """The result of that name, from its file if it is there."""
@@ -102,7 +112,7 @@ class Experiment:
         def compute() -> Row:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder, "run")
-                row = self.train(BASE, way, rate, self.args.steps, seed, output)
+                row = self.train(self.base, way, rate, self.args.steps, seed, output)
                 return row | self.text_loss(output)
 
         return self.kept(f"{way} {rate:g} seed {seed}", compute)
@@ -131,7 +141,7 @@ class Experiment:
         """Tokens/s and the most GB of a run that has the machine for itself."""
         with tempfile.TemporaryDirectory() as folder:
             options = f"{self.options_of(way, 0)} --logging_steps 1"
-            command = self.command(BASE, options, 1e-6, TIMED_STEPS, 0, Path(folder, "run"))
+            command = self.command(self.base, options, 1e-6, TIMED_STEPS, 0, Path(folder, "run"))
             speed, size = runs.speed_and_gigabytes(self.run(command), TIMED_STEPS, UNTIMED_STEPS)
         return {"hardware": machine()["hardware"], "tokens_s": speed, "gigabytes": size}
 
@@ -140,7 +150,7 @@ class Experiment:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             whole, half, again = (folder / kind for kind in ("whole", "half", "again"))
-            trained = self.train(BASE, WHOLE, rate, self.args.steps, seed, whole)
+            trained = self.train(self.base, WHOLE, rate, self.args.steps, seed, whole)
             before = trained | self.text_loss(whole)
             profile, keep = self.profile(whole, folder), self.config.n_routed_experts // 2
             words = ["-m", "deepseek_moe.prune", "--model", whole, "--profile", profile]
@@ -200,7 +210,9 @@ class Experiment:
             RunError: it failed, or it was ended because the time is over.
         """
         left = self.end - time.monotonic()
-        printed, code = runs.run(list(map(str, words)), timeout=left) if left > 0 else ("", -9)
+        printed, code = "", -9
+        if left > 0:
+            printed, code = runs.run(list(map(str, words)), timeout=left, gpu=next(self.deal, None))
         if code and time.monotonic() >= self.end:
             raise RunError("the time is over; repeat the command, which goes on")
         if code:
@@ -224,8 +236,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     experiment = Experiment(args)
     report = Report(args)
-    base = experiment.kept("before", lambda: experiment.before(BASE))  # fills the cache of rows
-    experiment.profile(BASE, args.folder)
+    base = experiment.kept(
+        "before", lambda: experiment.before(experiment.base)
+    )  # fills the cache of rows
+    experiment.profile(experiment.base, args.folder)
     report.add("base", {"name": "before training"} | base)
     ways = list(WAYS) if {"rates", "train"} & set(args.parts) else [WHOLE]
     rates = report_rates(report, experiment, ways if args.parts != ["cost"] else [])
@@ -242,6 +256,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
+    add("--model", choices=MODELS, default="tiny-base", help="bundled; default tiny-base")
     add("--data_path", nargs="+", required=True, help="rows to train on, as finetune.py takes them")
     add("--eval_data_path", nargs="+", required=True, help="rows to evaluate on")
     add("--text", required=True, help="text like that of the pretraining: plain, or .jsonl")
@@ -268,7 +283,7 @@ def refuse_other_settings(args: argparse.Namespace) -> None:
     Raises:
         UserError: the folder has results of other settings.
     """
-    names = ("data_path", "eval_data_path", "text", "steps", "share")
+    names = ("model", "data_path", "eval_data_path", "text", "steps", "share")
     settings = {name: getattr(args, name) for name in names}
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.folder / "settings.json"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -147,6 +148,7 @@ def run(
     until: Callable[[str], bool] | None = None,
     timeout: float = math.inf,
     ranks: int = 0,
+    gpu: str | None = None,
 ) -> tuple[str, int]:
     """What a script of Python printed (in the folder of finetune.py), and its exit code.
 
@@ -156,10 +158,13 @@ def run(
         timeout: seconds after which it is ended with all that it started.
         ranks: how many processes form a group, each told who it is as by torchrun; 0 is one
             process alone. One that fails ends the others.
+        gpu: the name of the only one that the processes see; None shows them all.
     """
     port = random.randrange(20_000, 30_000)  # below those that the system itself gives away
     group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends this process
     command, folder = [sys.executable, *words], HERE.parent / "finetune"
     processes = []
     end = time.monotonic() + timeout
@@ -172,13 +177,14 @@ def run(
             output = {"stdout": log, "stderr": log, "start_new_session": True}
             for rank in range(max(ranks, 1)):
                 told = group | {"RANK": rank, "LOCAL_RANK": rank} if ranks else {}
+                told |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
                 environment = os.environ | {name: str(value) for name, value in told.items()}
                 processes.append(subprocess.Popen(command, cwd=folder, env=environment, **output))
             while any(one.poll() is None for one in processes) and time.monotonic() < end:
                 if any(one.poll() for one in processes) or (until and until(printed())):
                     break
                 time.sleep(0.2)
-        finally:  # after Ctrl-C too
+        finally:  # after Ctrl-C too: what was started would outlive this process
             for one in processes:
                 if one.poll() is None:
                     os.killpg(one.pid, signal.SIGKILL)

@@ -8,8 +8,9 @@ Weights are random, in the official configuration. Each line of training is a `f
 GPU; the first four steps do not count, and one more is profiled. Rates are tokens/s of a GPU.
 Communication is the part of that step in which NCCL's kernels ran on the first GPU, waiting for
 other ranks included; exposed is the part in which nothing else ran. GB are the most that PyTorch
-allocated on the first GPU. Scaling is the rate over that of the line with the fewest GPUs. Full
-training takes the most rows that the dry run says fit; 0 rows: nothing fits.
+allocated on the first GPU, beside what the dry run foretold. Scaling is the rate over that of the
+line with the fewest GPUs. Full training takes the most rows that the dry run says fit; 0 rows:
+nothing fits.
 
 Inference is transformers' `generate` by the model's own plans. `same` of `tokens` are those of one
 GPU, up to the first other one of each sequence. In bf16 sums in another order may swap close
@@ -101,7 +102,7 @@ def train_rows(
     first: dict[tuple[str, int], float] = {}  # the rate with the fewest GPUs, by name and rows
     todo = [(name, gpus) for name in chosen for gpus in args.gpus]
     for name, gpus in tqdm(todo, file=sys.stderr):
-        rows = fitting_rows(model, name, gpus, data)
+        rows, foretold = fitting_rows(model, name, gpus, data)
         speed, size, shares = None, None, {}
         if rows:
             steps = runs.STEPS + 1
@@ -118,23 +119,25 @@ def train_rows(
             "tokens_s": speed,
             "step_ms": ratio(1000 * rows * LENGTH, speed),
             "gigabytes": size,
+            "dry_run": foretold,
             "communication": shares.get("communication"),
             "exposed": shares.get("exposed"),
             "scaling": ratio(speed, first.get((name, rows))),
         }
 
 
-def fitting_rows(model: Path, name: str, gpus: int, data: Path) -> int:
-    """The most rows a GPU that the dry run says fit; 0 if none do. Adapters always fit."""
-    if "full" not in name:
-        return ROWS[0]
+def fitting_rows(model: Path, name: str, gpus: int, data: Path) -> tuple[int, float | None]:
+    """The most rows a GPU that the dry run says fit (adapters always do), and the GB it foretells.
+
+    0 rows if none fit.
+    """
     room = RESERVE * torch.cuda.get_device_properties(0).total_memory / 1e9
     for rows in ROWS:
         command = runs.command_of(model, data, rows, LENGTH, SETTINGS[name], runs.STEPS)
-        needed = runs.dry_run_gigabytes(command, gpus)
-        if needed is not None and needed < room:
-            return rows
-    return 0
+        foretold = runs.dry_run_gigabytes(command, gpus)
+        if "full" not in name or (foretold is not None and foretold < room):
+            return rows, foretold
+    return 0, foretold
 
 
 def killed(args: argparse.Namespace, model: Path, name: str) -> Row:
