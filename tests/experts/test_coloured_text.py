@@ -66,17 +66,6 @@ def test_no_token_reaches_the_terminal_as_a_command() -> None:
     assert "␍[0]" in shown(["\r"], [0])
 
 
-@pytest.mark.parametrize("colour", [*COLOURS, OTHERS])
-def test_black_text_is_legible(colour: str) -> None:
-    """By WCAG's contrast, which is to be 4.5 at least."""
-    linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-        for c in (value / 255 for value in bytes.fromhex(colour[1:]))
-    ]
-    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-    assert (luminance + 0.05) / 0.05 > 7
-
-
 def test_the_fragment_holds_tokens_and_experts_and_no_markup_of_theirs() -> None:
     plain = Page(as_html(["a"] * 9, {1: [*TOP, 0]}, 64))
     page = Page(as_html([*TOKENS, EVIL], {1: [*TOP, 0], 4: [7] * 9}, 64))
