@@ -51,6 +51,8 @@ def argv(place: Path) -> Callable[..., list[str]]:
             "save_steps": 3,
             "report_to": "none",
         }
+        if "train_experts" in changes:
+            changes["train_experts"] = place / changes["train_experts"]
         return options(**(plain | changes))
 
     return argv

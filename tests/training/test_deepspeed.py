@@ -15,6 +15,7 @@ from accident_fixtures import before_call, die, stop_in_step
 from finetune_fixtures import (
     ROOT,
     SCRIPT,
+    ZERO,
     Ended,
     assert_same,
     checkpoints,
@@ -23,6 +24,7 @@ from finetune_fixtures import (
     route_apart,
     run,
     run_ranks,
+    succeed_ranks,
     use_fused_forwards_on_a_cpu,
     weights,
     write_base,
@@ -117,7 +119,7 @@ def steps(argv: MakeArgv) -> MakeArgv:
     def steps(output: Path, zero: str | None, processes: int, **changes: Any) -> list[str]:
         plain = {"per_device_train_batch_size": 8 // processes, "max_steps": 3}
         if zero:
-            plain["deepspeed"] = SCRIPT.parent / "configs" / f"ds_config_{zero}.json"
+            plain["deepspeed"] = ZERO[zero]
         return argv(output, **(plain | changes))
 
     return steps
@@ -137,15 +139,6 @@ def one_process(place: Path, steps: MakeArgv) -> Callable[..., Path]:
         return made[key]
 
     return make
-
-
-def succeed(
-    argv: list[str], log: Path, processes: int = 2, before: Callable[[], None] | None = None
-) -> Ended:
-    ended = run_ranks(argv, log, processes, before)
-    for done in ended:
-        assert done.code == 0, done.err
-    return ended[0]
 
 
 def assert_equal_curves(found: Path, wanted: Path, count: int = 3, rel: float = 1e-4) -> None:
@@ -195,7 +188,7 @@ def test_several_processes_take_the_steps_of_one(
 ) -> None:
     zero, processes, changes, before = (CASES | SLOW_CASES)[case]
     wanted, output = one_process(**changes), tmp_path / "out"
-    succeed(steps(output, zero, processes, **changes), tmp_path / "log", processes, before)
+    succeed_ranks(steps(output, zero, processes, **changes), tmp_path / "log", processes, before)
     count = changes.get("max_steps", 3)
     assert checkpoints(output) == [count]
     assert_equal_curves(output, wanted, count, 1e-4 if count == 3 else 1e-3)
@@ -216,7 +209,7 @@ def test_the_load_of_experts_is_summed_over_processes(
     """With a learning rate of 0, rounding changes no pick."""
     changes = changes | {"learning_rate": 0}
     wanted, output = one_process(**changes), tmp_path / "out"
-    succeed(steps(output, zero, 2, **changes), tmp_path / "log")
+    succeed_ranks(steps(output, zero, 2, **changes), tmp_path / "log")
     for key in ("load_over_mean", "expert_entropy", "starved_experts"):
         assert len(set(logged(wanted, "load_over_mean"))) == 3
         assert logged(output, key) == pytest.approx(logged(wanted, key), rel=1e-6), key
@@ -229,7 +222,7 @@ def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(
 ) -> None:
     """With a learning rate of 0 the result is the base, bit for bit, experts included."""
     output = tmp_path / "out"
-    done = succeed(steps(output, "zero3_offload", 2, learning_rate=0), tmp_path / "log")
+    done = succeed_ranks(steps(output, "zero3_offload", 2, learning_rate=0), tmp_path / "log")
     assert "MISSING" not in done.out + done.err
     assert_same(output, place / "base")
     assert all(norm > 0 for norm in logged(output, "grad_norm"))
@@ -254,7 +247,7 @@ def test_a_run_stopped_on_one_process_goes_on_and_equals_one(
         assert stopped.code == 143, stopped.err
         assert "Traceback" not in stopped.err
     assert checkpoints(output) == [2]
-    repeated = succeed(argv, tmp_path / "log")
+    repeated = succeed_ranks(argv, tmp_path / "log")
     assert "step 3/6" in repeated.err and "step 2/6" not in repeated.err
     assert_equal_curves(output, wanted, 6, 2e-4)
     for key in ("eval_loss", "eval_perplexity"):
@@ -267,7 +260,7 @@ def test_processes_that_route_to_different_experts_do_not_wait_for_each_other(
 ) -> None:
     output, base = tmp_path / "out", write_base(tmp_path / "base", num_experts_per_tok=2)
     argv = steps(output, "zero3", 2, model_name_or_path=base)
-    succeed(argv, tmp_path / "log", 2, partial(route_apart, str(tmp_path)))
+    succeed_ranks(argv, tmp_path / "log", 2, partial(route_apart, str(tmp_path)))
     picked = [json.loads((tmp_path / f"picks{rank}.json").read_text()) for rank in range(2)]
     assert picked == [[0, 1], [2, 3]]
     found, before = weights(output), weights(base)
@@ -316,6 +309,6 @@ def test_a_run_killed_in_a_save_goes_on_and_names_a_damaged_file(
     said = f"the run cannot go on from {checkpoint} ("
     assert any(said in done.err for done in found), found[0].err
     last.rename(files[-1])
-    succeed(argv, log)
+    succeed_ranks(argv, log)
     assert checkpoints(output) == [1, 2, 3]
     assert_equal_curves(output, one_process(**ADAM))

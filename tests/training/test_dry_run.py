@@ -83,13 +83,25 @@ def test_of_a_small_model_no_more_is_gathered_than_there_is(
     assert 0.8e9 < memory.total < 1e9, memory  # two buckets
 
 
-@pytest.mark.parametrize("options", ["", ALL, "--use_lora True", QLORA, "--use_lora True --bits 8"])
+CHOSEN = "--train_experts x"
+STORED = ["", ALL, "--use_lora True", QLORA, "--use_lora True --bits 8", f"{CHOSEN} --bf16 False"]
+STORED += [CHOSEN, f"{CHOSEN} {ALL}", f"{CHOSEN} --bits 4", f"{CHOSEN} --bits 4 {ALL}"]
+
+
+@pytest.mark.parametrize("options", STORED)
 def test_weights_and_averages_are_those_that_are_stored(options: str) -> None:
     """Trained and frozen, quantised or not, with the scales."""
-    said = estimate_of(BUNDLED, options, 1)
     model, _, training = parse_arguments(f"{BASE} {options}".split())
+    model.chosen_experts = {2: [1, 5, 9], 4: list(range(0, 24, 2))} if CHOSEN in options else None
+    said = estimate(meta_model(BUNDLED, model), model, training, 1)
     built = build_model(BUNDLED, model, training)
-    assert abs(said.weights / stored_bytes(built) - 1) < 0.01
+    trained = [parameter for parameter in built.parameters() if parameter.requires_grad]
+    places = {p.untyped_storage().data_ptr() for p in built.parameters() if not p.requires_grad}
+    twice = sum(p.nbytes for p in trained if p.untyped_storage().data_ptr() in places)
+    assert said.weights == pytest.approx(stored_bytes(built) - twice, rel=0.01)
+    if CHOSEN in options:
+        each = 2 if training.single_gpu_full else 8
+        assert said.optimizer == pytest.approx(each * sum(p.numel() for p in trained), rel=0.02)
     if options == ALL:
         states = StepInBackward(built.parameters(), lr=0.0).state.values()
         stored = sum(x.nbytes for state in states for name, x in state.items() if name != "step")

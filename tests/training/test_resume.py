@@ -35,6 +35,13 @@ MODES: dict[str, dict[str, Any]] = {
     "8-bit": {"optim": "adamw_bnb_8bit"},
     # These weights are in fp32 among others in bf16.
     "chosen modules": {"trainable": "self_attn", "bf16": True, "learning_rate": 1e-4},
+    "in the backward pass": {"single_gpu_full": True, "bf16": True, "weight_decay": 0.1},
+    "chosen experts": {"train_experts": "expert_cfg.json"},
+    "chosen experts, in the backward pass": {"train_experts": "expert_cfg.json"}
+    | {"single_gpu_full": True, "bf16": True},
+    "chosen experts over 4 bits": {"train_experts": "expert_cfg.json", "bits": 4, "bf16": True}
+    | {"eval_strategy": "epoch", "eval_fraction": 0.1, "packing": True, "recompute_experts": True},
+    "lora of chosen experts": LORA | {"train_experts": "expert_cfg.json"},
 }
 COMMON = {"trainer_state.json", "rng_state.pth", "scheduler.pt", "optimizer.pt"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -42,6 +49,7 @@ FILES = {
     "full": COMMON | {"config.json", "model.safetensors"},
     "lora": COMMON | ADAPTER,
     "qlora": COMMON | ADAPTER | {"base_quantization.json"},
+    "chosen experts": COMMON | {"delta.safetensors"},
 }
 BROKEN: dict[str, Callable[[bytes], bytes | None]] = {
     "missing": lambda content: None,
@@ -74,7 +82,8 @@ def copied(interrupted: Copy, tmp_path: Path) -> Copy:
 
 
 def layout_of(mode: str) -> Layout:
-    return Layout(processes=1, stage=None, adapter="lora" in mode, quantized=mode == "qlora")
+    more = {"adapter": "lora" in mode, "quantized": mode == "qlora", "delta": "chosen" in mode}
+    return Layout(processes=1, stage=None, **more)
 
 
 @contextmanager

@@ -5,23 +5,19 @@ It runs on the CPU, by the plain twin of the kernel.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accident_fixtures import die_in_step
-from finetune_fixtures import assert_same, checkpoints, logged, run, weights
+from finetune_fixtures import checkpoints
 from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, tokenizer_of
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM
 
 from deepseek_moe.errors import RunError
 from deepseek_moe.kernels.training.torch_ops import read_averages
-from deepseek_moe.training.arguments import STEP_IN_BACKWARD
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.examples import Collator, load_examples
@@ -250,31 +246,3 @@ def test_a_gradient_that_is_not_a_number_stops_before_the_next_checkpoint(
     with pytest.raises(RunError, match=said):
         trainer.train()
     assert checkpoints(tmp_path / "out") == [1, 2]
-
-
-# --- The script
-
-
-def test_killed_and_repeated_it_ends_with_the_same_weights(
-    argv: Callable[..., list[str]], place: Path, tmp_path: Path
-) -> None:
-    whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
-    done = run(argv(whole), log)
-    assert done.code == 0, done.err
-    assert done.err.count("gradients are not clipped") == 1
-    killed = run(argv(output), log, partial(die_in_step, 4))
-    assert killed.code < 0 and checkpoints(output) == [2]
-    refused = run(argv(output, single_gpu_full=False, max_grad_norm=0), log)
-    assert refused.code == 2 and f"optim: {STEP_IN_BACKWARD} there, adamw" in refused.error
-    again = run(argv(output), log)
-    assert again.code == 0, again.err
-    assert "step 3/6" in again.err and "step 2/6" not in again.err
-    assert_same(output, whole)
-    for key in ("loss", "grad_norm", "learning_rate"):
-        assert len(logged(whole, key)) == 6 and logged(output, key) == logged(whole, key)
-    assert {value.dtype for value in weights(whole).values()} == {torch.bfloat16}
-    result, base = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
-        for folder in (whole, place / "base")
-    )
-    assert not any(torch.equal(result[name], base[name]) for name in base)
