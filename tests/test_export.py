@@ -19,23 +19,12 @@ from stranger_fixtures import run_as_stranger
 from text_fixtures import BUNDLED
 from transformers import AutoTokenizer
 
-from deepseek_moe import DeepseekForCausalLM, checkpoint_writer, export
+from deepseek_moe import checkpoint_writer, export
 from deepseek_moe.checkpoint import Checkpoint, fingerprint
 from deepseek_moe.checkpoint_writer import AUTO_MAP, add_code, write_checkpoint
-from deepseek_moe.errors import RunError, UserError, exit_on_user_error
+from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.training.adapter_config import ADAPTER_FILE
 from deepseek_moe.training.merge_lora import merged_tensors
-
-MakeModel = Callable[..., DeepseekForCausalLM]
-
-
-@pytest.fixture
-def base(tiny_model: MakeModel, tmp_path: Path) -> Path:
-    """A small fp32 checkpoint with a tokenizer."""
-    folder = tmp_path / "base"
-    tiny_model().save_pretrained(folder)
-    add_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture
@@ -43,30 +32,18 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     return make_adapter(load(base), tmp_path / "adapter", **ADAPTED)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs the command in this process."""
-
-    def run(model: Path, output: Path, *options: Any) -> None:
-        words = ["export", "--model", model, "--output", output, *options]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        export.main()
-
-    return run
+def words(model: Path, output: Path, *options: Any) -> list[Any]:
+    return [export, "--model", model, "--output", output, *options]
 
 
 @pytest.fixture
-def error(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that is refused, and returns the one line that it prints."""
+def run(run_module: Callable[..., None]) -> Callable[..., None]:
+    return lambda *args: run_module(*words(*args))
 
-    def error(*args: Any) -> str:
-        with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-            run(*args)
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert message.startswith("error: ")
-        return message
 
-    return error
+@pytest.fixture
+def error(refusal: Callable[..., str]) -> Callable[..., str]:
+    return lambda *args: refusal(*words(*args))
 
 
 def test_a_merged_model_is_written_in_shards(
@@ -183,7 +160,7 @@ with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
 @pytest.mark.usefixtures("deepspeed_extensions")
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_deepspeed_checkpoint_becomes_what_was_trained(
-    stage: str, base: Path, tiny_model: MakeModel, tmp_path: Path, run: Any, error: Any
+    stage: str, base: Path, tiny_model: Any, tmp_path: Path, run: Any, error: Any
 ) -> None:
     pytest.importorskip("deepspeed", reason="it wrote the checkpoint")
     folder, wanted, output = tmp_path / "checkpoint-1", tmp_path / "wanted.pt", tmp_path / "new"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from adapter_fixtures import tensors_in
+from safetensors.torch import save_file
 from text_fixtures import OFFICIAL, needs_official
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -21,15 +22,6 @@ IDS = torch.tensor([[0, 17, 5, 44, 80]])
 EXPERT_3 = "model.layers.1.mlp.experts.3.up_proj.weight"
 ROUTER, HEAD = "model.layers.2.mlp.gate.weight", "lm_head.weight"
 EXPERT_8 = EXPERT_3.replace("3", "8")  # one more than there are
-
-
-def tensors_in(folder: Path) -> Tensors:
-    found: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        new = load_file(file)
-        assert not found.keys() & new.keys()
-        found |= new
-    return found
 
 
 def rewrite(folder: Path, tensors: Tensors, shards: int = 1) -> None:

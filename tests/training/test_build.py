@@ -1,6 +1,5 @@
 """What is put together for training: which weights are kept, quantised and cast, and how."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.training.arguments import FineTuningArguments, ModelArguments
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute import grouped_experts as experts
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
-
-
-@pytest.fixture
-def base(tiny_model: MakeModel, tmp_path: Path) -> Path:
-    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 def build(base: Path, bf16: bool, **options: Any) -> nn.Module:

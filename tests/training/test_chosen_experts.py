@@ -1,7 +1,6 @@
 """Chosen experts train with their full weights; everything else stays as it is in the base."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -217,16 +216,14 @@ def delta(command: MakeArgv, place: Path) -> Path:
 
 
 @pytest.fixture
-def export_delta(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs export in this process, and returns the folder that it writes."""
+def export_delta(run_module: Callable[..., None]) -> Callable[..., Path]:
+    """Returns the folder that the export writes."""
 
-    def run_export(model: Path, delta: Path, output: Path) -> Path:
-        words = ["export", "--model", model, "--delta", delta, "--output", output]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        export.main()
+    def export_delta(model: Path, delta: Path, output: Path) -> Path:
+        run_module(export, "--model", model, "--delta", delta, "--output", output)
         return output
 
-    return run_export
+    return export_delta
 
 
 def test_a_delta_holds_what_changed_and_its_export_is_the_whole_model(

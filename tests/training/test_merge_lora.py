@@ -34,13 +34,6 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
 @pytest.fixture
-def base(tiny_model: MakeModel, tmp_path: Path) -> Path:
-    """A small fp32 checkpoint."""
-    tiny_model().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
     return make_adapter(load(base), tmp_path / "adapter", **ADAPTED)
 

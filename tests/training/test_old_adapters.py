@@ -1,29 +1,19 @@
 """Adapters of transformers 4, with LoRA on the linears of each expert: merged, or refused."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_fixtures import LINEARS, add_tokenizer, load, peft, tensors_in
+from adapter_fixtures import LINEARS, load, peft, tensors_in
 from safetensors.torch import save_file
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.layout import official_tensors
 from deepseek_moe.training.merge_lora import merged_tensors
 
 RANK, ALPHA = 2, 8
-
-
-@pytest.fixture
-def base(tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    tiny_model().save_pretrained(folder)
-    add_tokenizer(folder)
-    return folder
 
 
 def write_old_adapter(base: Path, folder: Path, **fields: Any) -> dict[str, torch.Tensor]:
