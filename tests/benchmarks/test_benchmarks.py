@@ -78,13 +78,6 @@ def test_experts_profile(run: Run, base: Path) -> None:
         assert row["plain_tokens_s"] > 0 < row["measured_tokens_s"]
 
 
-@slow
-def test_start(run: Run, base: Path) -> None:
-    [row] = run(f"start --model {base}", CACHES=["empty"])["start"]
-    assert 0 < row["imports"] < row["load"] < row["token 1"] < row["token 9"]
-    assert 0.1 < row["host_gigabytes"] < 10
-
-
 def test_random_model(run: Run, tmp_path: Path) -> None:
     """In the skewed model 8 of 64 experts get about half of all picks."""
     random_model = import_module("random_model")
@@ -147,31 +140,25 @@ def test_train(
         train.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
+    def finetune(command: str, *_: object) -> str:
+        given = dict(pairwise(command.split()))
+        if "--train_experts" in given:
+            chosen = read_choice(given["--train_experts"], base).experts
+            assert {len(experts) for experts in chosen.values()} == {2}  # of 8
+        return PRINTED
+
     settings = {"LoRA": train.Setting(1, 8, "", "lora")}
-    monkeypatch.setattr("finetune_runs.finetune", lambda *_: PRINTED)
+    settings["chosen experts"] = train.Setting(1, 8, "", share=0.25)
+    monkeypatch.setattr("finetune_runs.finetune", finetune)
     report = run("train", SETTINGS=settings, measured_stock=measured_stock)
-    [row] = report["lines"]
+    row, chosen = report["lines"]
+    assert chosen["gigabytes"] == 8.5 and chosen["stock_tokens_s"] is None
     assert row["tokens_s"] == pytest.approx(4 / (1 / 5000 + 1 / 6000 + 1 / 7000 + 1 / 8000))
     assert row["gigabytes"] == 8.5 and row["x_stock"] == row["tokens_s"] / row["stock_tokens_s"]
     config = DeepseekConfig.from_pretrained(base)
     flops = row["mfu"] * report["operations_s"] / row["tokens_s"]
     weights = sum(weight.numel() for weight in DeepseekForCausalLM(config).parameters())
     assert weights < flops < 6 * weights  # A token passes neither all experts nor the embeddings.
-
-
-def test_train_chooses_as_many_experts_as_the_setting_says(
-    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def finetune(command: str, *_: object) -> str:
-        words = command.split()
-        chosen = read_choice(words[words.index("--train_experts") + 1], base).experts
-        assert {len(experts) for experts in chosen.values()} == {2}  # of 8
-        return PRINTED
-
-    monkeypatch.setattr("finetune_runs.finetune", finetune)
-    settings = {"chosen experts": import_module("train").Setting(1, 8, "", share=0.25)}
-    [row] = run("train", SETTINGS=settings)["lines"]
-    assert row["gigabytes"] == 8.5 and row["stock_tokens_s"] is None
 
 
 @slow
@@ -192,15 +179,9 @@ def experts(
     rows, text = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "text.txt"
     text.write_text("The old king had three sons and a bird of gold. " * 5)
     module = import_module("experts")
-    ways = {name: module.WAYS[name]._replace(rates=(1e-3, 2e-3)) for name in
-            ("all weights", "random experts")}  # fmt: skip
-    sizes = {
-        "MODELS": {"tiny-base": base},
-        "LENGTH": 64,
-        "ROWS": 2,
-        "RECOVERY_STEPS": 1,
-        "WAYS": ways,
-    }
+    names = ("all weights", "random experts")
+    sizes = {"MODELS": {"tiny-base": base}, "LENGTH": 64, "ROWS": 2, "RECOVERY_STEPS": 1}
+    sizes["WAYS"] = {name: module.WAYS[name]._replace(rates=(1e-3, 2e-3)) for name in names}
 
     def experts(options: str = "", **changed: object) -> dict[str, Any]:
         command = f"experts --data_path {rows} --eval_data_path {rows} --text {text} --steps 1 "
@@ -252,17 +233,6 @@ def test_experts(
         experts("--share 0.5")
     with pytest.raises(RunError, match="the time is over; repeat"):
         experts("--seeds 3 --minutes 0")
-
-
-@slow
-def test_experts_for_real(experts: Callable[..., dict[str, Any]]) -> None:
-    """Trains, measures the experts, prunes to half and trains again."""
-    whole = import_module("experts").WAYS["all weights"]._replace(rates=(1e-3,))
-    report = experts("--parts prune --seeds 1", WAYS={"all weights": whole})
-    before, after, recovered = report["prune"]
-    assert before["perplexity"] == pytest.approx(math.exp(report["rates"][0]["task_loss"]), 1e-3)
-    assert after["perplexity"] != before["perplexity"] != recovered["perplexity"]
-    assert after["text_loss"] != before["text_loss"] != recovered["text_loss"]
 
 
 def test_multi_gpu_trains_what_fits_and_compares_rates(

@@ -22,7 +22,6 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode.engine import Engine
 from deepseek_moe.decode.transformers_generate import SharedEngine
-from deepseek_moe.errors import RunError
 from deepseek_moe.kernels.decode import torch_ops
 
 TEXTS = ["Once upon a time", "The", "It was a cold night, and nobody in the house could sleep. He"]
@@ -93,13 +92,6 @@ def test_the_ids_are_those_of_transformers(
     assert loops.called
 
 
-def test_one_prompt_without_a_mask_and_as_a_dict(model: DeepseekForCausalLM, loops: Any) -> None:
-    ids = inputs(TEXTS[:1])["input_ids"]
-    out = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True)
-    assert isinstance(out, GenerateDecoderOnlyOutput) and not loops.called
-    assert out.sequences.equal(model.generate(ids, max_new_tokens=5, fast=False))
-
-
 def test_sampling_draws_from_the_same_distribution(model: DeepseekForCausalLM, loops: Any) -> None:
     """The shares of the first id in many draws, whose standard deviation is below 0.012."""
     ids = inputs(TEXTS[:1])["input_ids"]
@@ -153,13 +145,17 @@ def test_padding_on_the_right_and_beams_are_left_to_transformers(
 
 
 def test_a_hook_is_heard(model: DeepseekForCausalLM, loops: Any) -> None:
+    """Without it, the engine returns what transformers would, also as a dict."""
     called = []
     hook = model.model.layers[1].mlp.gate.register_forward_hook(lambda *_: called.append(1))
     model.generate(**inputs(), max_new_tokens=2)
     assert loops.called and called
     hook.remove()
-    model.generate(**inputs(), max_new_tokens=2)
+    ids = inputs(TEXTS[:1])["input_ids"]  # without a mask
+    out = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True)
     assert loops.call_count == 1
+    assert isinstance(out, GenerateDecoderOnlyOutput)
+    assert out.sequences.equal(model.generate(ids, max_new_tokens=5, fast=False))
 
 
 class Put:
@@ -218,13 +214,6 @@ def test_a_client_that_leaves_does_not_block_the_next(model: DeepseekForCausalLM
     with pytest.raises(ConnectionError):
         model.generate(**inputs(), max_new_tokens=9, streamer=Leaves(model))
     assert model.generate(**inputs(), max_new_tokens=1).shape[1] == START + 1
-
-
-def test_broken_weights_are_an_error(model: DeepseekForCausalLM) -> None:
-    with torch.no_grad():
-        model.lm_head.weight[5] = float("nan")
-    with pytest.raises(RunError, match="NaN"):
-        model.generate(**inputs(), max_new_tokens=3)
 
 
 def test_the_engine_lives_as_long_as_it_is_of_use(model: DeepseekForCausalLM) -> None:

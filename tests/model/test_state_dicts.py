@@ -137,9 +137,9 @@ def test_an_expert_of_another_shape_is_named(
 def test_a_part_of_the_model_loads_by_its_own_official_names(
     inside: str, saved: tuple[Any, Path]
 ) -> None:
-    model, folder = saved
-    prefix = f"{inside}."
-    state = {n.removeprefix(prefix): x for n, x in tensors_in(folder).items() if n.startswith(prefix)}
+    (model, folder), prefix = saved, f"{inside}."
+    state = tensors_in(folder).items()
+    state = {name.removeprefix(prefix): x for name, x in state if name.startswith(prefix)}
     part = zeroed(model).get_submodule(inside)
     part.load_state_dict(state)
     for name, tensor in model.get_submodule(inside).state_dict().items():

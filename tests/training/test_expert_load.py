@@ -102,18 +102,6 @@ def test_only_training_is_counted(tuner: MakeTuner, examples: datasets.Dataset) 
     assert reads[0].picks == reads[1].picks
 
 
-def test_a_resumed_run_counts_on(tuner: MakeTuner, tmp_path: Path) -> None:
-    saves = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
-    whole = tuner(**saves)
-    first = Read(whole)
-    whole.train()
-    resumed = tuner(output_dir=tmp_path / "other", **saves)
-    second = Read(resumed)
-    resumed.train(str(tmp_path / "out" / "checkpoint-3"))
-    assert second.picks == first.picks[3:]
-    assert second.losses == first.losses[3:]
-
-
 def test_picks_of_other_processes_and_of_padding_do_not_count(tiny_config: Callable) -> None:
     """Under expert parallelism an index of E marks a pick that another process computes."""
     load = ExpertLoad(tiny_config(), torch.device("cpu"))

@@ -256,7 +256,7 @@ def test_a_resumed_run_equals_a_whole_one(
     highest = MODES[mode].get("learning_rate", 1e-2)
     rates = [highest * (12 - step) / 12 for step in range(12)]
     assert logged(output, "learning_rate") == pytest.approx(rates)
-    for key in ("learning_rate", "loss", "grad_norm"):
+    for key in ("learning_rate", "loss", "grad_norm", "balance_loss", "load_over_mean"):
         assert logged(output, key) == logged(whole, key)
     for folder in (Path(), Path("checkpoint-12")):
         assert_same(output / folder, whole / folder)

@@ -87,20 +87,22 @@ def test_loss_and_balance_loss_are_logged_apart_as_means_of_steps(tuner: MakeTun
         assert curve(means, key) == pytest.approx([(a + b) / 2, (c + d) / 2], rel=1e-6)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient norm"])
-def test_a_number_that_is_not_finite_stops_the_run(where: str, tuner: MakeTuner) -> None:
-    trainer = tuner()
+@pytest.mark.parametrize("where", ["loss", "gradient norm", "evaluation loss"])
+def test_a_number_that_is_not_finite_stops_the_run(where, tuner, examples):
+    trainer = tuner(held=examples)
     weight = trainer.model.lm_head.weight
     with torch.no_grad():
-        if where == "loss":
-            weight[5, 0] = math.nan
-        else:
+        if where == "gradient norm":
             weight.register_hook(lambda grad: grad * math.inf)
+        else:
+            weight[5, 0] = math.nan
     found = rf"step 1: the {where} is (nan|inf), in rows .*json row .*; the last .* none yet"
+    if where == "evaluation loss":
+        found = "step 0: the evaluation loss is nan; the last"
     with pytest.raises(RunError, match=found):
-        trainer.train()
+        trainer.evaluate() if where == "evaluation loss" else trainer.train()
     assert curve(trainer, "loss") == []
-    assert where == "loss" or weight.isfinite().all()  # not stepped
+    assert where != "gradient norm" or weight.isfinite().all()  # not stepped
 
 
 def test_rows_are_named_of_the_process_that_has_the_broken_loss(
@@ -129,16 +131,6 @@ def test_evaluation_counts_every_token_once(tuner: MakeTuner, examples: datasets
         found = trainer.evaluate()
         assert found["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
         assert found["eval_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-
-
-def test_an_evaluation_loss_that_is_nan_stops_the_run(
-    tuner: MakeTuner, examples: datasets.Dataset
-) -> None:
-    trainer = tuner(held=examples)
-    with torch.no_grad():
-        trainer.model.lm_head.weight[5, 0] = math.nan
-    with pytest.raises(CollectiveRunError, match="step 0: the evaluation loss is nan; the last"):
-        trainer.evaluate()
 
 
 # --- The order of examples

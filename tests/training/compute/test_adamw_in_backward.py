@@ -119,33 +119,21 @@ def test_a_weight_that_is_still_needed_must_not_be_stepped() -> None:
         second.backward()
 
 
-def test_averages_are_bytes_and_come_back_as_they_were(tmp_path: Path) -> None:
-    def make() -> tuple[list[nn.Parameter], StepInBackward]:
-        torch.manual_seed(0)
-        own = [nn.Parameter(torch.randn(n, dtype=torch.bfloat16)) for n in (1000, 48)]
-        return own, StepInBackward([{"params": own[:1]}, {"params": own[1:]}], lr=1e-2)
-
-    def step(own: list[nn.Parameter]) -> None:
-        sum(one.square().sum() for one in own).backward()
-
-    own, optimizer = make()
-    state = optimizer.state[own[0]]
-    assert state["m"].dtype == state["v"].dtype == torch.uint8
-    assert state["m_scale"].numel() == state["v_scale"].numel() == 4
-    step(own)
-    assert state["v_scale"].min() > 0 and state["m"].max() > 0
-    optimizer.param_groups[1]["lr"] = 2e-2
+def test_averages_are_bytes_and_are_loaded_in_their_place(tmp_path: Path) -> None:
+    """test_resume.py compares the steps after it."""
+    weights = [nn.Parameter(torch.randn(n, dtype=torch.bfloat16)) for n in (1000, 48)]
+    optimizer = StepInBackward([{"params": weights[:1]}, {"params": weights[1:]}], lr=1e-2)
+    sum(one.square().sum() for one in weights).backward()
+    states = list(optimizer.state.values())
+    assert states[0]["m"].dtype == states[0]["v"].dtype == torch.uint8
+    assert states[0]["m_scale"].numel() == states[0]["v_scale"].numel() == 4
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    other, resumed = make()
-    for one, two in zip(other, own, strict=True):
-        one.data.copy_(two.data)
-    places = [one["m"].data_ptr() for one in resumed.state.values()]
-    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    assert places == [one["m"].data_ptr() for one in resumed.state.values()]
-    for _ in range(3):
-        step(own)
-        step(other)
-    assert all(map(torch.equal, own, other))
+    places, old = [one["m"].data_ptr() for one in states], [one["m"].clone() for one in states]
+    for one in states:
+        one["m"].zero_()
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert places == [one["m"].data_ptr() for one in optimizer.state.values()]
+    assert all(map(torch.equal, old, (one["m"] for one in optimizer.state.values())))
 
 
 def test_averages_follow_fp32_without_bias() -> None:
