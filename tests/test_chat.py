@@ -10,7 +10,8 @@ from text_fixtures import BUNDLED, assistant, both_tokenizers, system, tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
-from deepseek_moe.chat import Message, TextStream, render, render_within
+from deepseek_moe.chat import Message, render
+from deepseek_moe.decode.texts import TextStream, render_within
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.chat_format import CHAT_TEMPLATE
 from deepseek_moe.model.tokenization_deepseek import BOS, EOS

@@ -8,7 +8,8 @@ import pytest
 from jinja2 import TemplateError
 from text_fixtures import BUNDLED, OFFICIAL, assistant, needs_official, system, tokenizer_of, user
 
-from deepseek_moe.chat import has_own_template, render, render_within
+from deepseek_moe.chat import has_own_template, render
+from deepseek_moe.decode.texts import render_within
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.tokenization_deepseek import EOS
 

@@ -10,9 +10,9 @@ import torch
 from finetune_fixtures import options, run, succeed, write_base, write_rows
 
 from deepseek_moe import DeepseekConfig, Generator, export, load
-from deepseek_moe.chat import end_ids
 from deepseek_moe.checkpoint import find_checkpoint
 from deepseek_moe.decode.engine import Engine
+from deepseek_moe.decode.texts import end_ids
 from deepseek_moe.errors import UserError
 from deepseek_moe.kernels.decode import torch_ops
 

@@ -16,8 +16,8 @@ from prompt_toolkit.input import create_pipe_input
 from text_fixtures import BUNDLED, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
-from deepseek_moe.chat import NO_SYSTEM_PROMPT
 from deepseek_moe.decode.sampling import greedy
+from deepseek_moe.decode.texts import NO_SYSTEM_PROMPT
 from deepseek_moe.errors import UserError
 
 with patch("sys.path", [str(EXAMPLES), *sys.path]):

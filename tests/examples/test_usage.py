@@ -165,7 +165,7 @@ def test_fewer_tokens_than_asked_are_explained() -> None:
     ids = Generator(bundled_model()).generate(prompts, 4)
     words = ["completion.py", "--prompt", "Once upon a time", "--max_new_tokens", 4]
     assert "before" not in run(*words).err
-    with patch("deepseek_moe.chat.end_ids", lambda *_: {ids[0][2]}):
+    with patch("deepseek_moe.decode.texts.end_ids", lambda *_: {ids[0][2]}):
         assert "; 1 of 1 texts ended, or filled the context of 1024 tokens" in run(*words).err
         assert "; 1 of 2 texts ended" in run(*words, "--prompt", "The old king").err
 

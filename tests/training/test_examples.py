@@ -17,15 +17,13 @@ from deepseek_moe.chat import render
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.tokenization_deepseek import BOS, EOS
 from deepseek_moe.training.examples import (
-    PACKED,
     Collator,
     fingerprint,
     load_examples,
-    pack,
-    pack_lengths,
     show,
     split,
 )
+from deepseek_moe.training.packed_rows import PACKED, pack, pack_lengths
 from deepseek_moe.training.rows import FORMAT_VERSION
 
 datasets.disable_progress_bars()
@@ -121,7 +119,7 @@ def test_the_cache_is_read_unless_file_tokenizer_or_format_changed(
     with monkeypatch.context() as patch:
         patch.setattr("deepseek_moe.training.rows._rows_of", None)
         patch.setattr("deepseek_moe.training.examples.chat.render", None)
-        patch.setattr("deepseek_moe.training.examples._join", lambda *args: None)
+        patch.setattr("deepseek_moe.training.packed_rows._join", lambda *args: None)
         assert start() == first
     files = load(ROWS * 5)[0].cache_files
     other = copy.deepcopy(TOKENIZER)

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from deepseek_moe.experts.heatmap import load_image
 from deepseek_moe.experts.profile import LayerProfile
 from deepseek_moe.model.modeling_deepseek import DeepseekCausalLMOutput
-from deepseek_moe.training.examples import pack
 from deepseek_moe.training.expert_load import ExpertBoard, ExpertLoad
+from deepseek_moe.training.packed_rows import pack
 from deepseek_moe.training.trainer import FineTuner
 
 MakeTuner = Callable[..., FineTuner]

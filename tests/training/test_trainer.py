@@ -23,7 +23,7 @@ from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import CollectiveRunError, RunError, UserError, rank_zero_reports
 from deepseek_moe.training.callbacks import StopAtSignal
 from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
-from deepseek_moe.training.examples import pack
+from deepseek_moe.training.packed_rows import pack
 from deepseek_moe.training.trainable import add_lora, weights_passed
 from deepseek_moe.training.trainer import FineTuner
 
