@@ -45,9 +45,6 @@ def set_fields(folder: Path, **fields: Any) -> None:
     file.write_text(json.dumps(old | fields), encoding="utf-8")
 
 
-# --- What loads
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_whole_checkpoint_loads_ready_to_generate(dtype: str) -> None:
     model, tokenizer = load(str(BUNDLED), dtype=dtype)
@@ -95,9 +92,6 @@ def test_a_generation_config_may_be_short_or_missing(content: str, folder: Path)
     assert find_checkpoint(str(folder)) == folder
 
 
-# --- Arguments that are refused
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -140,9 +134,6 @@ def test_download_takes_neither_pickles_nor_code(monkeypatch: pytest.MonkeyPatch
     assert find_checkpoint("some-org/model") == BUNDLED
     patterns = download.call_args.kwargs["allow_patterns"]
     assert sorted(patterns) == ["*.jinja", "*.json", "*.safetensors"]
-
-
-# --- Checkpoints that are refused
 
 
 def remove(name: str) -> Change:
@@ -231,9 +222,6 @@ def test_a_tokenizer_with_ids_that_the_model_has_not(
     refused(folder, "ids up to 4096", "ends at 4095", "vocab_size")
     set_fields(folder, vocab_size=5000)
     assert len(own_tokenizer(folder)) == 4097  # fewer than the model has is right
-
-
-# --- Code beside the weights
 
 
 @pytest.fixture

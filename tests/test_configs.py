@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from option_fixtures import parse_arguments
+from option_fixtures import parse
 from text_fixtures import ROOT
 
 from deepseek_moe.errors import UserError
@@ -16,7 +16,7 @@ BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accum
 
 def refused(file: Path, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        parse_arguments(["--data_path", "x", "--output_dir", "o", "--deepspeed", str(file)])
+        parse(f"--deepspeed {file}")
     assert "\n" not in str(caught.value)
 
 

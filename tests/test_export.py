@@ -241,9 +241,6 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-# --- The code in an exported folder
-
-
 def test_the_code_is_all_that_the_model_imports_and_no_more(tmp_path: Path) -> None:
     shutil.copyfile(BUNDLED / "config.json", tmp_path / "config.json")
     old = json.loads((tmp_path / "config.json").read_text())

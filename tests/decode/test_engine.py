@@ -121,9 +121,6 @@ def test_the_engine_is_refused_where_it_cannot_run() -> None:
             make(bundled_model())
 
 
-# ---- the decoder with the kernels ----
-
-
 def one_step(rows: int, decoder: Decoder, cache: StaticCache) -> torch.Tensor:
     """Logits of the rows that hold a token, which are not all, in slots of another order."""
     ids_T = torch.arange(rows) * 7 % 96

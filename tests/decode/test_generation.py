@@ -128,9 +128,6 @@ def test_logits_that_are_no_numbers_are_refused(
         assert generator.generate(prompts[:1], at + 1) == [free[: at + 1]]
 
 
-# ---- a model that is being trained ----
-
-
 def with_dropout(tiny_model: MakeModel) -> DeepseekForCausalLM:
     return tiny_model(attention_dropout=0.9)
 
@@ -138,14 +135,9 @@ def with_dropout(tiny_model: MakeModel) -> DeepseekForCausalLM:
 def with_an_adapter(tiny_model: MakeModel) -> nn.Module:
     """On linears and on experts, each of which drops out by itself."""
     pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
-    from deepseek_moe.training.trainable import add_lora
+    from adapter_fixtures import EXPERTS, add_random_adapters, move_what_trains
 
-    targets = ["q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = add_lora(tiny_model(), targets, 4, 64, 0.9, [])
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter)
-    return model
+    return move_what_trains(add_random_adapters(tiny_model(), ["q_proj", *EXPERTS], 0.9), 1.0)
 
 
 def with_checkpointing(tiny_model: MakeModel) -> DeepseekForCausalLM:

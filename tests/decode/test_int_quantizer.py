@@ -29,9 +29,6 @@ WIDE |= {"moe_intermediate_size": 16, "initializer_range": 0.1, "vocab_size": 10
 every_width = pytest.mark.parametrize("bits", [8, 4])
 
 
-# ---- numbers ----
-
-
 @pytest.mark.parametrize(
     ("bits", "values", "words"),
     [
@@ -97,9 +94,6 @@ def test_a_stack_in_pieces_is_each_of_its_matrices(bits: int) -> None:
     assert {len(call.args[0]) for call in watched.call_args_list} == {5, 1}
     assert torch.equal(words, torch.stack([one for one, _ in each]))
     assert torch.equal(scale, torch.stack([one for _, one in each]))
-
-
-# ---- models ----
 
 
 @pytest.fixture
@@ -202,9 +196,6 @@ def test_each_weight_is_quantised_before_the_next_is_read(base: Path) -> None:
         load(base, 4)
     assert len(alive) == 2 * 4 + 3 + 3 + 2 + 1
     assert max(alive) <= 1  # the one before, until its name is taken by the next
-
-
-# ---- refusals ----
 
 
 def test_columns_that_fill_no_word(tiny_model: MakeModel, tmp_path: Path) -> None:

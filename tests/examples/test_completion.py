@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from example_fixtures import ENVIRONMENT, EXAMPLES, LONG, assert_error, run
+from example_fixtures import ENVIRONMENT, EXAMPLES, LONG, assert_error, both_scripts, run
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
@@ -21,7 +21,6 @@ from deepseek_moe.decode.prompts import noted_interrupts, read_prompts
 from deepseek_moe.decode.sampling import Sampling
 from deepseek_moe.errors import RunError, UserError
 
-both_scripts = pytest.mark.parametrize("script", ["completion.py", "chat.py"])
 PROMPTS = ["The old man", "Once", "It was late", "A bird", "The king"]
 SAMPLED = ["--temperature", "1", "--seed", "7"]
 

@@ -4,32 +4,19 @@ import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from example_fixtures import EXAMPLES, LONG, assert_error, run
+from example_fixtures import LONG, assert_error, run, talk
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
-from text_fixtures import BUNDLED, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
 from deepseek_moe.decode.sampling import greedy
 from deepseek_moe.decode.texts import NO_SYSTEM_PROMPT
 from deepseek_moe.errors import UserError
-
-with patch("sys.path", [str(EXAMPLES), *sys.path]):
-    from conversation import Conversation
-
-
-def talk(*lines: str) -> Conversation:
-    """A conversation after these lines."""
-    conversation = Conversation(Generator(bundled_model()), tokenizer_of(BUNDLED), 6, greedy)
-    for line in lines:
-        conversation.turn(line)
-    return conversation
 
 
 def test_a_piped_conversation_has_a_memory(tmp_path: Path) -> None:

@@ -89,21 +89,13 @@ def test_text_is_cut_into_windows_that_begin_with_bos(text: Path, tmp_path: Path
 
 def test_several_sets_have_names_and_are_compared(data: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    sets = [
-        "--data_path",
-        f"short={data}",
-        "--text",
-        text,
-        "--prompt",
-        "A bird",
-        "--prompt",
-        "Gold",
-    ]
+    sets = ["--data_path", f"short={data}", "--text", text]
+    sets += ["--prompt", "Gold", "--prompt", "Bird"]
     done = run("experts.py", *sets, "--output", output, "--cache_dir", tmp_path / "cache")
     assert done.code == 0, done.err
     names = ["short", "tale", "prompt"]
     profiles = {name: read_profile(output / f"profile-{name}.json") for name in names}
-    assert_measured(profiles["prompt"], tokenizer_of(BUNDLED)(["A bird", "Gold"]).input_ids)
+    assert_measured(profiles["prompt"], tokenizer_of(BUNDLED)(["Gold", "Bird"]).input_ids)
     whole = read_profile(output / "profile.json")
     assert whole.tokens == sum(one.tokens for one in profiles.values())
     for number, layer in whole.layers.items():

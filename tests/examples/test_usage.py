@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from adapter_fixtures import ADAPTED, load, make_adapter
-from example_fixtures import ENVIRONMENT, EXAMPLES, assert_error, run
+from example_fixtures import ENVIRONMENT, EXAMPLES, assert_error, both_scripts, run, talk
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
@@ -23,16 +23,7 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.training.merge_lora import merged_tensors
 
 with patch("sys.path", [str(EXAMPLES), *sys.path]):
-    from conversation import Conversation, named_base
-
-both_scripts = pytest.mark.parametrize("script", ["completion.py", "chat.py"])
-
-
-def talk(*lines: str, new: int = 6) -> Conversation:
-    conversation = Conversation(Generator(bundled_model()), tokenizer_of(BUNDLED), new, greedy)
-    for line in lines:
-        conversation.turn(line)
-    return conversation
+    from conversation import named_base
 
 
 @both_scripts

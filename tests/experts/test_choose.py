@@ -93,9 +93,6 @@ def test_a_layer_without_a_score_is_refused() -> None:
         choose_experts(profile, "gate")
 
 
-# --- Files
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers 1 and 2 have 8 routed experts each, layer 0 has none."""

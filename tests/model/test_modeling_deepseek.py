@@ -149,9 +149,7 @@ def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(
         assert not torch.allclose(changed, plain)
 
 
-def test_training_gives_picks_and_balance_losses_beside_the_loss(
-    tiny_model: MakeModel,
-) -> None:
+def test_training_gives_picks_and_balance_losses_beside_the_loss(tiny_model: MakeModel) -> None:
     model = tiny_model()
     silent = model(IDS, labels=IDS)
     out = model.train()(IDS, labels=IDS, output_router_logits=True)

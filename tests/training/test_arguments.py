@@ -11,7 +11,7 @@ import pytest
 import torch
 from finetune_fixtures import SCRIPT
 from finetune_options import OPTIONS, REFUSED, UNUSED
-from option_fixtures import parse_arguments
+from option_fixtures import parse, parse_arguments
 from text_fixtures import BUNDLED, ROOT
 
 from deepseek_moe.errors import UserError
@@ -20,13 +20,6 @@ from deepseek_moe.training.deepspeed_file import zero_stage
 
 CONFIGS = ROOT / "configs"
 NEEDED = ["--data_path", "x", "--output_dir", "out"]
-
-
-def parse(words: str = "") -> tuple[ModelArguments, DataArguments, FineTuningArguments]:
-    return parse_arguments([*NEEDED, *words.split()])
-
-
-# --- The table
 
 
 def without_packages(*words: str, modules: Path | None = None) -> subprocess.CompletedProcess:
@@ -87,7 +80,7 @@ WITH_KWARGS = {
 
 @pytest.mark.parametrize("name", OPTIONS["lr_scheduler_type"].choices)
 def test_every_schedule_can_be_made(name: str) -> None:
-    words = ["--data_path", "x", "--output_dir", "out", "--lr_scheduler_type", name]
+    words = [*NEEDED, "--lr_scheduler_type", name]
     if name in WITH_KWARGS:
         with pytest.raises(UserError, match=f"--lr_scheduler_type {name} cannot be made: "):
             parse_arguments(words)
@@ -110,12 +103,9 @@ def test_every_schedule_can_be_made(name: str) -> None:
 def test_values_that_a_schedule_fails_at_later_are_refused(
     name: str, kwargs: dict[str, object]
 ) -> None:
-    words = ["--data_path", "x", "--output_dir", "out", "--lr_scheduler_type", name]
+    words = [*NEEDED, "--lr_scheduler_type", name]
     with pytest.raises(UserError, match=f"--lr_scheduler_type {name} cannot be made: "):
         parse_arguments([*words, "--lr_scheduler_kwargs", json.dumps(kwargs)])
-
-
-# --- What is understood
 
 
 def test_old_names_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,9 +159,6 @@ def test_parsing_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ.get("DS_ACCELERATOR") == before.get("DS_ACCELERATOR")
 
 
-# --- What is refused
-
-
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -221,10 +208,7 @@ def test_parsing_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
-    words: str,
-    found: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: str, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the parser or after it."""
     monkeypatch.setenv("RANK", "0")  # as under DeepSpeed's launcher

@@ -11,16 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_fixtures import IDS, add_random_adapters, load, tensors_in
-from finetune_fixtures import (
-    ZERO,
-    assert_same,
-    change_built,
-    logged,
-    run,
-    succeed,
-    succeed_ranks,
-    weights,
-)
+from finetune_fixtures import assert_same, logged, run, succeed, weights
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -63,9 +54,6 @@ def hook_others(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_factor(name):
             parameter.register_hook(partial(zero_others, name=name))
-
-
-# --- What it computes
 
 
 def trained(model: torch.nn.Module, steps: int = 4) -> Any:
@@ -135,9 +123,6 @@ def test_routed_experts_beside_chosen_ones_are_refused(tiny_model: MakeModel) ->
     linears = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert sum("mlp.experts" in name for name in linears) == 8
     assert sum("shared_experts" in name for name in linears) == 8
-
-
-# --- Runs
 
 
 @pytest.fixture(scope="module")
@@ -222,51 +207,6 @@ def test_an_adapter_goes_on_with_its_experts(
     (broken / CHOICE_FILE).write_text(choice_as_text({1: [0]}))
     done = run(argv(tmp_path / "no", **(more | {"adapter": broken})), tmp_path / "log")
     assert done.code == 2 and "its experts have adapters in layers [1, 2]" in done.error
-
-
-# A step of plain SGD is as large as the gradient, while Adam's would hide its scale.
-SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1, "max_grad_norm": 0}
-SGD |= {"lora_dropout": 0, "max_steps": 3}
-
-
-@pytest.fixture(scope="module")
-def with_zeroed_gradients(place: Path, argv: MakeArgv) -> Path:
-    """A run of one process with adapters of all experts, only those of the chosen ones moving."""
-    output, changes = place / "zeroed", LORA | {"trainable": STACKS, **SGD}
-    command = argv(output, **changes, per_device_train_batch_size=8)
-    succeed(command, place / "log", partial(change_built, hook_others))
-    return output
-
-
-@pytest.mark.usefixtures("deepspeed_extensions", "free_buffers")
-@pytest.mark.parametrize(
-    ("config", "processes"),
-    [
-        (None, 1),
-        pytest.param("zero2_no_offload", 2, marks=pytest.mark.slow),
-        pytest.param("zero3", 2, marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_equals_one_with_zeroed_gradients(
-    config: str | None,
-    processes: int,
-    command: MakeArgv,
-    with_zeroed_gradients: Path,
-    tmp_path: Path,
-) -> None:
-    changes = SGD | {"per_device_train_batch_size": 8 // processes}
-    changes |= {"deepspeed": ZERO[config]} if config else {}
-    succeed_ranks(command(tmp_path / "out", **changes), tmp_path / "log", processes)
-    for key in ("loss", "grad_norm", "balance_loss"):
-        wanted = logged(with_zeroed_gradients, key)
-        assert len(wanted) == 3
-        assert logged(tmp_path / "out", key) == pytest.approx(wanted, rel=1e-5), key
-    found, wanted = weights(tmp_path / "out"), weights(with_zeroed_gradients)
-    assert found.keys() == wanted.keys()
-    for name, factor in wanted.items():
-        kept = zero_others(factor, name)
-        assert kept.abs().max() > 1e-2
-        torch.testing.assert_close(found[name], kept, rtol=0, atol=1e-6)
 
 
 def test_it_works_with_all_that_a_run_may_have(

@@ -59,11 +59,7 @@ def untrained(*messages: dict[str, str]) -> list[dict[str, Any]]:
             [system("Be brief."), *ASKED, user("And?"), assistant("He slept.")],
             [],
         ),
-        (
-            {"instruction": "Who?", "output": "The king.", "history": [], "system": ""},
-            ASKED,
-            [],
-        ),
+        ({"instruction": "Who?", "output": "The king.", "history": [], "system": ""}, ASKED, []),
         ({"messages": ASKED, "system": "Be brief."}, [system("Be brief."), *ASKED], []),
         ({"messages": KIND, "system": "Be brief."}, KIND, ["system"]),
         ({"messages": KIND, "system": "Be kind."}, KIND, []),
@@ -144,8 +140,7 @@ def test_columns_may_swap_names_and_need_not_be_in_every_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
-    ["instruction", "query=output", "output=", "input=a,input=b", "instruction=q,output=q"],
+    "given", ["instruction", "query=output", "output=", "input=a,input=b", "instruction=q,output=q"]
 )
 def test_columns_that_are_none(given: str) -> None:
     with pytest.raises(UserError, match="write --columns instruction=question,output=answer"):

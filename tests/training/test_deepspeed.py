@@ -38,9 +38,6 @@ slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("deepspeed_extensions", "free_buffers")
 
 
-# --- The published commands
-
-
 def run_published(option: str, place: Path, output: Path) -> Ended:
     """Runs the README's command that has `option`, with a smaller batch and length."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
@@ -94,8 +91,6 @@ def test_the_published_qlora(place: Path, tmp_path: Path) -> None:
     assert any("self_attn" in name for name in learnt)
 
 
-# --- Forked processes
-
 ADAM = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 1}
 FIFTY = ADAM | {"max_steps": 50, "save_steps": 50, "warmup_steps": 5}
 LORA = ADAM | {"use_lora": True, "lora_r": 4, "lora_dropout": 0}
@@ -103,13 +98,10 @@ LORA = ADAM | {"use_lora": True, "lora_r": 4, "lora_dropout": 0}
 LORA_OF_EXPERTS = LORA | {"trainable": "experts.gate_up_proj,experts.down_proj"}
 # A step of plain SGD is as large as the gradient, while Adam's would hide its scale. Nothing but
 # the experts trains, so the logged norms are of their gradients alone.
-EXPERTS = {
-    "trainable": "experts",
-    "optim": "sgd",
-    "learning_rate": 20,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0,
-}
+SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "learning_rate": 20}
+EXPERTS = SGD | {"trainable": "experts"}
+CHOSEN = SGD | {"train_experts": "expert_cfg.json"}
+LORA_OF_CHOSEN = CHOSEN | {"use_lora": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": 1}
 
 
 @pytest.fixture(scope="module")
@@ -148,15 +140,16 @@ def assert_equal_curves(found: Path, wanted: Path, count: int = 3, rel: float = 
         assert logged(found, key) == pytest.approx(curve, rel=rel), key
 
 
-def assert_equal_experts(found: Path, wanted: Path, base: Path) -> None:
-    """Every expert of every layer moved in the same direction by the same length."""
+def assert_equal_moves(found: Path, wanted: Path, base: Path) -> set[str]:
+    """Every weight moved in the same direction by the same length. Returns which did."""
     found, wanted, base = weights(found), weights(wanted), weights(base)
     moved = {name for name in base if not torch.equal(wanted[name], base[name])}
-    assert moved == {name for name in base if ".experts." in name}
+    assert moved == {name for name in base if not torch.equal(found[name], base[name])}
     for name in moved:
         way = wanted[name].float() - base[name].float()
         off = (found[name].float() - base[name].float() - way).norm() / way.norm()
         assert off < 0.02, name  # They are saved in bf16.
+    return moved
 
 
 def be_alone_on_a_machine() -> None:
@@ -177,6 +170,10 @@ CASES = {
 }
 SLOW_CASES = {
     "experts, ZeRO-3, four processes": ("zero3", 4, EXPERTS, None),
+    "chosen experts, ZeRO-2": ("zero2_no_offload", 2, CHOSEN, None),
+    "chosen experts, ZeRO-3": ("zero3", 2, CHOSEN, None),
+    "lora of chosen experts, ZeRO-2": ("zero2_no_offload", 2, LORA_OF_CHOSEN, None),
+    "lora of chosen experts, ZeRO-3": ("zero3", 2, LORA_OF_CHOSEN, None),
     "fifty steps, ZeRO-2, four processes": ("zero2_no_offload", 4, FIFTY, None),
     "fifty steps, ZeRO-3": ("zero3", 2, FIFTY, None),
 }
@@ -194,8 +191,13 @@ def test_several_processes_take_the_steps_of_one(
     assert_equal_curves(output, wanted, count, 1e-4 if count == 3 else 1e-3)
     losses = logged(wanted, "loss")
     assert count == 3 or losses[-1] < 0.75 * losses[0]
-    if changes is EXPERTS:
-        assert_equal_experts(output, wanted, place / "base")
+    if changes in (EXPERTS, CHOSEN):
+        moved = assert_equal_moves(output, wanted, place / "base")
+        assert all(".experts." in name for name in moved)
+        assert len(moved) == 3 * (2 * 8 if changes is EXPERTS else 4 + 6)  # matrices, experts
+    if changes is LORA_OF_CHOSEN:
+        for name, factor in weights(wanted).items():
+            torch.testing.assert_close(weights(output)[name], factor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("zero", "changes"), [("zero2_no_offload", LORA), ("zero3", ADAM)])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from finetune_fixtures import checkpoints, run, run_ranks
-from option_fixtures import parse_arguments
+from option_fixtures import parse, parse_arguments
 from text_fixtures import ROOT
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
@@ -96,8 +96,7 @@ def test_the_disk_that_a_run_needs_is_what_it_writes(
 
 def test_the_disk_of_the_16b_model() -> None:
     """A weight on one GPU takes 2 bytes of bf16 and 2 of averages, and 2 more in the result."""
-    words = "--data_path x --output_dir o --bf16 True --single_gpu_full True --save_steps 100"
-    options, _, training = parse_arguments(words.split())
+    options, _, training = parse("--bf16 True --single_gpu_full True --save_steps 100")
     with torch.device("meta"):
         model = DeepseekForCausalLM(DeepseekConfig())
 

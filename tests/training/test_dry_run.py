@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from adapter_fixtures import stored_bytes
 from finetune_fixtures import run
-from option_fixtures import parse_arguments
+from option_fixtures import parse
 from text_fixtures import BUNDLED, ROOT
 
 from deepseek_moe import DeepseekConfig
@@ -14,7 +14,7 @@ from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.dry_run import Memory, bucket_numbers, estimate, meta_model
 
-BASE = "--data_path none --output_dir none --bf16 True --report_to none"
+BASE = "--bf16 True --report_to none"
 
 LORA, QLORA = "--use_lora True --lora_r 64", "--use_lora True --bits 4 --lora_r 64"
 QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
@@ -44,7 +44,7 @@ MEASURED = {
 
 
 def estimate_of(folder: Path, options: str, tokens: int) -> Memory:
-    model, _, training = parse_arguments(f"{BASE} {options}".split())
+    model, _, training = parse(f"{BASE} {options}")
     return estimate(meta_model(folder, model), model, training, tokens)
 
 
@@ -91,7 +91,7 @@ STORED += [CHOSEN, f"{CHOSEN} {ALL}", f"{CHOSEN} --bits 4", f"{CHOSEN} --bits 4 
 @pytest.mark.parametrize("options", STORED)
 def test_weights_and_averages_are_those_that_are_stored(options: str) -> None:
     """Trained and frozen, quantised or not, with the scales."""
-    model, _, training = parse_arguments(f"{BASE} {options}".split())
+    model, _, training = parse(f"{BASE} {options}")
     model.chosen_experts = {2: [1, 5, 9], 4: list(range(0, 24, 2))} if CHOSEN in options else None
     said = estimate(meta_model(BUNDLED, model), model, training, 1)
     built = build_model(BUNDLED, model, training)

@@ -16,13 +16,7 @@ from text_fixtures import BUNDLED, assistant, tokenizer_of, user
 from deepseek_moe.chat import render
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.tokenization_deepseek import BOS, EOS
-from deepseek_moe.training.examples import (
-    Collator,
-    fingerprint,
-    load_examples,
-    show,
-    split,
-)
+from deepseek_moe.training.examples import Collator, fingerprint, load_examples, show, split
 from deepseek_moe.training.packed_rows import PACKED, pack, pack_lengths
 from deepseek_moe.training.rows import FORMAT_VERSION
 

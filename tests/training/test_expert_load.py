@@ -112,9 +112,6 @@ def test_picks_of_other_processes_and_of_padding_do_not_count(tiny_config: Calla
     assert load.picks == [[1, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 1, 0, 0, 0, 0]]
 
 
-# --- TensorBoard
-
-
 def test_tensorboard_has_four_curves_a_layer_and_pictures(
     tuner: MakeTuner, examples: datasets.Dataset, tmp_path: Path
 ) -> None:

@@ -67,8 +67,6 @@ def assert_complete(output: Path, reference: Path) -> None:
         json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
 
 
-# --- Stop and go
-
 # Accidents one after another, and the checkpoints that must be there after each.
 KILLS = {
     "full": [
@@ -203,9 +201,6 @@ def test_a_full_disk_is_one_line_and_the_repeat_goes_on(
     assert_same(output, finished["full"])
 
 
-# --- What a run leaves
-
-
 def test_the_result_is_a_model_that_learnt(finished: dict[str, Path], place: Path) -> None:
     full = AutoModelForCausalLM.from_pretrained(finished["full"])
     base = AutoModelForCausalLM.from_pretrained(place / "base")
@@ -225,9 +220,6 @@ def test_an_adapter_that_cannot_be_merged_is_kept(argv: MakeArgv, tmp_path: Path
     assert done.code == 2 and "changes nothing" in done.error
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     assert not (output / "config.json").exists()
-
-
-# --- What it says, and wrong use
 
 
 def test_a_run_takes_the_steps_of_its_dry_run_and_logs_perplexity(

@@ -116,9 +116,6 @@ def test_over_a_quantised_base_merged_is_what_it_computes_with(
         assert torch.equal(tensors[f"{name}.weight"].float(), stored) == kept
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     tensors = load_file(adapter / merge.ADAPTER_FILE)
     change(tensors)

@@ -21,12 +21,7 @@ from torch import nn
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.errors import UserError
 from deepseek_moe.training.compute import grouped_experts as experts
-from deepseek_moe.training.quantized_base import (
-    Linear4bit,
-    Quantization,
-    dequantize,
-    full_shape,
-)
+from deepseek_moe.training.quantized_base import Linear4bit, Quantization, dequantize, full_shape
 from deepseek_moe.training.trainable import parameter_table
 
 MakeModel = Callable[..., DeepseekForCausalLM]
@@ -94,9 +89,6 @@ def test_it_is_kept_beside_the_adapter_and_checked(tmp_path: Path) -> None:
         Quantization(4, "int4")
 
 
-# ---- what is in memory ----
-
-
 @every_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linears_and_experts_are_small_and_all_else_stays_as_loaded(
@@ -120,9 +112,6 @@ def test_linears_and_experts_are_small_and_all_else_stays_as_loaded(
     assert 1 < scale < 1.5 if way.bits == 4 and way.double_quant else scale == 4
     tables = [parameter_table(add_random_adapters(one)) for one in (model, plain)]
     assert tables[0] == tables[1]
-
-
-# ---- what it computes ----
 
 
 @pytest.mark.parametrize(

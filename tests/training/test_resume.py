@@ -97,9 +97,6 @@ def broken(file: Path, how: Callable[[bytes], bytes | None]) -> Iterator[None]:
     file.write_bytes(before)
 
 
-# --- Checks before anything is loaded
-
-
 @pytest.mark.parametrize("mode", FILES)
 def test_every_file_that_is_read_back_is_checked(mode: str, copied: Copy) -> None:
     layout, checkpoint = layout_of(mode), copied(mode) / "checkpoint-6"
@@ -206,9 +203,6 @@ def test_another_number_of_processes_is_refused(copied: Copy) -> None:
     assert find_damage(checkpoint, two).endswith("rng_state_1.pth is missing")
 
 
-# --- Errors while a checkpoint is loaded
-
-
 def test_an_error_of_loading_becomes_one_line(copied: Copy) -> None:
     checkpoint, layout = copied("full") / "checkpoint-6", layout_of("full")
 
@@ -241,9 +235,6 @@ def test_states_of_other_weights_are_refused(tmp_path: Path) -> None:
     refuse_other_states(optimizer, file)
     with pytest.raises(ValueError, match="of 2 weights, and this run trains 1"):
         refuse_other_states(torch.optim.AdamW(weights[:1]), file)
-
-
-# --- The script
 
 
 @pytest.mark.parametrize("mode", list(MODES)[2:])

@@ -71,9 +71,6 @@ def test_a_complete_checkpoint_gets_its_name_and_old_ones_go(
     assert sorted(folder.name for folder in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in kept]
 
 
-# --- When memory or the disk is full
-
-
 @pytest.mark.parametrize(
     ("error", "processes", "tries"),
     [(OSError("no space"), 1, 1), (GPU_FULL, 2, 1), (GPU_FULL, 1, 2)],

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 from finetune_options import OPTIONS
-from option_fixtures import parse_arguments
+from option_fixtures import parse
 from text_fixtures import BUNDLED
 
 from deepseek_moe.errors import UserError
@@ -36,7 +36,7 @@ BEFORE = {
 
 
 def settings(words: str = "") -> dict[str, Any]:
-    model, data, training = parse_arguments(f"--data_path x --output_dir o {words}".split())
+    model, data, training = parse(words)
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2]], "trained": [[0, 1]]})
     return settings_of(model, data, training, BUNDLED, rows, None)
 

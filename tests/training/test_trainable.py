@@ -133,9 +133,6 @@ def test_dropout_is_in_a_resumed_run_but_not_in_the_saved_config(
     assert drops == [0.25] * ADAPTED
 
 
-# ---- what is named ----
-
-
 @pytest.mark.parametrize(
     ("names", "count"),
     [
@@ -200,9 +197,6 @@ def test_what_cannot_train_is_refused(
     options = ModelArguments(**({"use_lora": True, "trainable": names} | changes))
     with pytest.raises(UserError, match=message):
         adapt(tiny_model(), options)
-
-
-# ---- the table ----
 
 
 def table_of(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -37,9 +37,6 @@ def curve(trainer: FineTuner, key: str) -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
 
 
-# --- The loss
-
-
 def assert_equal_training(one: FineTuner, other: FineTuner, steps: int) -> None:
     for trainer in (one, other):
         trainer.train()
@@ -133,8 +130,6 @@ def test_evaluation_counts_every_token_once(tuner: MakeTuner, examples: datasets
         assert found["eval_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
-# --- The order of examples
-
 LENGTHS = [3 + (i * 37) % 91 for i in range(1030)]
 
 
@@ -163,9 +158,6 @@ def test_a_step_has_similar_lengths_and_the_longest_comes_first() -> None:
     assert spread < 5  # of 91; by chance it would be 70
     firsts = [max(step) for step in steps[1:-1]]
     assert firsts != sorted(firsts, reverse=True)  # shuffled
-
-
-# --- Reports
 
 
 @pytest.mark.parametrize("fault", ["no folder", "an error in its thread"])
@@ -210,9 +202,6 @@ def test_a_run_goes_on_when_stderr_is_on_a_full_disk(
         with suppress(OSError):
             full.close()
     assert len(curve(trainer, "loss")) == 3
-
-
-# --- Small parts
 
 
 def test_an_optimizer_of_a_missing_package_is_one_line(tuner: MakeTuner) -> None:

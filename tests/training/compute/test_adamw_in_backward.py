@@ -11,19 +11,13 @@ from typing import Any
 import pytest
 import torch
 from finetune_fixtures import checkpoints
-from option_fixtures import parse_arguments
-from text_fixtures import BUNDLED, tokenizer_of
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from deepseek_moe.errors import RunError
 from deepseek_moe.kernels.training.torch_ops import read_averages
-from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
-from deepseek_moe.training.examples import Collator, load_examples
 from deepseek_moe.training.trainer import FineTuner
-
-# --- The optimizer by itself
 
 
 @pytest.mark.parametrize("start", [1.0, -1.0])
@@ -158,36 +152,13 @@ def test_other_weights_than_bf16_are_refused() -> None:
         StepInBackward([nn.Parameter(torch.ones(3))], lr=1e-3)
 
 
-# --- In the trainer
-
-
-@pytest.fixture
-def argv(argv: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """Makes a command of 6 steps with a checkpoint every 2. Keywords change it."""
-    short = {"single_gpu_full": True, "bf16": True, "num_train_epochs": 1, "save_steps": 2}
-    return lambda output, **changes: argv(output, **(short | {"weight_decay": 0.1} | changes))
-
-
-@pytest.fixture
-def tuner(place: Path, argv: Callable[..., list[str]], tmp_path: Path) -> Callable[..., FineTuner]:
-    def tuner(**changes: Any) -> FineTuner:
-        plain = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-        model, data, args = parse_arguments(argv(tmp_path / "out", **(plain | changes)))
-        tokenizer = tokenizer_of(BUNDLED)
-        rows, _ = load_examples(data.data_path, tokenizer, 256, cache_dir=str(place / "cache"))
-        return FineTuner(
-            model=build_model(place / "base", model, args),
-            args=args,
-            train_dataset=rows,
-            data_collator=Collator(tokenizer.pad_token_id, data.packing),
-            processing_class=tokenizer,
-        )
-
-    return tuner
+USUAL = {"optim": "adamw_torch_fused", "learning_rate": 1e-2, "lr_scheduler_type": "linear"}
+USUAL |= {"weight_decay": 0.1, "bf16": True, "use_cpu": True, "per_device_train_batch_size": 4}
+OURS = USUAL | {"single_gpu_full": True}
 
 
 def test_groups_rate_and_losses_are_those_of_a_usual_run(tuner: Callable[..., FineTuner]) -> None:
-    usual, ours = tuner(single_gpu_full=False, max_grad_norm=0), tuner()
+    usual, ours = tuner(**USUAL), tuner(**OURS)
     groups = []
     for trainer in (usual, ours):
         trainer.train()
@@ -213,11 +184,11 @@ def test_groups_rate_and_losses_are_those_of_a_usual_run(tuner: Callable[..., Fi
 def test_a_loss_that_is_not_a_number_stops_before_any_weight_is_touched(
     tuner: Callable[..., FineTuner],
 ) -> None:
-    trainer = tuner()
+    trainer = tuner(**OURS)
     with torch.no_grad():
         trainer.model.lm_head.weight[5, 0] = math.nan
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    with pytest.raises(RunError, match=r"step 1: the loss is nan, in rows .*jsonl line"):
+    with pytest.raises(RunError, match=r"step 1: the loss is nan, in rows .*json row"):
         trainer.train()
     for name, value in trainer.model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
@@ -226,7 +197,7 @@ def test_a_loss_that_is_not_a_number_stops_before_any_weight_is_touched(
 def test_a_gradient_that_is_not_a_number_stops_before_the_next_checkpoint(
     tuner: Callable[..., FineTuner], tmp_path: Path
 ) -> None:
-    trainer = tuner(save_steps=1)
+    trainer = tuner(**OURS, save_strategy="steps", save_steps=1)
     trainer.model.lm_head.weight.register_hook(
         lambda grad: grad * (math.inf if trainer.state.global_step == 2 else 1)
     )

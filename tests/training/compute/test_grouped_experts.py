@@ -171,9 +171,6 @@ def test_rows_are_aligned_as_gpus_want_them(
         assert near == 1 and far * x.element_size() % 16 == 0
 
 
-# --- Whole models
-
-
 def test_several_active_adapters_are_summed(tiny_model: MakeModel) -> None:
     """As PEFT merges them."""
     model = add_random_adapters(tiny_model(experts_implementation=GROUPED), EXPERT_PARAMETERS)
