@@ -34,9 +34,7 @@ def build(base: Path, bf16: bool, **options: Any) -> nn.Module:
         (16, True, "k_proj", "gate"),
     ],
 )
-def test_linears_and_experts_are_adapted_and_quantised_unless_saved_whole(
-    bits: int, bf16: bool, trainable: str | None, saved: str, base: Path
-) -> None:
+def test_all_but_what_is_saved_whole_is_adapted_and_quantised(bits, bf16, trainable, saved, base):
     """Router and norms never are, though other names have "gate" in them too."""
     lora = {"use_lora": True, "trainable": trainable, "modules_to_save": saved}
     model = build(base, bf16, bits=bits, **lora)
@@ -58,7 +56,7 @@ def test_linears_and_experts_are_adapted_and_quantised_unless_saved_whole(
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_full_training_is_in_fp32(base: Path) -> None:
+def test_full_training_is_in_fp32(base):
     model = build(base, True)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert all(p.requires_grad for p in model.parameters())

@@ -123,7 +123,7 @@ def test_it_equals_full_training_without_the_other_gradients(case, base, masked,
         assert logged(output, key) == pytest.approx(logged(masked, key), rel=1e-5), key
 
 
-def test_layers_and_parameters_are_counted_once(base: Path) -> None:
+def test_layers_and_parameters_are_counted_once(base):
     """Under bf16 the chosen are fp32, beside a frozen stack in bf16 that holds all experts."""
     model, training = ModelArguments(chosen_experts=CHOSEN), arguments(bf16=True)
     built = build_model(base, model, training)
@@ -143,7 +143,7 @@ def arguments(**options: Any) -> FineTuningArguments:
     return FineTuningArguments(output_dir="none", use_cpu=True, report_to="none", **options)
 
 
-def test_weights_of_one_dtype_are_held_once(base: Path) -> None:
+def test_weights_of_one_dtype_are_held_once(base):
     """In fp32, or in bf16 with --single_gpu_full, what trains is a part of the frozen stack."""
     for given in ({}, {"bf16": True, "single_gpu_full": True}):
         built = build_model(base, ModelArguments(chosen_experts=CHOSEN), arguments(**given))
@@ -154,9 +154,7 @@ def test_weights_of_one_dtype_are_held_once(base: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_stack_has_the_chosen_first_and_what_trains_is_exact(
-    bits: int, base: Path
-) -> None:
+def test_a_quantised_stack_has_the_chosen_first_and_what_trains_is_exact(bits, base):
     options = ModelArguments(chosen_experts=CHOSEN, bits=bits)
     built, saved = build_model(base, options, arguments()), Checkpoint(base)
     experts = built.model.layers[1].mlp.experts
@@ -173,9 +171,7 @@ def test_a_quantised_stack_has_the_chosen_first_and_what_trains_is_exact(
 @pytest.mark.parametrize(
     ("zero", "bits"), [("zero2_no_offload", 16), ("zero2_no_offload", 4), ("zero3", 16)]
 )
-def test_two_processes_that_die_go_on_and_equal_those_that_did_not(
-    zero: str, bits: int, base: Path, command: MakeArgv, tmp_path: Path
-) -> None:
+def test_two_processes_that_die_go_on_as_if_nothing_had_been(zero, bits, base, command, tmp_path):
     """test_resume.py does it with one process."""
     changes = HALF | {"deepspeed": ZERO[zero], "bits": bits, "bf16": True}
     argv, whole = (command(tmp_path / name, **changes) for name in ("out", "whole"))
@@ -205,9 +201,7 @@ def export_delta(run_module: Callable[..., None]) -> Callable[..., Path]:
     return export_delta
 
 
-def test_a_delta_holds_what_changed_and_its_export_is_the_whole_model(
-    base: Path, plain: Path, delta: Path, tmp_path: Path, export_delta: Callable[..., Path]
-) -> None:
+def test_a_delta_holds_what_changed_and_becomes_a_model(base, plain, delta, tmp_path, export_delta):
     names = {file.name for file in delta.iterdir()} - {"run.json", ".lock"}
     assert names == {file.name for pattern in WRITTEN for file in delta.glob(pattern)}
     assert not (delta / "config.json").exists() and not [*delta.glob("model*")]
@@ -221,9 +215,7 @@ def test_a_delta_holds_what_changed_and_its_export_is_the_whole_model(
     assert_same(last, plain)
 
 
-def test_a_delta_of_another_base_or_no_delta_is_refused(
-    base: Path, delta: Path, tmp_path: Path, export_delta: Callable[..., Path]
-) -> None:
+def test_a_delta_of_another_base_or_no_delta_is_refused(base, delta, tmp_path, export_delta):
     other = shutil.copytree(base, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] += 1.0
@@ -236,9 +228,7 @@ def test_a_delta_of_another_base_or_no_delta_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_modules_train_only_if_they_are_named(
-    base: Path, command: MakeArgv, tmp_path: Path
-) -> None:
+def test_other_modules_train_only_if_they_are_named(base, command, tmp_path):
     names = "mlp.gate,down_proj"  # down_proj is that of the dense layer and of shared experts
     argv = command(tmp_path / "out", trainable=names, bits=4, save_delta=True)
     succeed(argv, tmp_path / "log")

@@ -34,9 +34,7 @@ def words(place: Path, output: Path, **more: Any) -> list[str]:
     return options(**(given | more))
 
 
-def test_it_starts_with_the_weights_of_the_adapter_and_trains_them(
-    place: Path, tmp_path: Path
-) -> None:
+def test_it_starts_with_the_weights_of_the_adapter_and_trains_them(place, tmp_path):
     before = tensors_in(place / "adapter")
     succeed(words(place, tmp_path / "still", learning_rate=0), tmp_path / "log")
     still = tensors_in(tmp_path / "still")
@@ -50,7 +48,7 @@ def test_it_starts_with_the_weights_of_the_adapter_and_trains_them(
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (3, 5, ["q_proj"])
 
 
-def test_a_repeated_run_over_another_adapter_is_refused(place: Path, tmp_path: Path) -> None:
+def test_a_repeated_run_over_another_adapter_is_refused(place, tmp_path):
     succeed(words(place, tmp_path / "out"), tmp_path / "log")
     other = shutil.copytree(place / "adapter", tmp_path / "other")
     tensors = tensors_in(other)
@@ -68,13 +66,11 @@ def test_a_repeated_run_over_another_adapter_is_refused(place: Path, tmp_path: P
         ({"adapter": "nowhere"}, "--adapter: nowhere/adapter_config.json cannot be read"),
     ],
 )
-def test_options_against_it_are_refused(
-    more: dict[str, Any], said: str, place: Path, tmp_path: Path
-) -> None:
+def test_options_against_it_are_refused(more, said, place, tmp_path):
     assert said in run(words(place, tmp_path / "out", **more), tmp_path / "log").refusal
 
 
-def test_an_adapter_that_lacks_tensors_is_refused(place: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_lacks_tensors_is_refused(place, tmp_path):
     broken = shutil.copytree(place / "adapter", tmp_path / "broken")
     tensors = tensors_in(broken)
     lost = next(name for name in tensors if "q_proj.lora_B" in name)
@@ -105,7 +101,7 @@ def test_what_no_merge_could_handle_is_refused_at_once(changes, fields, said, pl
     assert said in run(words(place, tmp_path / "out", **given), tmp_path / "log").refusal
 
 
-def test_dropout_is_refused_where_peft_has_none(place: Path, tmp_path: Path) -> None:
+def test_dropout_is_refused_where_peft_has_none(place, tmp_path):
     """Without dropout such an adapter trains on, and is merged."""
     base = DeepseekForCausalLM.from_pretrained(place / "base")
     fields = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}

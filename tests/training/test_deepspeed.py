@@ -60,7 +60,7 @@ def stand_beside_the_script(extensions: str) -> None:
 
 
 @slow
-def test_the_published_full_fine_tuning(place: Path, tmp_path: Path) -> None:
+def test_the_published_full_fine_tuning(place, tmp_path):
     output = tmp_path / "out"
     done = run_published("--use_lora False", place, output)
     assert done.code == 0, done.err
@@ -77,7 +77,7 @@ def test_the_published_full_fine_tuning(place: Path, tmp_path: Path) -> None:
 
 
 @slow
-def test_the_published_qlora(place: Path, tmp_path: Path) -> None:
+def test_the_published_qlora(place, tmp_path):
     output = tmp_path / "out"
     done = run_published("--bits 4", place, output)
     assert done.code == 0, done.err
@@ -180,9 +180,7 @@ SLOW_CASES = {
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(one, marks=slow) for one in SLOW_CASES)])
-def test_several_processes_take_the_steps_of_one(
-    case: str, place: Path, steps: MakeArgv, tmp_path: Path, one_process: Callable[..., Path]
-) -> None:
+def test_several_processes_take_the_steps_of_one(case, place, steps, tmp_path, one_process):
     zero, processes, changes, before = (CASES | SLOW_CASES)[case]
     wanted, output = one_process(**changes), tmp_path / "out"
     succeed_ranks(steps(output, zero, processes, **changes), tmp_path / "log", processes, before)
@@ -201,13 +199,7 @@ def test_several_processes_take_the_steps_of_one(
 
 
 @pytest.mark.parametrize(("zero", "changes"), [("zero2_no_offload", LORA), ("zero3", ADAM)])
-def test_the_load_of_experts_is_summed_over_processes(
-    zero: str,
-    changes: dict[str, Any],
-    steps: MakeArgv,
-    tmp_path: Path,
-    one_process: Callable[..., Path],
-) -> None:
+def test_the_load_of_experts_is_summed_over_processes(zero, changes, steps, tmp_path, one_process):
     """With a learning rate of 0, rounding changes no pick."""
     changes = changes | {"learning_rate": 0}
     wanted, output = one_process(**changes), tmp_path / "out"
@@ -219,9 +211,7 @@ def test_the_load_of_experts_is_summed_over_processes(
 
 @slow
 @pytest.mark.usefixtures("offload_extension")
-def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(
-    place: Path, steps: MakeArgv, tmp_path: Path
-) -> None:
+def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(place, steps, tmp_path):
     """With a learning rate of 0 the result is the base, bit for bit, experts included."""
     output = tmp_path / "out"
     done = succeed_ranks(steps(output, "zero3_offload", 2, learning_rate=0), tmp_path / "log")
@@ -237,9 +227,7 @@ def stop_second_process() -> None:
 
 @slow
 @pytest.mark.parametrize("zero", ["zero2_no_offload", "zero3"])
-def test_a_run_stopped_on_one_process_goes_on_and_equals_one(
-    zero: str, place: Path, steps: MakeArgv, tmp_path: Path, one_process: Callable[..., Path]
-) -> None:
+def test_a_run_stopped_on_one_process_goes_on(zero, place, steps, tmp_path, one_process):
     """Two epochs of three steps, each of two batches, are evaluated at their ends."""
     epochs = ADAM | {"max_steps": 6, "gradient_accumulation_steps": 2, "eval_strategy": "steps"}
     epochs |= {"eval_data_path": place / "held.jsonl", "eval_steps": 3}
@@ -257,9 +245,7 @@ def test_a_run_stopped_on_one_process_goes_on_and_equals_one(
         assert logged(output, key) == pytest.approx(logged(wanted, key), rel=2e-4), key
 
 
-def test_processes_that_route_to_different_experts_do_not_wait_for_each_other(
-    steps: MakeArgv, tmp_path: Path
-) -> None:
+def test_processes_that_route_to_different_experts_do_not_wait_for_each_other(steps, tmp_path):
     output, base = tmp_path / "out", write_base(tmp_path / "base", num_experts_per_tok=2)
     argv = steps(output, "zero3", 2, model_name_or_path=base)
     succeed_ranks(argv, tmp_path / "log", 2, partial(route_apart, str(tmp_path)))
@@ -279,9 +265,9 @@ def die_in_third_save() -> None:
 @pytest.mark.parametrize(
     ("zero", "stage"), [("zero2_no_offload", 2), pytest.param("zero3", 3, marks=slow)]
 )
-def test_a_run_killed_in_a_save_goes_on_and_names_a_damaged_file(
-    zero: str, stage: int, steps: MakeArgv, tmp_path: Path, one_process: Callable[..., Path]
-) -> None:
+def test_a_run_killed_in_a_save_goes_on_or_names_the_file(
+    zero, stage, steps, tmp_path, one_process
+):
     output, log = tmp_path / "out", tmp_path / "log"
     argv = steps(output, zero, 2, **ADAM, save_steps=1)
     killed = run_ranks(argv, log, 2, die_in_third_save)

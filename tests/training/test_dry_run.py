@@ -55,9 +55,7 @@ def be_under_deepspeed(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_the_estimate_is_within_3_percent_of_what_was_measured(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_estimate_is_within_3_percent_of_what_was_measured(case, tmp_path, monkeypatch):
     layers, ranks, rows, stage, options, measured = MEASURED[case]
     if stage:
         be_under_deepspeed(ranks, monkeypatch)
@@ -67,7 +65,7 @@ def test_the_estimate_is_within_3_percent_of_what_was_measured(
     assert abs(memory.total / 1e9 / measured - 1) < 0.03, memory
 
 
-def test_buckets_are_those_that_deepspeed_makes() -> None:
+def test_buckets_are_those_that_deepspeed_makes():
     overlapping = {"stage": 2, "reduce_bucket_size": 2e8, "overlap_comm": True}
     assert bucket_numbers(overlapping, hidden_size=64) == 4e8
     assert bucket_numbers({"stage": 2, "reduce_bucket_size": "auto"}, hidden_size=64) == 64**2
@@ -75,9 +73,7 @@ def test_buckets_are_those_that_deepspeed_makes() -> None:
     assert bucket_numbers({"stage": 3}, hidden_size=64) == 1e9
 
 
-def test_of_a_small_model_no_more_is_gathered_than_there_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_a_small_model_no_more_is_gathered_than_there_is(monkeypatch):
     be_under_deepspeed(2, monkeypatch)
     memory = estimate_of(BUNDLED, f"--deepspeed {ROOT}/configs/ds_config_zero3.json", 64)
     assert 0.8e9 < memory.total < 1e9, memory  # two buckets
@@ -89,7 +85,7 @@ STORED += [CHOSEN, f"{CHOSEN} {ALL}", f"{CHOSEN} --bits 4", f"{CHOSEN} --bits 4 
 
 
 @pytest.mark.parametrize("options", STORED)
-def test_weights_and_averages_are_those_that_are_stored(options: str) -> None:
+def test_weights_and_averages_are_those_that_are_stored(options):
     """Trained and frozen, quantised or not, with the scales."""
     model, _, training = parse(f"{BASE} {options}")
     model.chosen_experts = {2: [1, 5, 9], 4: list(range(0, 24, 2))} if CHOSEN in options else None
@@ -109,7 +105,7 @@ def test_weights_and_averages_are_those_that_are_stored(options: str) -> None:
         assert said.gradients == max(parameter.nbytes for parameter in built.parameters())
 
 
-def test_more_of_everything_takes_more(tmp_path: Path) -> None:
+def test_more_of_everything_takes_more(tmp_path):
     DeepseekConfig(num_hidden_layers=3).save_pretrained(tmp_path)
     qlora, evaluated = f"{QLORA} {RECOMPUTE}", "--eval_strategy epoch --eval_fraction 0.1"
     plain, in_8_bits, saved, small, large = (
@@ -122,7 +118,7 @@ def test_more_of_everything_takes_more(tmp_path: Path) -> None:
     assert small == plain < min(in_8_bits, saved, large)
 
 
-def test_a_dry_run_reads_no_weights_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_reads_no_weights_and_writes_nothing(tmp_path):
     model, output = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     for file in BUNDLED.iterdir():

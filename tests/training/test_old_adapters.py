@@ -35,9 +35,7 @@ def write_old_adapter(base: Path, folder: Path, **fields: Any) -> dict[str, torc
 
 
 @pytest.mark.parametrize(("fields", "scale"), [({}, 4.0), ({"use_rslora": True}, 8 / 2**0.5)])
-def test_each_expert_gets_its_own_product(
-    fields: dict[str, Any], scale: float, base: Path, tmp_path: Path
-) -> None:
+def test_each_expert_gets_its_own_product(fields, scale, base, tmp_path):
     products = write_old_adapter(base, tmp_path / "old", **fields)
     assert sum(".experts." in name for name in products) == 2 * 8 * 3  # layers, experts, matrices
     before, after = tensors_in(base), dict(merged_tensors(base, tmp_path / "old"))
@@ -47,7 +45,7 @@ def test_each_expert_gets_its_own_product(
         torch.testing.assert_close(after[name], tensor + change, rtol=1e-5, atol=1e-5)
 
 
-def test_an_incomplete_one_is_refused(base: Path, tmp_path: Path) -> None:
+def test_an_incomplete_one_is_refused(base, tmp_path):
     write_old_adapter(base, tmp_path / "old")
     tensors = tensors_in(tmp_path / "old")
     lost = "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_B.weight"
@@ -57,7 +55,7 @@ def test_an_incomplete_one_is_refused(base: Path, tmp_path: Path) -> None:
         merged_tensors(base, tmp_path / "old")
 
 
-def test_peft_and_transformers_do_not_leave_the_experts_out(base: Path, tmp_path: Path) -> None:
+def test_peft_and_transformers_do_not_leave_the_experts_out(base, tmp_path):
     write_old_adapter(base, tmp_path / "old")
     said = "LoRA on the linears of single experts.*deepseek_moe.export"
     with pytest.raises(ValueError, match=said):

@@ -1,7 +1,6 @@
 """Which settings decide the result of a run, and whether a run of before has the same ones."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -41,7 +40,7 @@ def settings(words: str = "") -> dict[str, Any]:
     return settings_of(model, data, training, BUNDLED, rows, None)
 
 
-def test_every_option_decides_the_result_but_those_known_not_to() -> None:
+def test_every_option_decides_the_result_but_those_known_not_to():
     known = set(CHANGES_NOTHING.split())
     assert OPTIONS.keys() - known <= settings().keys()
     assert not settings().keys() & known
@@ -49,9 +48,7 @@ def test_every_option_decides_the_result_but_those_known_not_to() -> None:
 
 
 @pytest.mark.parametrize(("words", "noted"), [("", BEFORE), ("--use_lora", BEFORE | LORA)])
-def test_a_run_of_the_code_before_is_known_again(
-    words: str, noted: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_run_of_the_code_before_is_known_again(words, noted, tmp_path):
     now = settings(words)
     found = noted | {"use_lora": bool(words), "model": now["model"], "data": now["data"]}
     content = {"settings": found, "finished": True}

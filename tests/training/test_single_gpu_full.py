@@ -32,9 +32,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> None:
         ("", "2 devices; start it with python"),
     ],
 )
-def test_what_conflicts_is_refused_or_decides_against_it(
-    words: str, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_conflicts_is_refused_or_decides_against_it(words, found, monkeypatch, capsys):
     on_gpus(monkeypatch, processes=1 if words else 2)
     with pytest.raises(UserError) as caught:
         parse(f"--bf16 True --single_gpu_full True {words}")
@@ -44,9 +42,7 @@ def test_what_conflicts_is_refused_or_decides_against_it(
     assert capsys.readouterr().err == ""
 
 
-def test_it_is_chosen_if_all_weights_train_on_one_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_chosen_if_all_weights_train_on_one_gpu(monkeypatch, capsys):
     on_a_cpu = parse("--bf16 True")[2]
     assert on_a_cpu.single_gpu_full is False and on_a_cpu.max_grad_norm == 1
     assert SAID not in capsys.readouterr().err

@@ -5,7 +5,6 @@ It runs on the CPU, by the plain twin of the kernel.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from deepseek_moe.errors import RunError
 from deepseek_moe.kernels.training.torch_ops import read_averages
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
-from deepseek_moe.training.trainer import FineTuner
 
 
 @pytest.mark.parametrize("start", [1.0, -1.0])
-def test_rounding_is_right_on_average(start: float) -> None:
+def test_rounding_is_right_on_average(start):
     """A step of 1e-4 from 1, where bf16 has nothing between 1 and 1 - 1/256."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.full((256, 256), start, dtype=torch.bfloat16))
@@ -33,7 +31,7 @@ def test_rounding_is_right_on_average(start: float) -> None:
     assert abs(moved.mean() - 1e-4) < 4 * error < 1e-5
 
 
-def test_what_needs_no_rounding_stays_and_nan_stays_nan() -> None:
+def test_what_needs_no_rounding_stays_and_nan_stays_nan():
     start = torch.tensor([0.0, 1.0, -1.0, 1.0]).repeat(100).bfloat16()
     weight = nn.Parameter(start.clone())
     StepInBackward([weight], lr=0.0)
@@ -43,7 +41,7 @@ def test_what_needs_no_rounding_stays_and_nan_stays_nan() -> None:
     assert weight[0].isnan() and torch.equal(weight[1:], start[1:])
 
 
-def test_steps_are_those_of_adamw_with_its_groups_and_schedule() -> None:
+def test_steps_are_those_of_adamw_with_its_groups_and_schedule():
     """Apart from what averages of 8 bits and weights of 16 bits cost."""
     torch.manual_seed(0)
     start = [torch.randn(64, 256) * 0.01, torch.randn(100) * 0.01]
@@ -72,7 +70,7 @@ def test_steps_are_those_of_adamw_with_its_groups_and_schedule() -> None:
         assert abs((one - other).mean()) < 0.005 * moved / moved.numel() ** 0.5
 
 
-def test_a_backward_pass_is_a_step_and_frees_each_gradient() -> None:
+def test_a_backward_pass_is_a_step_and_frees_each_gradient():
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))).to(torch.bfloat16)
     parameters, x = list(model.parameters()), torch.randn(3, 16, dtype=torch.bfloat16)
     model(x).square().sum().backward()
@@ -102,7 +100,7 @@ def test_a_backward_pass_is_a_step_and_frees_each_gradient() -> None:
     assert optimizer.grad_norm().item() != pytest.approx(norm, rel=1e-2)
 
 
-def test_a_weight_that_is_still_needed_must_not_be_stepped() -> None:
+def test_a_weight_that_is_still_needed_must_not_be_stepped():
     """autograd raises an error, as for any other change in place."""
     weight = nn.Parameter(torch.randn(8, 8, dtype=torch.bfloat16))
     StepInBackward([weight], lr=1e-3)
@@ -113,7 +111,7 @@ def test_a_weight_that_is_still_needed_must_not_be_stepped() -> None:
         second.backward()
 
 
-def test_averages_are_bytes_and_are_loaded_in_their_place(tmp_path: Path) -> None:
+def test_averages_are_bytes_and_are_loaded_in_their_place(tmp_path):
     """test_resume.py compares the steps after it."""
     weights = [nn.Parameter(torch.randn(n, dtype=torch.bfloat16)) for n in (1000, 48)]
     optimizer = StepInBackward([{"params": weights[:1]}, {"params": weights[1:]}], lr=1e-2)
@@ -130,7 +128,7 @@ def test_averages_are_bytes_and_are_loaded_in_their_place(tmp_path: Path) -> Non
     assert all(map(torch.equal, old, (one["m"] for one in optimizer.state.values())))
 
 
-def test_averages_follow_fp32_without_bias() -> None:
+def test_averages_follow_fp32_without_bias():
     """Also v: it changes by a thousandth in a step, which rounding to the nearest would lose."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.ones(40, 256, dtype=torch.bfloat16))
@@ -147,7 +145,7 @@ def test_averages_follow_fp32_without_bias() -> None:
         assert abs(ratio.mean() - 1) < 0.01
 
 
-def test_other_weights_than_bf16_are_refused() -> None:
+def test_other_weights_than_bf16_are_refused():
     with pytest.raises(ValueError, match=r"float32; these are steps of bf16"):
         StepInBackward([nn.Parameter(torch.ones(3))], lr=1e-3)
 
@@ -157,7 +155,7 @@ USUAL |= {"weight_decay": 0.1, "bf16": True, "use_cpu": True, "per_device_train_
 OURS = USUAL | {"single_gpu_full": True}
 
 
-def test_groups_rate_and_losses_are_those_of_a_usual_run(tuner: Callable[..., FineTuner]) -> None:
+def test_groups_rate_and_losses_are_those_of_a_usual_run(tuner):
     usual, ours = tuner(**USUAL), tuner(**OURS)
     groups = []
     for trainer in (usual, ours):
@@ -181,9 +179,7 @@ def test_groups_rate_and_losses_are_those_of_a_usual_run(tuner: Callable[..., Fi
     assert {p.dtype for p in ours.model.parameters()} == {torch.bfloat16}
 
 
-def test_a_loss_that_is_not_a_number_stops_before_any_weight_is_touched(
-    tuner: Callable[..., FineTuner],
-) -> None:
+def test_a_loss_that_is_not_a_number_stops_before_any_weight_is_touched(tuner):
     trainer = tuner(**OURS)
     with torch.no_grad():
         trainer.model.lm_head.weight[5, 0] = math.nan
@@ -194,9 +190,7 @@ def test_a_loss_that_is_not_a_number_stops_before_any_weight_is_touched(
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_gradient_that_is_not_a_number_stops_before_the_next_checkpoint(
-    tuner: Callable[..., FineTuner], tmp_path: Path
-) -> None:
+def test_a_gradient_that_is_not_a_number_stops_before_the_next_checkpoint(tuner, tmp_path):
     trainer = tuner(**OURS, save_strategy="steps", save_steps=1)
     trainer.model.lm_head.weight.register_hook(
         lambda grad: grad * (math.inf if trainer.state.global_step == 2 else 1)
