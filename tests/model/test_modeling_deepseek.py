@@ -1,18 +1,15 @@
 """The whole model: its variants, training, checkpointing, decoding and outputs."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.model.balance_loss import balance_loss
 from deepseek_moe.model.modeling_deepseek import DeepseekExperts, DeepseekGate
 
 # transformers 5.23 says activation checkpointing; 5.17 and its Trainer do not know that name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*_checkpointing_:FutureWarning")
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 9, 31, 62, 23], [0, 3, 3, 71, 12, 95, 50, 28, 6]])
 
 
@@ -22,7 +19,7 @@ def gradients(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_model: MakeModel) -> None:
+def test_gradient_checkpointing_changes_no_gradient(tiny_model):
     model = tiny_model()
     want = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -37,9 +34,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: MakeModel) -> No
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_keeps_the_first_routing(
-    use_reentrant: bool, tiny_model: MakeModel
-) -> None:
+def test_gradient_checkpointing_keeps_the_first_routing(use_reentrant, tiny_model):
     """A router that would choose otherwise when the layer is recomputed is not asked again."""
     model = tiny_model().train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -62,9 +57,7 @@ def test_gradient_checkpointing_keeps_the_first_routing(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_router_computes_in_fp32(
-    autocast: bool, tiny_config: Callable[..., DeepseekConfig]
-) -> None:
+def test_router_computes_in_fp32(autocast, tiny_config):
     torch.manual_seed(0)
     dtype = torch.float32 if autocast else torch.bfloat16
     gate = DeepseekGate(tiny_config()).to(dtype)
@@ -80,7 +73,7 @@ def test_router_computes_in_fp32(
 
 
 @torch.no_grad()
-def test_logits_to_keep(tiny_model: MakeModel) -> None:
+def test_logits_to_keep(tiny_model):
     model = tiny_model()
     full = model(IDS).logits
     torch.testing.assert_close(model(IDS, logits_to_keep=2).logits, full[:, -2:])
@@ -89,7 +82,7 @@ def test_logits_to_keep(tiny_model: MakeModel) -> None:
 
 
 @torch.no_grad()
-def test_embeddings_can_be_given_instead_of_ids(tiny_model: MakeModel) -> None:
+def test_embeddings_can_be_given_instead_of_ids(tiny_model):
     model = tiny_model()
     embedded = model.get_input_embeddings()(IDS)
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(IDS).logits)
@@ -98,7 +91,7 @@ def test_embeddings_can_be_given_instead_of_ids(tiny_model: MakeModel) -> None:
             model(**wrong)
 
 
-def test_eos_learns_though_it_pads(tiny_model: MakeModel) -> None:
+def test_eos_learns_though_it_pads(tiny_model):
     model = tiny_model().train()
     assert model.config.pad_token_id == model.config.eos_token_id == 1
     ids = torch.tensor([[0, 7, 1, 9]])
@@ -107,7 +100,7 @@ def test_eos_learns_though_it_pads(tiny_model: MakeModel) -> None:
 
 
 @torch.no_grad()
-def test_router_logits_hidden_states_and_attentions(tiny_model: MakeModel) -> None:
+def test_router_logits_hidden_states_and_attentions(tiny_model):
     model = tiny_model(attn_implementation="eager")
     wanted = ("output_router_logits", "output_hidden_states", "output_attentions")
     out = model(IDS, **dict.fromkeys(wanted, True))
@@ -121,9 +114,7 @@ def test_router_logits_hidden_states_and_attentions(tiny_model: MakeModel) -> No
 
 
 @torch.no_grad()
-def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(
-    tiny_model: MakeModel,
-) -> None:
+def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(tiny_model):
     model, seen = tiny_model(), []
     mlp = model.model.layers[1].mlp
     hooks = [
@@ -149,7 +140,7 @@ def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(
         assert not torch.allclose(changed, plain)
 
 
-def test_training_gives_picks_and_balance_losses_beside_the_loss(tiny_model: MakeModel) -> None:
+def test_training_gives_picks_and_balance_losses_beside_the_loss(tiny_model):
     model = tiny_model()
     silent = model(IDS, labels=IDS)
     out = model.train()(IDS, labels=IDS, output_router_logits=True)

@@ -14,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 
 from deepseek_moe import DeepseekForCausalLM
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 LENGTHS = (3, 9, 5, 4, 8, 7, 2, 6)
 
 
@@ -111,9 +110,7 @@ def test_accumulated_batches_count_as_much_as_one(loss, seq_aux, tiny_model, tmp
         torch.testing.assert_close(at_once[gate] - without[gate], balance, rtol=1e-3, atol=1e-4)
 
 
-def test_a_batch_with_few_labels_counts_once_where_the_model_is_not_told_them(
-    tiny_model: MakeModel,
-) -> None:
+def test_a_batch_with_few_labels_counts_once_where_the_model_is_not_told_them(tiny_model):
     model, ids = tiny_model(aux_loss_alpha=1.0).train(), torch.arange(2, 22).view(4, 5)
     for given in ({"input_ids": ids}, {"inputs_embeds": model.model.embed_tokens(ids)}):
         for few in (2, torch.tensor(2)):
@@ -121,7 +118,7 @@ def test_a_batch_with_few_labels_counts_once_where_the_model_is_not_told_them(
             torch.testing.assert_close(weighted.aux_loss, model(**given).aux_loss)
 
 
-def test_label_smoothing_shifts_the_labels(tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_label_smoothing_shifts_the_labels(tiny_model, tmp_path):
     """A smoothing near 0 gives the loss of the model."""
     losses = [
         stock(tmp_path, tiny_model(), label_smoothing_factor=factor).evaluate()["eval_loss"]
@@ -145,9 +142,7 @@ def one_rank(rank: int, folder: Path, port: int, batch: int, seq_aux: bool) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "seq_aux"), [(4, True), (1, True), (1, False)])
-def test_two_processes_count_as_one(
-    batch: int, seq_aux: bool, tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_two_processes_count_as_one(batch, seq_aux, tiny_model, tmp_path):
     options = {"aux_loss_alpha": 5.0, "seq_aux": seq_aux}
     tiny_model(**options).save_pretrained(tmp_path)
     alone = gradients(tiny_model(**options), tmp_path / "alone", 8, seq_aux)
@@ -159,14 +154,14 @@ def test_two_processes_count_as_one(
         torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_counts_as_the_language_loss_counts_it(tiny_model: MakeModel) -> None:
+def test_a_row_counts_as_the_language_loss_counts_it(tiny_model):
     """No loss has the first label of a row. Equal rows weigh 1 in sum, as they do unweighted."""
     model, ids = tiny_model(aux_loss_alpha=1.0).train(), torch.arange(2, 22).view(4, 5)
     weighted = model(ids, labels=ids, num_items_in_batch=torch.tensor(4 * 4))
     torch.testing.assert_close(weighted.aux_loss, model(ids, labels=ids).aux_loss)
 
 
-def test_padding_counts_in_no_batch(tiny_model: MakeModel) -> None:
+def test_padding_counts_in_no_batch(tiny_model):
     model, row = tiny_model(aux_loss_alpha=1.0).train(), rows()[1]
     alone = model(torch.tensor([row["input_ids"]])).aux_loss
     padded = collate([row])
@@ -177,9 +172,7 @@ def test_padding_counts_in_no_batch(tiny_model: MakeModel) -> None:
     assert labels.shape == padded["input_ids"].shape
 
 
-def test_a_run_that_is_resumed_ends_as_one_that_was_not(
-    tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(tiny_model, tmp_path):
     whole = stock(tmp_path, tiny_model(), learning_rate=1e-2)
     whole.train()
     resumed = stock(tmp_path, tiny_model(), learning_rate=1e-2)
@@ -188,9 +181,7 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor)
 
 
-def test_the_best_checkpoint_is_loaded_with_its_experts(
-    tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_the_best_checkpoint_is_loaded_with_its_experts(tiny_model, tmp_path):
     """The best is here the one with the highest loss, so that it is not the last."""
     best = {"load_best_model_at_end": True, "greater_is_better": True}
     best |= {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}

@@ -49,7 +49,7 @@ def compute(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("case", CONFIGS)
-def test_same_as_published(case: str, experts: str, attention: str, tmp_path: Path) -> None:
+def test_same_as_published(case, experts, attention, tmp_path):
     expected = read(case)
     weights = {k.removeprefix("weight/"): x for k, x in expected.items() if "weight/" in k}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ def assert_equal(one: DeepseekForCausalLM, other: DeepseekForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_saved_state_dict_loads(saved: tuple[Any, Path], strict: bool) -> None:
+def test_a_saved_state_dict_loads(saved, strict):
     model, folder = saved
     state = tensors_in(folder)
     other = zeroed(model)
@@ -55,9 +54,7 @@ def test_a_saved_state_dict_loads(saved: tuple[Any, Path], strict: bool) -> None
     assert_equal(model, own)
 
 
-def test_file_after_file_loads_though_a_stack_is_divided_among_them(
-    saved: tuple[Any, Path], tmp_path: Path
-) -> None:
+def test_file_after_file_loads_though_a_stack_is_divided_among_them(saved, tmp_path):
     """The files of a published checkpoint begin and end in the middle of a layer's experts."""
     model, folder = saved
     state = tensors_in(folder)
@@ -74,9 +71,7 @@ def test_file_after_file_loads_though_a_stack_is_divided_among_them(
 
 
 @pytest.mark.parametrize("assign", [True, False])
-def test_a_load_that_leaves_an_expert_unfilled_says_so(
-    saved: tuple[Any, Path], assign: bool
-) -> None:
+def test_a_load_that_leaves_an_expert_unfilled_says_so(saved, assign):
     model, folder = saved
     state = tensors_in(folder)
     del state[EXPERT]
@@ -89,7 +84,7 @@ def test_a_load_that_leaves_an_expert_unfilled_says_so(
     assert torch.equal(other.model.layers[1].mlp.experts[3].gate_proj.weight, whole)
 
 
-def test_a_model_on_meta_is_assigned_file_after_file(saved: tuple[Any, Path]) -> None:
+def test_a_model_on_meta_is_assigned_file_after_file(saved):
     """An expert that no file had stays visible as NaN, where torch leaves meta."""
     model, folder = saved
     state = tensors_in(folder)
@@ -105,7 +100,7 @@ def test_a_model_on_meta_is_assigned_file_after_file(saved: tuple[Any, Path]) ->
 
 
 @pytest.mark.parametrize("meta", [True, False])
-def test_assigned_tensors_keep_their_dtype(saved: tuple[Any, Path], meta: bool) -> None:
+def test_assigned_tensors_keep_their_dtype(saved, meta):
     model, folder = saved
     state = {name: tensor.bfloat16() for name, tensor in tensors_in(folder).items()}
     with torch.device("meta" if meta else "cpu"):
@@ -121,9 +116,7 @@ def test_assigned_tensors_keep_their_dtype(saved: tuple[Any, Path], meta: bool) 
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (8, 1), (16, 32), (8, 32, 1), ()])
-def test_an_expert_of_another_shape_is_named(
-    saved: tuple[Any, Path], shape: tuple[int, ...]
-) -> None:
+def test_an_expert_of_another_shape_is_named(saved, shape):
     """Copying would repeat the first of them for each row."""
     model, folder = saved
     state = tensors_in(folder)
@@ -134,9 +127,7 @@ def test_an_expert_of_another_shape_is_named(
 
 
 @pytest.mark.parametrize("inside", ["model.layers.1.mlp", "model.layers.1.mlp.experts"])
-def test_a_part_of_the_model_loads_by_its_own_official_names(
-    inside: str, saved: tuple[Any, Path]
-) -> None:
+def test_a_part_of_the_model_loads_by_its_own_official_names(inside, saved):
     (model, folder), prefix = saved, f"{inside}."
     state = tensors_in(folder).items()
     state = {name.removeprefix(prefix): x for name, x in state if name.startswith(prefix)}
@@ -146,7 +137,7 @@ def test_a_part_of_the_model_loads_by_its_own_official_names(
         assert torch.equal(part.state_dict()[name], tensor), name
 
 
-def test_the_matrices_of_an_expert_are_views(saved: tuple[Any, Path]) -> None:
+def test_the_matrices_of_an_expert_are_views(saved):
     model, folder = saved
     state = tensors_in(folder)
     experts = model.model.layers[1].mlp.experts
@@ -162,9 +153,7 @@ def test_the_matrices_of_an_expert_are_views(saved: tuple[Any, Path]) -> None:
         experts[8]
 
 
-def test_writing_to_a_matrix_changes_the_model_and_what_it_saves(
-    saved: tuple[Any, Path], tmp_path: Path
-) -> None:
+def test_writing_to_a_matrix_changes_the_model_and_what_it_saves(saved, tmp_path):
     model, _ = saved
     before = model(torch.tensor([[5, 6]])).logits
     for expert in model.model.layers[1].mlp.experts:
