@@ -40,9 +40,7 @@ def smallest_set(scores: list[Fraction], threshold: Fraction) -> list[int]:
 
 @pytest.mark.parametrize("threshold", SIZES)
 @pytest.mark.parametrize("score", ["token", "gate"])
-def test_the_smallest_set_is_chosen_that_reaches_the_threshold(
-    score: str, threshold: float
-) -> None:
+def test_the_smallest_set_is_chosen_that_reaches_the_threshold(score, threshold):
     draw = random.Random(0)
     layers = [[draw.choice([0, 0, 1, 2, 5, 30, 70]) for _ in range(7)] + [1] for _ in range(30)]
     found = choose_experts(profile_of(*layers), score, threshold)
@@ -51,7 +49,7 @@ def test_the_smallest_set_is_chosen_that_reaches_the_threshold(
         assert found[number] == smallest_set(scores, Fraction(str(threshold))), picks
 
 
-def test_a_threshold_is_not_missed_by_rounding() -> None:
+def test_a_threshold_is_not_missed_by_rounding():
     assert choose_experts(profile_of([1] * 5), "token", 0.2) == {1: [0]}
     assert choose_experts(profile_of([7] * 10), "gate", 0.3) == {1: [0, 1, 2]}
     rare = profile_of([10**15, 0, 1, 3])
@@ -59,7 +57,7 @@ def test_a_threshold_is_not_missed_by_rounding() -> None:
     assert choose_experts(rare, "token") == choose_experts(rare, "token", 0.2) == {1: [0]}
 
 
-def test_a_share_is_rounded_to_the_nearest_number_of_experts() -> None:
+def test_a_share_is_rounded_to_the_nearest_number_of_experts():
     picks = [3, 9, 9, 0, 5, 1, 7, 8]
     counts = {0.07: 1, 0.0625: 1, 0.1: 1, 0.25: 2, 0.3: 2, 0.3125: 3, 0.5: 4, 1: 8}
     ranked = [1, 2, 7, 6, 4, 0, 5, 3]
@@ -80,12 +78,12 @@ def test_a_share_is_rounded_to_the_nearest_number_of_experts() -> None:
         ({"share": 0.5, "threshold": 0.5}, "are both given"),
     ],
 )
-def test_amounts_that_choose_nothing_are_refused(options: dict[str, float], said: str) -> None:
+def test_amounts_that_choose_nothing_are_refused(options, said):
     with pytest.raises(UserError, match=said):
         choose_experts(profile_of([1] * 8), **options)
 
 
-def test_a_layer_without_a_score_is_refused() -> None:
+def test_a_layer_without_a_score_is_refused():
     silent = LayerProfile([1, 2], [0.0, 0.0], [0.0, 0.0])
     profile = Profile({3: silent}, 1, "m", "d")
     assert choose_experts(profile, "token") == {3: [1]}
@@ -105,7 +103,7 @@ def cfg(**fields: Any) -> dict[str, Any]:
     return plain | {"shared_experts": False, "non_expert_modules": False} | fields
 
 
-def test_a_profile_and_a_file_of_esft_are_read(base: Path, tmp_path: Path) -> None:
+def test_a_profile_and_a_file_of_esft_are_read(base, tmp_path):
     picks = [1, 2, 3, 4, 5, 6, 7, 8], [9, 1, 1, 1, 1, 1, 1, 1]
     profile = profile_of(*picks, model=fingerprint(base))
     profile.save(tmp_path / "profile.json")
@@ -141,9 +139,7 @@ def test_a_profile_and_a_file_of_esft_are_read(base: Path, tmp_path: Path) -> No
         (cfg(non_expert_modules=True), "add --trainable"),
     ],
 )
-def test_a_file_that_does_not_name_experts_is_refused(
-    fields: Any, said: str, base: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_does_not_name_experts_is_refused(fields, said, base, tmp_path):
     file = tmp_path / "expert_cfg.json"
     file.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=said) as refused:
@@ -151,7 +147,7 @@ def test_a_file_that_does_not_name_experts_is_refused(
     assert str(file) in str(refused.value) and "; " in str(refused.value)
 
 
-def test_a_file_of_something_else_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_refused(base, tmp_path):
     file = tmp_path / "file.json"
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_choice(file, base)
@@ -163,7 +159,7 @@ def test_a_file_of_something_else_is_refused(base: Path, tmp_path: Path) -> None
         read_choice(file, base)
 
 
-def test_what_would_have_no_effect_is_refused(base: Path, tmp_path: Path) -> None:
+def test_what_would_have_no_effect_is_refused(base, tmp_path):
     file = tmp_path / "expert_cfg.json"
     file.write_text(json.dumps(cfg()))
     for name in ("score", "threshold", "share"):

@@ -1,7 +1,5 @@
 """A measured profile beside counts and sums made the slow way."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,7 +73,7 @@ def assert_equal(profile: Profile, wanted: dict[str, torch.Tensor], rtol: float 
         torch.testing.assert_close(found, want, rtol=rtol, atol=1e-6)
 
 
-def test_picks_are_those_of_the_router_logits() -> None:
+def test_picks_are_those_of_the_router_logits():
     model, sequences = bundled_model().eval(), tokenizer_of(BUNDLED)(TEXTS).input_ids
     profile, picks = profile_of(model, sequences, batch_size=2), torch.zeros(5, 24)
     assert list(profile.layers) == [1, 2, 3, 4, 5]
@@ -95,12 +93,7 @@ def test_picks_are_those_of_the_router_logits() -> None:
     + [({"num_hidden_layers": 2}, torch.bfloat16, 0.02)],
     ids=str,
 )
-def test_scores_are_those_of_a_loop_over_experts(
-    shape: dict[str, Any],
-    dtype: torch.dtype,
-    rtol: float,
-    tiny_model: Callable[..., DeepseekForCausalLM],
-) -> None:
+def test_scores_are_those_of_a_loop_over_experts(shape, dtype, rtol, tiny_model):
     model, sequences = tiny_model(**shape).to(dtype), random_ids(9, 3, 17)
     profile = profile_of(model, sequences, batch_size=2)
     assert list(profile.layers) == model.config.moe_layers and profile.num_experts == 8
@@ -108,9 +101,7 @@ def test_scores_are_those_of_a_loop_over_experts(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_the_size_of_batches_changes_nothing(
-    batch_size: int, tiny_model: Callable[..., DeepseekForCausalLM]
-) -> None:
+def test_the_size_of_batches_changes_nothing(batch_size, tiny_model):
     model, sequences = tiny_model(), random_ids(9, 3, 17, 0, 30, 1)
     wanted = profile_of(model, sequences)
     profile = profile_of(model, sequences, batch_size=batch_size)
@@ -120,9 +111,7 @@ def test_the_size_of_batches_changes_nothing(
     assert hash_ids([[1, 2], [3]]) != hash_ids([[1], [2, 3]])
 
 
-def test_tied_picks_are_counted_as_the_router_takes_them(
-    tiny_model: Callable[..., DeepseekForCausalLM],
-) -> None:
+def test_tied_picks_are_counted_as_the_router_takes_them(tiny_model):
     model, sequences = tiny_model(), random_ids(9, 4)
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight.zero_()
@@ -133,11 +122,7 @@ def test_tied_picks_are_counted_as_the_router_takes_them(
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_a_measured_model_computes_as_before(
-    implementation: str,
-    tiny_model: Callable[..., DeepseekForCausalLM],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_measured_model_computes_as_before(implementation, tiny_model, monkeypatch):
     """While it is measured, too, and after an error."""
     model, ids = tiny_model(experts_implementation=implementation), random_ids(9)
     before = model.get_experts_implementation()
@@ -158,9 +143,7 @@ def test_a_measured_model_computes_as_before(
 
 
 @pytest.mark.parametrize("broken", ["gate.weight", "experts.down_proj"])
-def test_numbers_that_are_not_finite_are_refused(
-    broken: str, tiny_model: Callable[..., DeepseekForCausalLM]
-) -> None:
+def test_numbers_that_are_not_finite_are_refused(broken, tiny_model):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[2].mlp.get_parameter(broken).fill_(torch.nan)
@@ -168,9 +151,7 @@ def test_numbers_that_are_not_finite_are_refused(
         profile_of(model, random_ids(9))
 
 
-def test_what_cannot_be_measured_is_refused(
-    tiny_model: Callable[..., DeepseekForCausalLM], bundled_model: Path
-) -> None:
+def test_what_cannot_be_measured_is_refused(tiny_model, bundled_model):
     for nothing in ([], [[]]):
         with pytest.raises(UserError, match="no token"):
             profile_of(tiny_model(), nothing)
