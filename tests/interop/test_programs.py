@@ -51,7 +51,7 @@ def write_lines(file: Path, rows: list[dict]) -> Path:
     return file
 
 
-def test_trl_sft_from_the_command_line(tmp_path: Path) -> None:
+def test_trl_sft_from_the_command_line(tmp_path):
     """It trains on answers only, also where the checkpoint's template does not mark them."""
     rows, output = write_lines(tmp_path / "rows" / "train.jsonl", TALKS), tmp_path / "out"
     model = shutil.copytree(CHAT, tmp_path / "model")
@@ -101,7 +101,7 @@ print("sft", trainer.train().training_loss)
 """
 
 
-def test_trl_trainers_in_python(tmp_path: Path) -> None:
+def test_trl_trainers_in_python(tmp_path):
     file = tmp_path / "preferences.py"
     file.write_text(PREFERENCES)
     said = run(file, CHAT, tmp_path / "out")
@@ -109,7 +109,7 @@ def test_trl_trainers_in_python(tmp_path: Path) -> None:
     assert re.search(r"^sft \d", said, flags=re.MULTILINE)
 
 
-def test_lm_eval(tmp_path: Path) -> None:
+def test_lm_eval(tmp_path):
     rows = [{"question": f"Is {n} even?", "answer": n % 2} for n in range(6)]
     data = write_lines(tmp_path / "task" / "rows.jsonl", rows)
     task = {
@@ -146,7 +146,7 @@ def served(*words: object, port: int) -> Iterator[None]:
             server.terminate()
 
 
-def test_transformers_serve_with_the_client_of_openai() -> None:
+def test_transformers_serve_with_the_client_of_openai():
     from openai import OpenAI
 
     port = free_port()
