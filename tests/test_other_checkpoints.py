@@ -79,9 +79,7 @@ def continuation(folder: Path, **how: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_it_loads_generates_trains_and_is_exported(
-    name: str, tmp_path: Path, run_module: Any
-) -> None:
+def test_it_loads_generates_trains_and_is_exported(name, tmp_path, run_module):
     folder = twin(name, tmp_path / "twin")
     assert continuation(folder, engine=True) == continuation(folder, fast=False)
 
@@ -104,9 +102,7 @@ def test_it_loads_generates_trains_and_is_exported(
         ({"n_routed_experts": 2.5}, "n_routed_experts"),
     ],
 )
-def test_what_would_be_another_model_is_refused_in_one_line(
-    fields: dict[str, Any], said: str, tmp_path: Path, run_module: Any
-) -> None:
+def test_what_would_be_another_model_is_refused_in_one_line(fields, said, tmp_path, run_module):
     """By each program. test_configuration_deepseek.py has all fields that are refused."""
     folder, new = change_config(write_base(tmp_path / "base"), **fields), tmp_path / "new"
     for program in (
@@ -125,7 +121,7 @@ def test_what_would_be_another_model_is_refused_in_one_line(
 @pytest.mark.parametrize(
     "fields", [{"model_type": "bailing_moe"}, {"architectures": ["DeepseekV2ForCausalLM"]}]
 )
-def test_another_type_of_model_is_named(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_another_type_of_model_is_named(fields, tmp_path):
     folder = write_base(tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     del config["model_type"]
@@ -135,7 +131,7 @@ def test_another_type_of_model_is_named(fields: dict[str, Any], tmp_path: Path) 
         find_checkpoint(str(folder))
 
 
-def test_a_field_that_the_model_computes_is_not_written_again(tmp_path: Path) -> None:
+def test_a_field_that_the_model_computes_is_not_written_again(tmp_path):
     folder = twin("GigaChat-20B-A3B", tmp_path / "twin")
     config = DeepseekConfig.from_pretrained(folder)
     assert config.head_dim == 8
@@ -143,7 +139,7 @@ def test_a_field_that_the_model_computes_is_not_written_again(tmp_path: Path) ->
     assert {"head_dim", "auto_map"}.isdisjoint(config.to_dict())
 
 
-def test_every_id_that_ends_a_text_counts(tmp_path: Path) -> None:
+def test_every_id_that_ends_a_text_counts(tmp_path):
     folder = change_config(write_base(tmp_path / "base"), eos_token_id=[7, 8])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
     model, tokenizer = load(str(folder))
@@ -153,7 +149,7 @@ def test_every_id_that_ends_a_text_counts(tmp_path: Path) -> None:
     assert end_ids(tokenizer, model) == {7, tokenizer.eos_token_id}
 
 
-def test_a_quantiser_that_leaves_the_experts_is_refused(tmp_path: Path) -> None:
+def test_a_quantiser_that_leaves_the_experts_is_refused(tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = write_base(tmp_path / "base")
@@ -163,7 +159,7 @@ def test_a_quantiser_that_leaves_the_experts_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_the_pad_token_of_a_config_may_be_bos(tmp_path: Path) -> None:
+def test_the_pad_token_of_a_config_may_be_bos(tmp_path):
     """GigaChat's config pads with the id of BOS."""
     folder = change_config(write_base(tmp_path / "base"), pad_token_id=4094)
     model, tokenizer = load(str(folder), dtype="float32", device="cpu")

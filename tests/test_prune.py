@@ -82,9 +82,7 @@ def mask_routers(model: DeepseekForCausalLM, kept: dict[int, list[int]], top_k: 
 @pytest.mark.parametrize(("keep", "top_k"), [(5, None), (7, None), (3, 3), (4, 2), (1, 1)])
 @pytest.mark.parametrize("normed", [False, True], ids=["", "renormalised"])
 @pytest.mark.parametrize("shared", [2, None], ids=["", "no shared experts"])
-def test_equals_the_whole_model_with_masked_routers(
-    keep: int, top_k: int | None, normed: bool, shared: Any, tiny_model: Any, base: Path, run: Any
-) -> None:
+def test_equals_the_model_with_masked_routers(keep, top_k, normed, shared, tiny_model, base, run):
     whole = tiny_model(norm_topk_prob=normed, n_shared_experts=shared)
     whole.save_pretrained(base)
     profile, output = write_profile(base), base.parent / "pruned"
@@ -98,7 +96,7 @@ def test_equals_the_whole_model_with_masked_routers(
     assert not torch.allclose(logits(pruned), before, atol=1e-2)
 
 
-def test_all_else_is_as_it_was(base: Path, tmp_path: Path, capsys: Any, run: Any) -> None:
+def test_all_else_is_as_it_was(base, tmp_path, capsys, run):
     """Each tensor bit for bit and in its own dtype. test_export.py compares the other files."""
     tensors, profile, output = tensors_in(base), write_profile(base), tmp_path / "pruned"
     kept = kept_by_sorting(profile, 5)
@@ -132,7 +130,7 @@ def test_all_else_is_as_it_was(base: Path, tmp_path: Path, capsys: Any, run: Any
 
 
 @pytest.mark.parametrize("keep", [20, 7, 6])
-def test_the_engine_and_the_plain_way_take_it(keep: int, tmp_path: Path, run: Any) -> None:
+def test_the_engine_and_the_plain_way_take_it(keep, tmp_path, run):
     """Numbers of experts that are no power of two, also as many as a token uses."""
     prompts = [[4094, 17, 300, 5], [4094, 44, 80]]
     copy = shutil.copytree(BUNDLED, tmp_path / "base")
@@ -143,7 +141,7 @@ def test_the_engine_and_the_plain_way_take_it(keep: int, tmp_path: Path, run: An
     assert with_engine(model).generate(prompts * 8, 6) == made * 8  # the way of many tokens
 
 
-def test_perplexity_before_and_after(tmp_path: Path, capsys: Any, run: Any) -> None:
+def test_perplexity_before_and_after(tmp_path, capsys, run):
     copy, text = shutil.copytree(BUNDLED, tmp_path / "base"), tmp_path / "held-out.txt"
     text.write_text(TEXT * 3)
     command = (copy, write_profile(copy), 12)
@@ -160,9 +158,7 @@ def test_perplexity_before_and_after(tmp_path: Path, capsys: Any, run: Any) -> N
     assert [lines[1].split()[0], lines[2].split()[0]] == ["before", "after"]
 
 
-def test_too_little_memory_for_perplexity_leaves_the_pruned_model(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
-) -> None:
+def test_too_little_memory_for_perplexity_loses_nothing(base, tmp_path, monkeypatch, error):
     monkeypatch.setattr("deepseek_moe.decode.load._free_memory", lambda _: 0)
     (tmp_path / "text.txt").write_text("w3 w5")
     output = tmp_path / "pruned"
@@ -185,16 +181,12 @@ def test_too_little_memory_for_perplexity_leaves_the_pruned_model(
         (4, ("--max_shard_size", "5 potatoes"), "is no size"),
     ],
 )
-def test_wrong_options_are_refused(
-    keep: int, more: tuple[Any, ...], said: str, base: Path, tmp_path: Path, error: Any
-) -> None:
+def test_wrong_options_are_refused(keep, more, said, base, tmp_path, error):
     assert said in error(base, write_profile(base), keep, tmp_path / "new", *more)
     assert not (tmp_path / "new").exists()
 
 
-def test_wrong_profiles_and_models_are_refused_before_weights_are_read(
-    base: Path, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
-) -> None:
+def test_wrong_profiles_are_refused_before_the_work(base, tiny_model, tmp_path, monkeypatch, error):
     monkeypatch.setattr(Checkpoint, "tensor", Mock(side_effect=AssertionError("a weight is read")))
     new, good = tmp_path / "new", write_profile(base)
     zero = LayerProfile([1] * 8, [0.1] * 8, [0.0] * 8)
@@ -212,9 +204,7 @@ def test_wrong_profiles_and_models_are_refused_before_weights_are_read(
     assert not new.exists()
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_work(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
-) -> None:
+def test_a_disk_that_is_too_small_is_refused_before_the_work(base, tmp_path, monkeypatch, run):
     """It needs room for the experts that stay only."""
     profile, enough = write_profile(base), tmp_path / "enough"
     run(base, profile, 4, enough)
