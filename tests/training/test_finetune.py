@@ -30,7 +30,6 @@ from finetune_fixtures import (
     run,
     succeed,
     weights,
-    write_rows,
 )
 from finetune_options import parse_options
 from peft import PeftModel
@@ -150,14 +149,6 @@ def test_a_finished_run_says_so_and_touches_nothing(finished, argv, tmp_path):
     assert "finished" in again.err
     assert again.out == f"{folder}\n"
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
-
-
-def test_other_settings_are_refused_with_the_difference(finished, argv, place, tmp_path):
-    same = {"model_name_or_path": shutil.copytree(place / "base", tmp_path / "base")}
-    succeed(argv(finished["lora"], **LORA, **same), tmp_path / "log")
-    other = {"data_path": write_rows(tmp_path / "rows.jsonl", 25), "gradient_accumulation_steps": 2}
-    error = run(argv(finished["lora"], **LORA, **other), tmp_path / "log").refusal
-    assert "(other data; batch_size: 4 there, 8 now); repeat its command" in error
 
 
 def test_every_file_of_a_result_is_known_as_one_that_a_run_writes(finished, argv, tmp_path):
