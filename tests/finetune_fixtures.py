@@ -196,8 +196,8 @@ def logged(folder: Path, key: str) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    [file] = (file for stem in ("model", "adapter_model", "delta")
-              for file in folder.glob(f"{stem}.safetensors"))  # fmt: skip
+    names = ("model", "adapter_model", "delta")
+    [file] = [file for name in names if (file := folder / f"{name}.safetensors").is_file()]
     return load_file(file)
 
 

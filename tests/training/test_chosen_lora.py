@@ -37,9 +37,11 @@ def is_factor(name: str) -> bool:
 def of_others(name: str, factor: torch.Tensor) -> torch.Tensor:
     """Where a lora_A or lora_B of all experts belongs to one that is not chosen."""
     layer, mask = int(name.split("layers.")[1].split(".")[0]), torch.zeros(factor.shape).bool()
-    of_A = mask.unflatten(0, (E, -1)) if "lora_A" in name else None
-    by_expert = mask.unflatten(1, (-1, E)).permute(2, 0, 1) if of_A is None else of_A
-    by_expert[[one for one in range(E) if one not in CHOSEN.get(layer, ())]] = True
+    others = [one for one in range(E) if one not in CHOSEN.get(layer, ())]
+    if "lora_A" in name:
+        mask.unflatten(0, (E, -1))[others] = True
+    else:
+        mask.unflatten(1, (-1, E))[..., others] = True
     return mask
 
 
