@@ -73,6 +73,17 @@ def test_router_computes_in_fp32(autocast, tiny_config):
 
 
 @torch.no_grad()
+def test_cached_decoding_equals_full_forward(tiny_model):
+    model = tiny_model(num_key_value_heads=2)
+    out = model(IDS[:, :4], use_cache=True)
+    steps = [out.logits]
+    for token in IDS[:, 4:].split(1, dim=1):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_logits_to_keep(tiny_model):
     model = tiny_model()
     full = model(IDS).logits
