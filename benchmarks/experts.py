@@ -104,8 +104,6 @@ class Experiment:
             found = pool.map(lambda item: compute(*item), items)
             return list(tqdm(found, total=len(items), file=sys.stderr))
 
-    # --- Single runs
-
     def trained(self, way: str, rate: float, seed: int) -> Row:
         """Task loss, text loss and trained parameters of a run."""
 
@@ -162,8 +160,6 @@ class Experiment:
         losses = ("task_loss", "text_loss")
         return {f"{when} {loss}": row[loss] for when, row in rows.items() for loss in losses}
 
-    # --- Commands
-
     def command(
         self, base: Path, options: str, rate: float, steps: int, seed: int, output: Path
     ) -> list[Any]:
@@ -188,8 +184,8 @@ class Experiment:
     def random_choice(self, seed: int) -> Path:
         """A file of ESFT's form with as many experts in each layer as the profile chooses."""
         E, source = self.config.n_routed_experts, random.Random(seed)
-        layers = self.config.moe_layers
         count = int(self.args.share * E + 0.5)
+        layers = self.config.moe_layers
         experts = {layer: sorted(source.sample(range(E), count)) for layer in layers}
         file = self.args.folder / f"random-{seed}.json"
         return write_text(file, choice_as_text(experts), overwrite=True)
@@ -228,17 +224,13 @@ def figures_of(printed: str) -> Row:
     return {"task_loss": float(losses[-1]), "trained": int(counts[1].replace(",", ""))}
 
 
-# --- The parts of the report
-
-
 def main() -> None:
     args = parse_arguments()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     experiment = Experiment(args)
     report = Report(args)
-    base = experiment.kept(
-        "before", lambda: experiment.before(experiment.base)
-    )  # fills the cache of rows
+    # This fills the cache of rows.
+    base = experiment.kept("before", lambda: experiment.before(experiment.base))
     experiment.profile(experiment.base, args.folder)
     report.add("base", {"name": "before training"} | base)
     ways = list(WAYS) if {"rates", "train"} & set(args.parts) else [WHOLE]
@@ -268,10 +260,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="runs at the same time; default 1")
     add("--minutes", type=float, default=math.inf, help="stop after so many")
     args = parser.parse_args()
-    for name in ("data_path", "eval_data_path"):  # finetune.py runs in another folder
-        setattr(
-            args, name, [str(Path(file).expanduser().resolve()) for file in getattr(args, name)]
-        )
+    for files in (args.data_path, args.eval_data_path):  # finetune.py runs in another folder
+        files[:] = [str(Path(file).expanduser().resolve()) for file in files]
     args.folder = args.folder.expanduser().resolve()
     refuse_other_settings(args)
     return args
@@ -340,10 +330,10 @@ def report_pruning(report: Report, experiment: Experiment, rate: float) -> None:
             row[f"{when} perplexity"] = math.exp(row[f"{when} task_loss"])
             row[f"{when} x_before"] = row[f"{when} perplexity"] / row["before perplexity"]
     for when in ("before", "after", "recovered"):
-        columns = [
-            over_seeds(rows, f"{when} {x}", x) for x in ("perplexity", "x_before", "text_loss")
-        ]
-        report.add("prune", {"name": when} | columns[0] | columns[1] | columns[2])
+        row = {"name": when}
+        for figure in ("perplexity", "x_before", "text_loss"):
+            row |= over_seeds(rows, f"{when} {figure}", figure)
+        report.add("prune", row)
 
 
 def over_seeds(rows: list[Row], key: str, title: str = "") -> Row:

@@ -35,10 +35,10 @@ def main() -> None:
     with ctrl_c_leaves():  # these imports take seconds
         from deepseek_moe import Generator
         from deepseek_moe.bundled import BUNDLED_MODEL
-        from deepseek_moe.chat import TextStream, end_ids
         from deepseek_moe.decode.completion_file import CompletionFile, hash_inputs
         from deepseek_moe.decode.prompts import complete_in_batches, read_prompts
         from deepseek_moe.decode.sampling import Sampling
+        from deepseek_moe.decode.texts import TextStream, end_ids
         from deepseek_moe.errors import exit_on_user_error
 
     with exit_on_user_error():

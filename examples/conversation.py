@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from deepseek_moe import Generator
 from deepseek_moe.bundled import BUNDLED_CHAT_MODEL
-from deepseek_moe.chat import NO_SYSTEM_PROMPT, Message, TextStream, end_ids, render_within
+from deepseek_moe.chat import Message
 from deepseek_moe.decode.prompts import check_prompt, noted_interrupts
 from deepseek_moe.decode.sampling import Sampler, Sampling
+from deepseek_moe.decode.texts import NO_SYSTEM_PROMPT, TextStream, end_ids, render_within
 from deepseek_moe.errors import UserError, as_user_error
 from deepseek_moe.files import write_text
 

@@ -34,7 +34,7 @@ with quiet_interrupt():
 
     from deepseek_moe import DeepseekConfig, DeepseekTokenizer, errors
     from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer, refuse_other_base
-    from deepseek_moe.training import arguments, dry_run, examples
+    from deepseek_moe.training import arguments, dry_run, examples, packed_rows
     from deepseek_moe.training.build import build_model, quantization_of
     from deepseek_moe.training.callbacks import leave_together
     from deepseek_moe.training.disk_need import disk_need
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
             refuse_other_base(Path(options.adapter), folder)
         train, evaluation = load_data(settings, tokenizer)
         examples.refuse_longer(train, evaluation, DeepseekConfig.from_pretrained(folder))
-        rows = examples.pack(train, data.model_max_length) if data.packing else train
+        rows = packed_rows.pack(train, data.model_max_length) if data.packing else train
         if args.dataloader_drop_last:
             examples.refuse_fewer(rows, args.per_device_train_batch_size * args.world_size)
     run = Run(args.output_dir, settings_of(*settings, folder, train, evaluation))

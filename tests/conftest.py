@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
@@ -22,6 +23,7 @@ if not torch.cuda.is_available():  # run kernels on the CPU; set before triton i
 from transformers.utils import logging
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 # DeepSpeed's compiled extensions, once in each environment; only `compile_extension` writes there.
@@ -135,6 +137,41 @@ def tiny_model(tiny_config: Callable[..., DeepseekConfig]) -> Callable[..., Deep
         return DeepseekForCausalLM(tiny_config(**changes)).eval()
 
     return make
+
+
+@pytest.fixture
+def base(tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path) -> Path:
+    """A small fp32 checkpoint with a tokenizer."""
+    from adapter_fixtures import add_tokenizer  # It needs peft.
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    add_tokenizer(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def run_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a module as the command that it is, in this process."""
+
+    def run_module(module: ModuleType, *words: object) -> None:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        module.main()
+
+    return run_module
+
+
+@pytest.fixture
+def refusal(run_module: Callable[..., None], capsys: Any) -> Callable[..., str]:
+    """Runs such a command, which is refused, and returns the one line that it prints."""
+
+    def refusal(module: ModuleType, *words: object, code: int = 2) -> str:
+        with pytest.raises(SystemExit, match=str(code)), exit_on_user_error():
+            run_module(module, *words)
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("error: ") and "; " in message
+        return message
+
+    return refusal
 
 
 @pytest.fixture(scope="session")

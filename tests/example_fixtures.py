@@ -8,9 +8,17 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest.mock import patch
 
-from text_fixtures import ROOT
+import pytest
+from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
+
+from deepseek_moe import Generator
+from deepseek_moe.decode.sampling import greedy
 
 EXAMPLES = ROOT / "examples"
+with patch("sys.path", [str(EXAMPLES), *sys.path]):
+    from conversation import Conversation
+
+both_scripts = pytest.mark.parametrize("script", ["completion.py", "chat.py"])
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),  # so that the scripts find the package without an installation too
     "PYTHONUTF8": "1",
@@ -56,3 +64,11 @@ def assert_error(done: Run, *said: str, code: int = 2) -> None:
     assert not [words for words in said if words not in last], last
     assert not any(line.startswith("error:") for line in before)
     assert "Traceback" not in done.err
+
+
+def talk(*lines: str, new: int = 6) -> Conversation:
+    """A conversation of the bundled base model after these lines."""
+    conversation = Conversation(Generator(bundled_model()), tokenizer_of(BUNDLED), new, greedy)
+    for line in lines:
+        conversation.turn(line)
+    return conversation

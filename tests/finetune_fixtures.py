@@ -27,6 +27,10 @@ from text_fixtures import BUNDLED, ROOT
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 
 SCRIPT = ROOT / "finetune" / "finetune.py"
+ZERO = {
+    name: ROOT / "configs" / f"ds_config_{name}.json"
+    for name in ("zero2_no_offload", "zero3", "zero3_offload")
+}
 IDS = {"vocab_size": 4096, "bos_token_id": 4094, "eos_token_id": 4095, "pad_token_id": 4095}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "bird", "of", "gold", "which"]
@@ -148,6 +152,13 @@ def run_ranks(argv: Sequence[str], log: Path, count: int, before: Before = None)
             kill_group(process)
 
 
+def succeed_ranks(argv: Sequence[str], log: Path, count: int = 2, before: Before = None) -> Ended:
+    ended = run_ranks(argv, log, count, before)
+    for done in ended:
+        assert done.code == 0, done.err
+    return ended[0]
+
+
 def _be_rank(rank: int, shared: dict[str, Any], before: Before) -> None:
     values = shared | {"RANK": rank, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in values.items()}
@@ -185,7 +196,8 @@ def logged(folder: Path, key: str) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    [file] = [*folder.glob("model.safetensors"), *folder.glob("adapter_model.safetensors")]
+    names = ("model", "adapter_model", "delta")
+    [file] = [file for name in names if (file := folder / f"{name}.safetensors").is_file()]
     return load_file(file)
 
 
@@ -197,6 +209,20 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 # --- Other changes of a run's process
+
+
+def change_built(change: Callable[[torch.nn.Module], object]) -> None:
+    """Calls `change` with the model that the script has built."""
+    from deepseek_moe.training import build
+
+    build_model = build.build_model
+
+    def build_and_change(*args: Any) -> torch.nn.Module:
+        model = build_model(*args)
+        change(model)
+        return model
+
+    build.build_model = build_and_change
 
 
 def route_apart(folder: str) -> None:
@@ -241,16 +267,9 @@ def use_fused_forwards_on_a_cpu() -> None:
     from liger_kernel.transformers import functional
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    from deepseek_moe.training import build
+    from deepseek_moe.training.build import use_fused_forwards
 
     functional.liger_rope = apply_rotary_pos_emb
     for name, function in liger_in_torch().items():
         setattr(functional, name, function)
-    build_model = build.build_model
-
-    def build_for_a_gpu(*args: Any) -> torch.nn.Module:
-        model = build_model(*args)
-        build.use_fused_forwards(model)
-        return model
-
-    build.build_model = build_for_a_gpu
+    change_built(use_fused_forwards)

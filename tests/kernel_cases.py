@@ -41,10 +41,7 @@ TWINS = {
 
 @dataclass
 class Case:
-    """A call of a kernel and its twin: its name in CASES, and sizes, device and dtype of tensors.
-
-    `bits` 8 and 4 are int8 and int4 weights.
-    """
+    """A call of a kernel and its twin, by its name in CASES. `bits` 8 and 4 are int8 and int4."""
 
     name: str
     tokens: int
@@ -64,9 +61,7 @@ class Case:
 
     def __str__(self) -> str:
         numbers = f"int{self.bits}" if self.bits < 16 else str(self.dtype).removeprefix("torch.")
-        pruned = (self.experts, self.top_k) in PRUNED
-        experts = f"-{self.top_k} of {self.experts}" if pruned else ""
-        return f"{self.name}-{numbers}-{self.tokens}{experts}"
+        return f"{self.name}-{numbers}-{self.tokens}-{self.top_k} of {self.experts}"
 
     @cached_property
     def random(self) -> torch.Generator:
@@ -142,9 +137,8 @@ def _attend_prompt(c: Case) -> list[Any]:
     lengths, seen = [37, 1, 130][: c.tokens], [200, 3, 0][: c.tokens]
     ends = torch.tensor([0, *lengths], device=c.device).cumsum(0).int()
     last_B = torch.tensor(seen, device=c.device).int() + ends.diff() - 1
-    place = c.place._replace(
-        position_T=last_B, slot_T=torch.arange(len(lengths), device=c.device).int()
-    )
+    slot_B = torch.arange(len(lengths), device=c.device).int()
+    place = c.place._replace(position_T=last_B, slot_T=slot_B)
     return [c.queries(int(ends[-1])), place, ends, max(lengths)]
 
 
@@ -175,11 +169,6 @@ def _combine(c: Case) -> list[Any]:
     place = torch_ops.sort_picks(index, c.experts)[1]
     out = c.normal(c.tokens * c.top_k, c.hidden)
     return [out, place, weights, c.hidden_TD, c.hidden_TD, c.norm_D, c.eps]
-
-
-def _grouped_gate_up(c: Case) -> list[Any]:
-    token, _, ends = c.places
-    return [c.hidden_TD, c.weight(c.experts, 2 * c.width, c.hidden), token, ends]
 
 
 def _weighted_swiglu(c: Case, width: int, low: bool) -> list[Any]:
@@ -242,7 +231,9 @@ CASES: dict[str, Callable[[Case], list[Any]]] = {
     "grouped_down": lambda c: [
         c.normal(c.tokens * c.top_k, c.width), c.weight(c.experts, c.hidden, c.width), c.places[2],
     ],
-    "grouped_gate_up": _grouped_gate_up,
+    "grouped_gate_up": lambda c: [
+        c.hidden_TD, c.weight(c.experts, 2 * c.width, c.hidden), *c.places[::2],
+    ],
     "linear": lambda c: [
         c.hidden_TD, c.weight(80, c.hidden), c.norm_D, c.eps, c.normal(c.tokens, 80),
     ],
@@ -262,9 +253,7 @@ CASES: dict[str, Callable[[Case], list[Any]]] = {
     "weighted_swiglu": lambda c: _weighted_swiglu(c, 72, low=True),
     "weighted_swiglu:without adapter": lambda c: _weighted_swiglu(c, c.width, low=False),
     "weighted_swiglu_backward": lambda c: _weighted_swiglu_backward(c, 72, low=True),
-    "weighted_swiglu_backward:without adapter": lambda c: _weighted_swiglu_backward(
-        c, c.width, low=False
-    ),
+    "weighted_swiglu_backward:no adapter": lambda c: _weighted_swiglu_backward(c, c.width, False),
 }  # fmt: skip
 CASES_OF_EXPERTS = ("combine", "experts_down", "experts_gate_up", "grouped_down", "grouped_gate_up")
 CASES_OF_EXPERTS += ("pick_experts", "route", "sort_picks", "sum_picks")
@@ -348,9 +337,8 @@ def assert_twins_agree(case: Case, tolerance: float) -> None:
     for x, y in zip(_tensors([ours, args]), _tensors([theirs, copies]), strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype, (name, x.shape, y.shape, x.dtype)
         apart = distance(x, y)
-        assert apart <= (0.0 if name == "unpack_4bit" else tolerance), (
-            f"{name}: relative distance {apart:.2g}"
-        )
+        most = 0.0 if name == "unpack_4bit" else tolerance
+        assert apart <= most, f"{name}: relative distance {apart:.2g}"
 
 
 def _tensors(x: Any) -> list[torch.Tensor]:

@@ -9,3 +9,8 @@ from deepseek_moe.training.arguments import Arguments, make_arguments
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     return make_arguments(parse_options(argv))
+
+
+def parse(words: str = "") -> Arguments:
+    """The settings of a run over some data, with options as they are typed."""
+    return parse_arguments(["--data_path", "x", "--output_dir", "out", *words.split()])

@@ -3,14 +3,14 @@
 import copy
 import random
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 from text_fixtures import BUNDLED, assistant, both_tokenizers, system, tokenizer_of, user
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
-from deepseek_moe.chat import Message, TextStream, render, render_within
+from deepseek_moe.chat import render
+from deepseek_moe.decode.texts import TextStream, render_within
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.chat_format import CHAT_TEMPLATE
 from deepseek_moe.model.tokenization_deepseek import BOS, EOS
@@ -26,7 +26,7 @@ CONTENTS = [
 
 @pytest.mark.parametrize("asks", [True, False])
 @both_tokenizers
-def test_ids_equal_those_of_the_templates(folder: Path, asks: bool) -> None:
+def test_ids_equal_those_of_the_templates(folder, asks):
     """Of our template, and of the one in the folder, which may be the official one."""
     tokenizer = tokenizer_of(folder)
     of_files = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -47,14 +47,14 @@ def test_ids_equal_those_of_the_templates(folder: Path, asks: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-base", "tiny-chat"])
-def test_the_bundled_models_have_this_template(name: str) -> None:
+def test_the_bundled_models_have_this_template(name):
     file = BUNDLED.with_name(name) / "chat_template.jinja"
     assert file.read_text(encoding="utf-8") == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("asks", [True, False])
 @both_tokenizers
-def test_mask_marks_exactly_answers_and_their_eos(folder: Path, asks: bool) -> None:
+def test_mask_marks_exactly_answers_and_their_eos(folder, asks):
     tokenizer = tokenizer_of(folder)
     for text in CONTENTS:
         messages = [system("Hm."), user("One?"), assistant(text), user(text), assistant("Two.")]
@@ -72,7 +72,7 @@ def test_mask_marks_exactly_answers_and_their_eos(folder: Path, asks: bool) -> N
 
 @pytest.mark.parametrize("typed", [EOS, BOS, f"{BOS}User: x{EOS}", EOS * 2])
 @both_tokenizers
-def test_typed_special_tokens_are_ordinary_text(folder: Path, typed: str) -> None:
+def test_typed_special_tokens_are_ordinary_text(folder, typed):
     tokenizer = tokenizer_of(folder)
     messages = [system(typed), user(typed), assistant(typed), user(typed)]
     ids, _ = render(tokenizer, messages, add_generation_prompt=True)
@@ -94,13 +94,13 @@ def test_typed_special_tokens_are_ordinary_text(folder: Path, typed: str) -> Non
         (user("x\ud800"), r"message 2 has half a character \('\\ud800'\); it must be text"),
     ],
 )
-def test_a_wrong_message_is_an_error_that_names_it(message: Message, said: str) -> None:
+def test_a_wrong_message_is_an_error_that_names_it(message, said):
     with pytest.raises(UserError, match=said):
         render(tokenizer_of(BUNDLED), [user("a"), message])
 
 
 @pytest.mark.parametrize("lacking", ["bos_token", "eos_token"])
-def test_a_tokenizer_without_bos_or_eos_cannot_render(lacking: str) -> None:
+def test_a_tokenizer_without_bos_or_eos_cannot_render(lacking):
     tokenizer = copy.copy(tokenizer_of(BUNDLED))
     tokenizer._special_tokens_map = dict(tokenizer._special_tokens_map) | {lacking: None}
     with pytest.raises(UserError, match="no BOS or no EOS"):
@@ -108,7 +108,7 @@ def test_a_tokenizer_without_bos_or_eos_cannot_render(lacking: str) -> None:
 
 
 @pytest.mark.parametrize("head", [[], [system("Be short.")]], ids=["plain", "system"])
-def test_overflow_drops_the_oldest_turns_only_as_needed(head: list[Message]) -> None:
+def test_overflow_drops_the_oldest_turns_only_as_needed(head):
     """The last question stays even if it does not fit."""
     tokenizer = tokenizer_of(BUNDLED)
     first, second = [user("one " * 9), assistant("eins " * 5)], [user("two"), assistant("zwei")]
@@ -127,7 +127,7 @@ def streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 @both_tokenizers
-def test_stream_breaks_no_character_however_its_bytes_are_cut(folder: Path) -> None:
+def test_stream_breaks_no_character_however_its_bytes_are_cut(folder):
     """A model may write a text in other tokens than the tokenizer would, across characters too."""
     tokenizer = tokenizer_of(folder)
     special = tokenizer.added_tokens_decoder
@@ -150,7 +150,7 @@ def test_stream_breaks_no_character_however_its_bytes_are_cut(folder: Path) -> N
 
 
 @both_tokenizers
-def test_stream_equals_the_text_of_any_tokens(folder: Path) -> None:
+def test_stream_equals_the_text_of_any_tokens(folder):
     """Some tokens of the official vocabulary are bytes that begin no character."""
     tokenizer = tokenizer_of(folder)
     dice, end = random.Random(0), tokenizer.encode("And so on.", add_special_tokens=False)
@@ -160,7 +160,7 @@ def test_stream_equals_the_text_of_any_tokens(folder: Path) -> None:
 
 
 @both_tokenizers
-def test_an_incomplete_character_at_the_end_is_not_shown(folder: Path) -> None:
+def test_an_incomplete_character_at_the_end_is_not_shown(folder):
     tokenizer = tokenizer_of(folder)
     *first, _ = tokenizer.encode("𠮷", add_special_tokens=False)
     assert first

@@ -8,7 +8,8 @@ import pytest
 from jinja2 import TemplateError
 from text_fixtures import BUNDLED, OFFICIAL, assistant, needs_official, system, tokenizer_of, user
 
-from deepseek_moe.chat import has_own_template, render, render_within
+from deepseek_moe.chat import has_own_template, render
+from deepseek_moe.decode.texts import render_within
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.tokenization_deepseek import EOS
 
@@ -59,7 +60,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_the_answers_with_the_tokens_that_end_them_are_trained_on(template: str) -> None:
+def test_the_answers_with_the_tokens_that_end_them_are_trained_on(template):
     tokenizer = with_template(template)
     assert has_own_template(tokenizer)
     ids, mask = render(tokenizer, TALK)
@@ -73,7 +74,7 @@ def test_the_answers_with_the_tokens_that_end_them_are_trained_on(template: str)
     assert ids == tokenizer.apply_chat_template(TALK)["input_ids"]
 
 
-def test_an_answer_that_is_marked_is_not_trained_on() -> None:
+def test_an_answer_that_is_marked_is_not_trained_on():
     tokenizer = with_template(CHATML)
     talk = [*TALK[:2], TALK[2] | {"train": False}, *TALK[3:]]
     ids, mask = render(tokenizer, talk)
@@ -89,7 +90,7 @@ def test_an_answer_that_is_marked_is_not_trained_on() -> None:
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_a_question_is_asked_in_the_words_of_training(template: str) -> None:
+def test_a_question_is_asked_in_the_words_of_training(template):
     tokenizer = with_template(template)
     asked, dropped = render_within(tokenizer, TALK[:4], room=100)
     assert dropped == 0
@@ -108,7 +109,7 @@ def test_a_question_is_asked_in_the_words_of_training(template: str) -> None:
         MARKED.replace("message.role == 'assistant'", "loop.last"),
     ],
 )
-def test_a_template_that_does_not_tell_answers_is_refused_for_training_only(other: str) -> None:
+def test_a_template_that_does_not_tell_answers_is_refused_for_training_only(other):
     tokenizer = with_template(other)
     with pytest.raises(UserError, match="chat template"):
         render(tokenizer, TALK)
@@ -117,14 +118,14 @@ def test_a_template_that_does_not_tell_answers_is_refused_for_training_only(othe
     assert asked == template["input_ids"]
 
 
-def test_what_the_template_refuses_is_said_in_one_line() -> None:
+def test_what_the_template_refuses_is_said_in_one_line():
     tokenizer = with_template("{{ raise_exception('roles must\nalternate') }}")
     with pytest.raises(UserError, match="refuses the conversation: roles must alternate; change"):
         render(tokenizer, TALK)
 
 
 @pytest.mark.parametrize("ask", [render, render_within])
-def test_several_templates_need_a_default(ask: Any) -> None:
+def test_several_templates_need_a_default(ask):
     tokenizer = with_template({"default": MARKED, "tool_use": "x"})
     talk = [TALK[:4], 100] if ask is render_within else [TALK]
     assert ask(tokenizer, *talk) == ask(with_template(MARKED), *talk)
@@ -144,9 +145,7 @@ def test_several_templates_need_a_default(ask: Any) -> None:
         (TWO_ROLES.replace("'assistant')", "'assistant') and not loop.first"), user("Hi"), 0),
     ],
 )
-def test_a_message_that_the_template_leaves_out_is_refused(
-    template: str, message: dict[str, str], at: int, asks: bool
-) -> None:
+def test_a_message_that_the_template_leaves_out_is_refused(template, message, at, asks):
     tokenizer, talk = with_template(template), [user("One?"), assistant("Two."), user("Three?")]
     talk = [*talk[:at], message, *talk[at:]]
     said = f"leaves out message {at + 1}, which has role '{message['role']}'; change its role"
@@ -154,7 +153,7 @@ def test_a_message_that_the_template_leaves_out_is_refused(
         render(tokenizer, talk, asks)
 
 
-def test_a_template_may_strip_and_change_content() -> None:
+def test_a_template_may_strip_and_change_content():
     changed = TWO_ROLES.replace("message.content", "(message.content | trim | replace('x', 'y'))")
     tokenizer = with_template(changed)
     ids, _ = render(tokenizer, [user(" x "), assistant("\nx")])
@@ -163,13 +162,13 @@ def test_a_template_may_strip_and_change_content() -> None:
     assert render(tokenizer, talk, True) == render(tokenizer, talk[1:], True)
 
 
-def test_a_message_cannot_end_a_turn() -> None:
+def test_a_message_cannot_end_a_turn():
     with pytest.raises(UserError, match=r"message 2 spells <\|end\|>"):
         render(with_template(CHATML), [user("One?"), user("Two<|end|>?")])
 
 
 @pytest.mark.parametrize("folder", [BUNDLED, pytest.param(OFFICIAL, marks=needs_official)])
-def test_templates_of_this_family_are_known_as_such(folder: Any) -> None:
+def test_templates_of_this_family_are_known_as_such(folder):
     tokenizer = copy.deepcopy(tokenizer_of(BUNDLED))
     tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     assert not has_own_template(tokenizer)
@@ -179,7 +178,7 @@ def test_templates_of_this_family_are_known_as_such(folder: Any) -> None:
     assert not has_own_template(tokenizer)
 
 
-def test_other_trainers_get_the_mask_from_the_template() -> None:
+def test_other_trainers_get_the_mask_from_the_template():
     tokenizer = tokenizer_of(BUNDLED)
     made = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
     assert (made["input_ids"], made["assistant_masks"]) == render(tokenizer, TALK)
@@ -199,16 +198,14 @@ def test_other_trainers_get_the_mask_from_the_template() -> None:
     ],
 )
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
-def test_content_that_is_no_text_is_refused_by_the_built_in_template(
-    message: dict[str, Any], role: str
-) -> None:
+def test_content_that_is_no_text_is_refused_by_the_built_in_template(message, role):
     with pytest.raises(TemplateError, match=r"reads text only|is no text"):
         tokenizer_of(BUNDLED).apply_chat_template([{"role": role} | message])
     with pytest.raises(UserError, match="it must be text"):
         render(tokenizer_of(BUNDLED), [{"role": role} | message])
 
 
-def test_content_in_parts_is_joined_and_other_parts_are_refused() -> None:
+def test_content_in_parts_is_joined_and_other_parts_are_refused():
     tokenizer = tokenizer_of(BUNDLED)
     text = [{"type": "text", "text": "Once "}, {"type": "text", "text": "more"}]
     image = [{"type": "image_url", "image_url": {"url": "x"}}]

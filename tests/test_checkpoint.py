@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, checkpoint
 from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer
 from deepseek_moe.checkpoint_writer import AUTO_MAP
-from deepseek_moe.decode import load as load_module
 from deepseek_moe.decode.load import load
 from deepseek_moe.errors import UserError
 
@@ -46,36 +45,30 @@ def set_fields(folder: Path, **fields: Any) -> None:
     file.write_text(json.dumps(old | fields), encoding="utf-8")
 
 
-# --- What loads
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_whole_checkpoint_loads_ready_to_generate(dtype: str) -> None:
+def test_a_whole_checkpoint_loads_ready_to_generate(dtype):
     model, tokenizer = load(str(BUNDLED), dtype=dtype)
     assert type(model) is DeepseekForCausalLM and type(tokenizer) is DeepseekTokenizer
     assert model.dtype == getattr(torch, dtype)
     assert not model.training
 
 
-def test_the_home_folder_may_be_abbreviated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_may_be_abbreviated(monkeypatch):
     monkeypatch.setenv("HOME", str(BUNDLED.parent))
     assert find_checkpoint(f"~/{BUNDLED.name}") == BUNDLED
 
 
-def test_a_sharded_checkpoint_is_found_too(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_found_too(tmp_path):
     AutoModel.from_pretrained(BUNDLED).save_pretrained(tmp_path, max_shard_size="6MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     shutil.copy(BUNDLED / "tokenizer.json", tmp_path)
     assert find_checkpoint(str(tmp_path)) == tmp_path
 
 
-def test_auto_on_a_cpu_is_float32_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_cpu_is_float32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model, _ = load(str(BUNDLED))
     assert (model.device.type, model.dtype) == ("cpu", torch.float32)
-    numbers = sum(x.numel() for x in load_file(BUNDLED / "model.safetensors").values())
-    monkeypatch.setattr(load_module, "_free_memory", lambda device: 3 * numbers)
-    assert load(str(BUNDLED), device="cpu")[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -85,21 +78,18 @@ def test_auto_on_a_cpu_is_float32_where_it_fits(monkeypatch: pytest.MonkeyPatch)
         *(f'{{"eos_token_id": {value}}}' for value in ('"x"', "[1, 1.5]", "true", '{"id": 1}')),
     ],
 )
-def test_a_broken_generation_config_is_not_left_out(content: str, folder: Path) -> None:
+def test_a_broken_generation_config_is_not_left_out(content, folder):
     """The ids in it end texts, which would else go on."""
     (folder / "generation_config.json").write_text(content, encoding="latin-1")
     refused(folder, str(folder / "generation_config.json"))
 
 
 @pytest.mark.parametrize("content", ["{}", '{"eos_token_id": null}', '{"eos_token_id": [5, 6]}'])
-def test_a_generation_config_may_be_short_or_missing(content: str, folder: Path) -> None:
+def test_a_generation_config_may_be_short_or_missing(content, folder):
     (folder / "generation_config.json").write_text(content)
     assert find_checkpoint(str(folder)) == folder
     (folder / "generation_config.json").unlink()
     assert find_checkpoint(str(folder)) == folder
-
-
-# --- Arguments that are refused
 
 
 @pytest.mark.parametrize(
@@ -114,45 +104,34 @@ def test_a_generation_config_may_be_short_or_missing(content: str, folder: Path)
         ),
     ],
 )
-def test_options_that_cannot_be_met(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, str], said: str
-) -> None:
+def test_options_that_cannot_be_met(monkeypatch, options, said):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     refused(BUNDLED, said, **options)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    monkeypatch.setattr(load_module, "_free_memory", lambda device: 1000)
-    refused(BUNDLED, "GB free", "smaller model", device="cpu", dtype=dtype)
-
-
 @pytest.mark.parametrize("path", ["/no/such/folder", "nothing", "~/no/such", "a/b/c"])
-def test_a_path_that_does_not_exist(path: str) -> None:
+def test_a_path_that_does_not_exist(path):
     refused(path, f"{path} does not exist; give a checkpoint folder or a hub id")
 
 
 @pytest.mark.parametrize("path", ["~no_such_user/x", "a b" * 2000], ids=["~", "long"])
-def test_what_can_be_no_path(path: str) -> None:
+def test_what_can_be_no_path(path):
     refused(path, "is no path", "give a checkpoint folder or a hub id")
 
 
-def test_a_hub_id_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_cannot_be_downloaded(monkeypatch):
     """The HTTP library of huggingface_hub, which its versions change, has its own errors."""
     error = HfHubHTTPError.__mro__[1]("The read operation timed out.\nCheck your connection.")
     monkeypatch.setattr(checkpoint, "snapshot_download", Mock(side_effect=error))
     refused("some-org/no-model", "some-org/no-model", "check the name and the network")
 
 
-def test_download_takes_neither_pickles_nor_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_takes_neither_pickles_nor_code(monkeypatch):
     download = Mock(return_value=str(BUNDLED))
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
     assert find_checkpoint("some-org/model") == BUNDLED
     patterns = download.call_args.kwargs["allow_patterns"]
     assert sorted(patterns) == ["*.jinja", "*.json", "*.safetensors"]
-
-
-# --- Checkpoints that are refused
 
 
 def remove(name: str) -> Change:
@@ -214,12 +193,12 @@ BROKEN: list[tuple[Change, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("change", "said"), BROKEN)
-def test_a_broken_checkpoint_is_refused(folder: Path, change: Change, said: tuple[str]) -> None:
+def test_a_broken_checkpoint_is_refused(folder, change, said):
     change(folder)
     refused(folder, str(folder), *said)
 
 
-def test_a_file_or_a_part_of_one_is_refused(folder: Path) -> None:
+def test_a_file_or_a_part_of_one_is_refused(folder):
     expert, file = "model.layers.1.mlp.experts.3.up_proj.weight", folder / WEIGHTS
     refused(file, "is a file", "give the folder")
     weights = load_file(file)
@@ -230,9 +209,7 @@ def test_a_file_or_a_part_of_one_is_refused(folder: Path) -> None:
     refused(folder, *CORRUPT)
 
 
-def test_a_tokenizer_with_ids_that_the_model_has_not(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_with_ids_that_the_model_has_not(folder, monkeypatch):
     """It is refused before the weights are read. Added tokens count."""
     monkeypatch.setattr(DeepseekForCausalLM, "from_pretrained", None)
     tokenizer = DeepseekTokenizer.from_pretrained(folder)
@@ -241,9 +218,6 @@ def test_a_tokenizer_with_ids_that_the_model_has_not(
     refused(folder, "ids up to 4096", "ends at 4095", "vocab_size")
     set_fields(folder, vocab_size=5000)
     assert len(own_tokenizer(folder)) == 4097  # fewer than the model has is right
-
-
-# --- Code beside the weights
 
 
 @pytest.fixture
@@ -261,12 +235,12 @@ def marker(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("auto", [AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer])
-def test_auto_classes_execute_no_code(auto: type, folder: Path, marker: Path) -> None:
+def test_auto_classes_execute_no_code(auto, folder, marker):
     assert type(auto.from_pretrained(folder)).__module__.startswith("deepseek_moe.")
     assert not marker.exists()
 
 
-def test_load_executes_no_code(folder: Path, marker: Path) -> None:
+def test_load_executes_no_code(folder, marker):
     load(str(folder))
     set_fields(folder, model_type="other")
     refused(folder, "holds a other model")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from option_fixtures import parse_arguments
+from option_fixtures import parse
 from text_fixtures import ROOT
 
 from deepseek_moe.errors import UserError
@@ -16,11 +16,11 @@ BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accum
 
 def refused(file: Path, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        parse_arguments(["--data_path", "x", "--output_dir", "o", "--deepspeed", str(file)])
+        parse(f"--deepspeed {file}")
     assert "\n" not in str(caught.value)
 
 
-def test_the_published_names_are_there() -> None:
+def test_the_published_names_are_there():
     names = {file.name for file in CONFIGS}
     wanted = ["zero2_no_offload", "zero3", "zero3_offload"]
     assert names >= {f"ds_config_{name}.json" for name in wanted}
@@ -28,7 +28,7 @@ def test_the_published_names_are_there() -> None:
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_options_decide_all_but_what_the_name_says(file: Path) -> None:
+def test_options_decide_all_but_what_the_name_says(file):
     config = json.loads(file.read_text())
     assert not config.keys() & {"optimizer", "scheduler", "fp16"}
     assert config["bf16"] == {"enabled": "auto"}
@@ -44,9 +44,7 @@ def test_options_decide_all_but_what_the_name_says(file: Path) -> None:
 @pytest.mark.parametrize(
     ("block", "option"), [("scheduler", "--lr_scheduler_type"), ("optimizer", "--optim")]
 )
-def test_a_block_that_would_overrule_an_option_is_refused(
-    block: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_that_would_overrule_an_option_is_refused(block, option, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     config = json.loads(CONFIGS[0].read_text()) | {block: {"type": "WarmupLR", "params": {}}}
     (tmp_path / "own.json").write_text(json.dumps(config))
@@ -57,14 +55,12 @@ def test_a_block_that_would_overrule_an_option_is_refused(
     "content",
     ["{", "[]", "{}", '{"zero_optimization": 3}', '{"zero_optimization": {"stage": "3"}}'],
 )
-def test_a_broken_file_is_one_line(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_file_is_one_line(content, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "own.json").write_text(content)
     refused(tmp_path / "own.json", r"own\.json")
 
 
-def test_the_launcher_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_is_asked_for(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     refused(CONFIGS[0], "deepspeed --num_gpus 1")

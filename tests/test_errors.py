@@ -24,7 +24,7 @@ with end_without_teardown():
 
 
 @pytest.mark.parametrize(("processes", "then"), [(2, ""), (1, "shut down")])
-def test_one_of_several_processes_ends_without_teardown(processes: int, then: str) -> None:
+def test_one_of_several_processes_ends_without_teardown(processes, then):
     """Threads of a process group abort a process that shuts the interpreter down under them."""
     done = subprocess.run(
         [sys.executable, "-c", ENDING],

@@ -19,23 +19,12 @@ from stranger_fixtures import run_as_stranger
 from text_fixtures import BUNDLED
 from transformers import AutoTokenizer
 
-from deepseek_moe import DeepseekForCausalLM, checkpoint_writer, export
+from deepseek_moe import checkpoint_writer, export
 from deepseek_moe.checkpoint import Checkpoint, fingerprint
 from deepseek_moe.checkpoint_writer import AUTO_MAP, add_code, write_checkpoint
-from deepseek_moe.errors import RunError, UserError, exit_on_user_error
+from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.training.adapter_config import ADAPTER_FILE
 from deepseek_moe.training.merge_lora import merged_tensors
-
-MakeModel = Callable[..., DeepseekForCausalLM]
-
-
-@pytest.fixture
-def base(tiny_model: MakeModel, tmp_path: Path) -> Path:
-    """A small fp32 checkpoint with a tokenizer."""
-    folder = tmp_path / "base"
-    tiny_model().save_pretrained(folder)
-    add_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture
@@ -43,35 +32,21 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     return make_adapter(load(base), tmp_path / "adapter", **ADAPTED)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs the command in this process."""
-
-    def run(model: Path, output: Path, *options: Any) -> None:
-        words = ["export", "--model", model, "--output", output, *options]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        export.main()
-
-    return run
+def words(model: Path, output: Path, *options: Any) -> list[Any]:
+    return [export, "--model", model, "--output", output, *options]
 
 
 @pytest.fixture
-def error(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that is refused, and returns the one line that it prints."""
-
-    def error(*args: Any) -> str:
-        with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-            run(*args)
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert message.startswith("error: ")
-        return message
-
-    return error
+def run(run_module: Callable[..., None]) -> Callable[..., None]:
+    return lambda *args: run_module(*words(*args))
 
 
-def test_a_merged_model_is_written_in_shards(
-    base: Path, adapter: Path, tmp_path: Path, capsys: Any, run: Any
-) -> None:
+@pytest.fixture
+def error(refusal: Callable[..., str]) -> Callable[..., str]:
+    return lambda *args: refusal(*words(*args))
+
+
+def test_a_merged_model_is_written_in_shards(base, adapter, tmp_path, capsys, run):
     merged = tmp_path / "new" / "merged"
     options = ["--dtype", "bfloat16", "--max_shard_size", "20KB"]
     run(base, merged, "--adapter", adapter, *options)
@@ -91,9 +66,7 @@ def test_a_merged_model_is_written_in_shards(
     assert sorted(p.name for p in merged.parent.iterdir()) == ["merged"]
 
 
-def test_base_dtypes_are_kept_but_added_in_fp32(
-    base: Path, adapter: Path, tmp_path: Path, run: Any
-) -> None:
+def test_base_dtypes_are_kept_but_added_in_fp32(base, adapter, tmp_path, run):
     half, merged = tmp_path / "half", tmp_path / "merged"
     run(base, half, "--dtype", "bfloat16")
     run(half, merged, "--adapter", adapter)
@@ -103,9 +76,7 @@ def test_base_dtypes_are_kept_but_added_in_fp32(
         torch.testing.assert_close(x, wanted[name].bfloat16(), msg=name)
 
 
-def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any, error: Any
-) -> None:
+def test_an_adapter_of_another_base_is_refused(base, adapter, tmp_path, monkeypatch, run, error):
     """Only one expert differs. The run.json of the fine-tuning, there or above, tells it."""
     (adapter / "run.json").write_text(json.dumps({"settings": {"model": fingerprint(base)}}))
     run(base, tmp_path / "merged", "--adapter", adapter)
@@ -133,16 +104,14 @@ def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
     ],
     ids=["no JSON", "another program's", "an older version's"],
 )
-def test_a_run_json_that_does_not_tell_the_base(
-    content: str, said: str, base: Path, adapter: Path, tmp_path: Path, capsys: Any, run: Any
-) -> None:
+def test_a_run_json_that_tells_no_base(content, said, base, adapter, tmp_path, capsys, run):
     (adapter / "run.json").write_text(content)
     run(base, tmp_path / "merged", "--adapter", adapter)
     assert said in capsys.readouterr().err
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
-def test_without_adapter_the_base_is_written_as_it_is(base: Path, tmp_path: Path, run: Any) -> None:
+def test_without_adapter_the_base_is_written_as_it_is(base, tmp_path, run):
     new, name = tmp_path / "new", "generation_config.json"
     run(base, new)
     before, after = tensors_in(base), tensors_in(new)
@@ -182,9 +151,7 @@ with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
 @pytest.mark.slow
 @pytest.mark.usefixtures("deepspeed_extensions")
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_deepspeed_checkpoint_becomes_what_was_trained(
-    stage: str, base: Path, tiny_model: MakeModel, tmp_path: Path, run: Any, error: Any
-) -> None:
+def test_a_deepspeed_checkpoint_is_what_was_trained(stage, base, tiny_model, tmp_path, run, error):
     pytest.importorskip("deepspeed", reason="it wrote the checkpoint")
     folder, wanted, output = tmp_path / "checkpoint-1", tmp_path / "wanted.pt", tmp_path / "new"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
@@ -206,7 +173,7 @@ def test_deepspeed_checkpoint_becomes_what_was_trained(
     assert "cannot be put together" in found
 
 
-def test_command_refuses_in_one_line(base: Path, adapter: Path, tmp_path: Path, error: Any) -> None:
+def test_command_refuses_in_one_line(base, adapter, tmp_path, error):
     out = tmp_path / "out"
     assert "is there already" in error(base, base)
     assert "adapter_config.json does not exist" in error(base, out, "--adapter", tmp_path)
@@ -233,9 +200,7 @@ def test_command_refuses_in_one_line(base: Path, adapter: Path, tmp_path: Path, 
     ],
     ids=["missing", "surplus", "shape", "overflow"],
 )
-def test_wrong_tensors_leave_no_folder(
-    change: Callable[..., Any], message: str, base: Path, tmp_path: Path
-) -> None:
+def test_wrong_tensors_leave_no_folder(change, message, base, tmp_path):
     tensors = tensors_in(base)
     change(tensors)
     with pytest.raises(UserError, match=message):
@@ -243,9 +208,7 @@ def test_wrong_tensors_leave_no_folder(
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
-) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(base, tmp_path, monkeypatch, run):
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(checkpoint_writer, "save_file", full)
     with pytest.raises(RunError, match="No space left"):
@@ -253,9 +216,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_work(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
-) -> None:
+def test_a_disk_that_is_too_small_is_refused_before_the_work(base, tmp_path, monkeypatch, run):
     numbers = sum(tensor.numel() for tensor in tensors_in(base).values())
     for dtype, need in (("float16", 2 * numbers), ("float32", 4 * numbers)):
         monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=need - 1)))
@@ -264,10 +225,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-# --- The code in an exported folder
-
-
-def test_the_code_is_all_that_the_model_imports_and_no_more(tmp_path: Path) -> None:
+def test_the_code_is_all_that_the_model_imports_and_no_more(tmp_path):
     shutil.copyfile(BUNDLED / "config.json", tmp_path / "config.json")
     old = json.loads((tmp_path / "config.json").read_text())
     stale = {"auto_map": {"AutoTokenizer": [None, "tokenization_deepseek.DeepseekTokenizer"]}}
@@ -280,7 +238,7 @@ def test_the_code_is_all_that_the_model_imports_and_no_more(tmp_path: Path) -> N
     assert fields == old
 
 
-def test_exported_folder_works_with_transformers_alone(tmp_path: Path) -> None:
+def test_exported_folder_works_with_transformers_alone(tmp_path):
     adapter = make_adapter(load(BUNDLED), tmp_path / "adapter", scale=0.02, **ADAPTED)
     merged = tmp_path / "merged"
     tensors = merged_tensors(BUNDLED, adapter)

@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.iterdir()}
 
 
-def test_a_killed_writer_is_cleaned_up_after_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
+def test_a_killed_writer_is_cleaned_up_after_and_a_living_one_is_left_alone(tmp_path):
     folder, pipe = tmp_path / "new", subprocess.PIPE
     command = [sys.executable, "-c", SLOW_WRITER, folder]
     killed, slow = (
@@ -52,7 +52,7 @@ def test_a_killed_writer_is_cleaned_up_after_and_a_living_one_is_left_alone(tmp_
     assert contents(folder) == {"file": "quick"}
 
 
-def test_two_writers_in_one_process_do_not_mix(tmp_path: Path) -> None:
+def test_two_writers_in_one_process_do_not_mix(tmp_path):
     folder = tmp_path / "new"
     with (
         pytest.raises(RunError, match="was written by another process meanwhile"),
@@ -64,7 +64,7 @@ def test_two_writers_in_one_process_do_not_mix(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_files_of_the_user_beside_what_is_written_stay(tmp_path: Path) -> None:
+def test_files_of_the_user_beside_what_is_written_stay(tmp_path):
     """Under names that were once used to write aside, and under names that look like them."""
     mine = [tmp_path / name for name in ("new.partial/x", "new.mine.partial/x", "note.tmp")]
     for file in mine:
@@ -75,7 +75,7 @@ def test_files_of_the_user_beside_what_is_written_stay(tmp_path: Path) -> None:
     assert [file.read_text() for file in mine] == ["mine"] * len(mine)
 
 
-def test_an_empty_folder_is_filled_and_stays_what_it_was(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled_and_stays_what_it_was(tmp_path):
     private, link = tmp_path / "private", tmp_path / "link"
     private.mkdir(mode=0o700)
     link.symlink_to(private)
@@ -86,9 +86,7 @@ def test_an_empty_folder_is_filled_and_stays_what_it_was(tmp_path: Path) -> None
     assert private.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_folder_that_must_not_be_replaced_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_must_not_be_replaced_is_refused(tmp_path, monkeypatch):
     empty, file = tmp_path / "empty", tmp_path / "file"
     empty.mkdir()
     file.write_text("mine")
@@ -104,9 +102,7 @@ def test_a_folder_that_must_not_be_replaced_is_refused(
         refuse_occupied(empty)
 
 
-def test_a_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file = write_text(tmp_path / "note.txt", "old")
     with pytest.raises(UserError, match="is there already; choose another name"):
         write_text(file, "new")

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ def folder(tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path) -> Pa
     return tmp_path / "model"
 
 
-def test_every_tensor_counts(tmp_path: Path) -> None:
+def test_every_tensor_counts(tmp_path):
     """One after another, each expert, norm and router is zeroed."""
     file = Path(shutil.copytree(BUNDLED, tmp_path / "model")) / "model.safetensors"
     content = file.read_bytes()
@@ -45,7 +44,7 @@ def test_every_tensor_counts(tmp_path: Path) -> None:
     assert len(seen) == 1 + len(changed)
 
 
-def test_a_large_tensor_is_sampled_at_several_places(folder: Path) -> None:
+def test_a_large_tensor_is_sampled_at_several_places(folder):
     """A change in a sixth of it shows, wherever that begins."""
     size = 5 * STRIDE + SAMPLE
     tensor, seen = torch.zeros(size, dtype=torch.uint8), set()
@@ -57,7 +56,7 @@ def test_a_large_tensor_is_sampled_at_several_places(folder: Path) -> None:
     assert len(seen) == 7
 
 
-def test_a_copy_in_other_files_has_the_same_fingerprint(folder: Path, tmp_path: Path) -> None:
+def test_a_copy_in_other_files_has_the_same_fingerprint(folder, tmp_path):
     one, model = fingerprint(folder), AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again")
     assert fingerprint(tmp_path / "again") == one
@@ -88,15 +87,13 @@ def test_a_copy_in_other_files_has_the_same_fingerprint(folder: Path, tmp_path: 
     ],
     ids=str,
 )
-def test_fields_count_if_numbers_depend_on_them(
-    changes: dict[str, Any], counts: bool, folder: Path
-) -> None:
+def test_fields_count_if_numbers_depend_on_them(changes, counts, folder):
     before, file = fingerprint(folder), folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert (fingerprint(folder) != before) == counts
 
 
-def test_a_broken_file_is_an_error(folder: Path) -> None:
+def test_a_broken_file_is_an_error(folder):
     content = (folder / "model.safetensors").read_bytes()
     for broken in (b"", b"\xff" * 1000, content[:-100]):
         (folder / "model.safetensors").write_bytes(broken)

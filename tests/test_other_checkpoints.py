@@ -2,19 +2,17 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from finetune_fixtures import IDS, options, run, succeed, write_base, write_rows
-from text_fixtures import OFFICIAL
+from finetune_fixtures import options, run, succeed, write_base, write_rows
 
 from deepseek_moe import DeepseekConfig, Generator, export, load
-from deepseek_moe.chat import end_ids
 from deepseek_moe.checkpoint import find_checkpoint
 from deepseek_moe.decode.engine import Engine
+from deepseek_moe.decode.texts import end_ids
 from deepseek_moe.errors import UserError
 from deepseek_moe.kernels.decode import torch_ops
 
@@ -80,15 +78,8 @@ def continuation(folder: Path, **how: Any) -> list[list[int]]:
     return Generator(model, **how).generate(prompts, 12)
 
 
-def run_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["export", *options(model=model, output=output)])
-    export.main()
-
-
 @pytest.mark.parametrize("name", TWINS)
-def test_it_loads_generates_trains_and_is_exported(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_loads_generates_trains_and_is_exported(name, tmp_path, run_module):
     folder = twin(name, tmp_path / "twin")
     assert continuation(folder, engine=True) == continuation(folder, fast=False)
 
@@ -97,65 +88,40 @@ def test_it_loads_generates_trains_and_is_exported(
     succeed([*words, *options(use_cpu=True, report_to="none")], tmp_path / "log")
     assert continuation(trained, fast=False)
 
-    run_export(folder, tmp_path / "exported", monkeypatch)
+    run_module(export, *options(model=folder, output=tmp_path / "exported"))
     assert continuation(tmp_path / "exported", fast=False) == continuation(folder, fast=False)
 
 
-REFUSED = [
-    ({"kv_lora_rank": 512}, "kv_lora_rank is 512, .* no latent attention"),
-    ({"use_mla": True}, "use_mla is True, .* no latent attention"),
-    ({"v_head_dim": 128}, "v_head_dim is 128, .* no latent attention"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "stored as fp8"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "stored as gptq"),
-    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "stored as awq"),
-    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "stored as bitsandbytes"),
-    ({"head_dim": 16}, "head_dim is 16, .* hidden_size / num_attention_heads .8."),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"sliding_window": 4096}, "sliding_window is 4096"),
-    ({"n_group": 8, "topk_group": 3}, "n_group is 8"),
-    ({"routed_scaling_factor": 16.0}, "routed_scaling_factor is 16.0"),
-    ({"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
-    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
-    ({"n_routed_experts": 2.5}, "n_routed_experts"),
-]
-
-
-@pytest.mark.parametrize(("fields", "said"), REFUSED)
-def test_what_would_be_another_model_is_refused_in_one_line(
-    fields: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the first that every program does with a checkpoint."""
-    folder = change_config(write_base(tmp_path / "base"), **fields)
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"kv_lora_rank": 512}, "kv_lora_rank is 512, .* no latent attention"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "stored as fp8"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "stored as bitsandbytes"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+        ({"n_routed_experts": 2.5}, "n_routed_experts"),
+    ],
+)
+def test_what_would_be_another_model_is_refused_in_one_line(fields, said, tmp_path, run_module):
+    """By each program. test_configuration_deepseek.py has all fields that are refused."""
+    folder, new = change_config(write_base(tmp_path / "base"), **fields), tmp_path / "new"
     for program in (
         lambda: load(str(folder)),
-        lambda: run_export(folder, tmp_path / "exported", monkeypatch),
+        lambda: run_module(export, *options(model=folder, output=new)),
     ):
         with pytest.raises(UserError, match=said) as caught:
             program()
         assert "config.json cannot be used" in str(caught.value)
         assert "\n" not in str(caught.value)
-    assert not (tmp_path / "exported").exists()
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [one for one in REFUSED if one[0].keys() & {"kv_lora_rank", "rms_norm_eps", "head_dim"}]
-    + [one for one in REFUSED if "fp8" in one[1]],
-)
-def test_fine_tuning_refuses_it_in_one_line_too(
-    fields: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    folder = change_config(write_base(tmp_path / "base"), **fields)
-    rows, trained = write_rows(tmp_path / "rows.jsonl", 4), tmp_path / "trained"
-    words = options(model_name_or_path=folder, data_path=rows, output_dir=trained, use_cpu=True)
-    assert re.search(said, run(words, tmp_path / "log").refusal)
-    assert not trained.exists()
+    words = options(model_name_or_path=folder, data_path=write_rows(tmp_path / "rows.jsonl", 4))
+    assert re.search(said, run([*words, "--output_dir", str(new)], tmp_path / "log").refusal)
+    assert not new.exists()
 
 
 @pytest.mark.parametrize(
     "fields", [{"model_type": "bailing_moe"}, {"architectures": ["DeepseekV2ForCausalLM"]}]
 )
-def test_another_type_of_model_is_named(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_another_type_of_model_is_named(fields, tmp_path):
     folder = write_base(tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     del config["model_type"]
@@ -165,60 +131,7 @@ def test_another_type_of_model_is_named(fields: dict[str, Any], tmp_path: Path) 
         find_checkpoint(str(folder))
 
 
-# --- The published files themselves
-
-SHARED = OFFICIAL.parent
-PUBLISHED = sorted(SHARED.glob("strangers/*.json")) + sorted(OFFICIAL.glob("config.json"))
-SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
-SMALL |= {"intermediate_size": 32, "moe_intermediate_size": 8, "head_dim": 8, **IDS}
-SMALL |= {"max_position_embeddings": 256}
-MADE_BY = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "first_k_dense_replace")
-REASONS = {  # of a file that is refused, by what its name has
-    "MUST-REFUSE": "kv_lora_rank is 512, .* no latent attention",
-    "FP8": "stored as fp8",
-    "DeepSeek-OCR-2": "holds a DeepseekV2ForCausalLM model; give one of type deepseek",
-    "Ling-Coder": "holds a bailing_moe model; give one of type deepseek",
-}
-
-
-def published_twin(file: Path, folder: Path) -> Path:
-    """A checkpoint with every field of `file`, but for sizes and ids."""
-    fields = json.loads(file.read_text())
-    small = {name: value for name, value in SMALL.items() if name in fields}
-    ratio = fields["num_attention_heads"] // fields["num_key_value_heads"]
-    small["num_key_value_heads"] = max(1, SMALL["num_attention_heads"] // ratio)
-    made = {name: fields[name] for name in MADE_BY if name in fields}
-    if any(reason in file.name for reason in REASONS):
-        made = {}  # its weights are not read
-    write_base(folder, **{name: x for name, x in (small | made).items() if name != "head_dim"})
-    (folder / "config.json").write_text(json.dumps(fields | small))
-    return folder
-
-
-@pytest.mark.skipif(not PUBLISHED, reason="the published files are not in ../shared")
-@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
-def test_a_published_config_loads_or_is_refused(file: Path, tmp_path: Path) -> None:
-    if "generation_config" in file.name:
-        folder = write_base(tmp_path / "twin")
-        (folder / "generation_config.json").write_bytes(file.read_bytes())
-        model, tokenizer = load(str(folder))
-        assert end_ids(tokenizer, model) == {4095, json.loads(file.read_text())["eos_token_id"]}
-        return
-    folder = published_twin(file, tmp_path / "twin")
-    if said := [said for part, said in REASONS.items() if part in file.name]:
-        with pytest.raises(UserError, match=said[0]) as caught:
-            find_checkpoint(str(folder))
-        assert "\n" not in str(caught.value)
-        return
-    assert continuation(folder, engine=True) == continuation(folder, fast=False)
-    config, fields = load(str(folder))[0].config, json.loads((folder / "config.json").read_text())
-    assert config.rope_parameters["rope_theta"] == fields["rope_theta"]
-    for name in DeepseekConfig.__annotations__.keys() & fields.keys():
-        if fields[name] is not None:
-            assert getattr(config, name) == fields[name], name
-
-
-def test_a_field_that_the_model_computes_is_not_written_again(tmp_path: Path) -> None:
+def test_a_field_that_the_model_computes_is_not_written_again(tmp_path):
     folder = twin("GigaChat-20B-A3B", tmp_path / "twin")
     config = DeepseekConfig.from_pretrained(folder)
     assert config.head_dim == 8
@@ -226,7 +139,7 @@ def test_a_field_that_the_model_computes_is_not_written_again(tmp_path: Path) ->
     assert {"head_dim", "auto_map"}.isdisjoint(config.to_dict())
 
 
-def test_every_id_that_ends_a_text_counts(tmp_path: Path) -> None:
+def test_every_id_that_ends_a_text_counts(tmp_path):
     folder = change_config(write_base(tmp_path / "base"), eos_token_id=[7, 8])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
     model, tokenizer = load(str(folder))
@@ -236,7 +149,7 @@ def test_every_id_that_ends_a_text_counts(tmp_path: Path) -> None:
     assert end_ids(tokenizer, model) == {7, tokenizer.eos_token_id}
 
 
-def test_a_quantiser_that_leaves_the_experts_is_refused(tmp_path: Path) -> None:
+def test_a_quantiser_that_leaves_the_experts_is_refused(tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = write_base(tmp_path / "base")
@@ -246,7 +159,7 @@ def test_a_quantiser_that_leaves_the_experts_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_the_pad_token_of_a_config_may_be_bos(tmp_path: Path) -> None:
+def test_the_pad_token_of_a_config_may_be_bos(tmp_path):
     """GigaChat's config pads with the id of BOS."""
     folder = change_config(write_base(tmp_path / "base"), pad_token_id=4094)
     model, tokenizer = load(str(folder), dtype="float32", device="cpu")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,7 @@ TEXT = "Once upon a time there was a “king”.\nHe had three sons, and none of
 
 @pytest.mark.parametrize("window", [2, 9, 1024])
 @pytest.mark.parametrize("piece", [3, 512])
-def test_equals_the_sum_over_tokens_one_by_one(
-    window: int, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equals_the_sum_over_tokens_one_by_one(window, piece, tmp_path, monkeypatch):
     monkeypatch.setattr(perplexity, "PIECE", piece)
     model, tokenizer, file = bundled_model(), tokenizer_of(BUNDLED), tmp_path / "text.jsonl"
     texts = [TEXT, "", "A bird."]
@@ -41,7 +38,7 @@ def test_equals_the_sum_over_tokens_one_by_one(
     assert loss.bits_per_byte == pytest.approx(nats / math.log(2) / loss.bytes, rel=1e-5)
 
 
-def test_a_plain_file_is_one_document(tmp_path: Path) -> None:
+def test_a_plain_file_is_one_document(tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())  # with a byte order mark
     found = read_held_out(file, tokenizer_of(BUNDLED))
@@ -64,7 +61,7 @@ def test_a_plain_file_is_one_document(tmp_path: Path) -> None:
         ("a.jsonl", rb'{"text": "\ud800"}', 'line 1 has no "text"'),
     ],
 )
-def test_what_is_no_text_is_refused(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+def test_what_is_no_text_is_refused(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{said}.*; give UTF-8"):
         read_held_out(tmp_path / name, tokenizer_of(BUNDLED))

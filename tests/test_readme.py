@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from finetune_options import OLD_NAMES
@@ -38,7 +37,7 @@ def commands(text: str) -> list[list[str]]:
     return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
-def test_the_readme_is_three_screens() -> None:
+def test_the_readme_is_three_screens():
     assert len(PAGE["README"].splitlines()) < 160
     assert len(PAGE["README"].split()) <= 1600
 
@@ -46,9 +45,7 @@ def test_the_readme_is_three_screens() -> None:
 @pytest.mark.parametrize(
     "snippet", [block for text in PAGE.values() for block in blocks(text, "python")]
 )
-def test_python_snippets_run_with_the_bundled_model(
-    snippet: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_python_snippets_run_with_the_bundled_model(snippet, capsys):
     bundled = repr(str(ROOT / "models/tiny-base"))
     local = re.sub(r'"deepseek-ai/deepseek-moe-16b-\w+"', lambda _: bundled, snippet)
     assert local != snippet
@@ -74,7 +71,7 @@ def arguments_of(program: str) -> list[list[str]]:
         ("finetune.py", None),
     ],
 )
-def test_commands_use_options_that_exist(program: str, page: str | None) -> None:
+def test_commands_use_options_that_exist(program, page):
     file = program if "/" in program else f"finetune/{program}"
     shown = run(file, "--help").stdout
     for option in {word for words in arguments_of(program) for word in words if word[:2] == "--"}:
@@ -86,15 +83,13 @@ def test_commands_use_options_that_exist(program: str, page: str | None) -> None
 
 
 @pytest.mark.parametrize("module", [export, prune])
-def test_commands_of_modules_are_understood(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_of_modules_are_understood(module, monkeypatch):
     for words in arguments_of(module.__name__):
         monkeypatch.setattr(sys, "argv", ["program", *words])
         module.parse_arguments()
 
 
-def test_programs_and_files_that_are_named_exist() -> None:
+def test_programs_and_files_that_are_named_exist():
     named = {word for words in commands(EVERYTHING) for word in words if word.endswith(".py")}
     named |= set(re.findall(r"`(?:python )?((?:tests|benchmarks|examples)/[\w/]+\.py)", EVERYTHING))
     for file in named:
@@ -102,7 +97,7 @@ def test_programs_and_files_that_are_named_exist() -> None:
 
 
 @pytest.mark.slow
-def test_the_laptop_block_does_what_it_says(tmp_path: Path) -> None:
+def test_the_laptop_block_does_what_it_says(tmp_path):
     """From the first command after the installation, but for TensorBoard, which does not end."""
     block = next(b for b in blocks(PAGE["README"], "bash") if "git clone" in b)
     lines = block.replace("\\\n", " ").splitlines()
@@ -121,14 +116,14 @@ def test_the_laptop_block_does_what_it_says(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").rglob("events.*"))
 
 
-def test_the_first_output_is_the_real_one() -> None:
+def test_the_first_output_is_the_real_one():
     shown = re.search(r"^> (.*?)…", PAGE["README"], flags=re.DOTALL | re.MULTILINE)[1]
     command = next(words for words in commands(PAGE["README"]) if words[0] == "python")
     done = run(*command[1:], "--device", "cpu")
     assert " ".join(done.stdout.split()).startswith(" ".join(shown.replace("\n> ", " ").split()))
 
 
-def test_the_requirements_files_exist_and_are_pinned() -> None:
+def test_the_requirements_files_exist_and_are_pinned():
     files = set(re.findall(r"-r (requirements[\w.-]+)", EVERYTHING))
     assert files == {f"requirements{kind}.txt" for kind in ("", "-dev", "-interop")}
     for file in files:
@@ -138,7 +133,7 @@ def test_the_requirements_files_exist_and_are_pinned() -> None:
     assert "pip install torch==2.13.0" in PAGE["README"]
 
 
-def test_the_tree_lists_every_file() -> None:
+def test_the_tree_lists_every_file():
     """docs/code.md names each file of the package, the scripts and the benchmarks, and no other."""
     tree = next(block for block in blocks(PAGE["code"], "") if "deepseek_moe/\n" in block)
     listed, folders = set(), []
@@ -154,7 +149,7 @@ def test_the_tree_lists_every_file() -> None:
             assert file in listed, f"{file} is not in docs/code.md"
 
 
-def test_the_tree_of_the_readme_is_there() -> None:
+def test_the_tree_of_the_readme_is_there():
     tree = next(block for block in blocks(PAGE["README"], "") if "deepseek_moe/\n" in block)
     for line in tree.splitlines():
         name = line.split()[0]
@@ -163,7 +158,7 @@ def test_the_tree_of_the_readme_is_there() -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, MODELS_README], ids=lambda page: page.stem)
-def test_links_and_pictures_are_there(page: Path) -> None:
+def test_links_and_pictures_are_there(page):
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     for target in (t for t in targets if not t.startswith("http")):
@@ -175,7 +170,7 @@ def test_links_and_pictures_are_there(page: Path) -> None:
             assert section in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
 
 
-def test_a_figure_stands_once_and_is_the_measured_one() -> None:
+def test_a_figure_stands_once_and_is_the_measured_one():
     """The README's rates of fine-tuning are those of the measurement that the picture draws."""
     lines = json.loads((ROOT / "images/train.json").read_text())["lines"]
     rates = {f"{line['tokens_s']:,.0f}" for line in lines if line["tokens_s"]}
@@ -184,7 +179,7 @@ def test_a_figure_stands_once_and_is_the_measured_one() -> None:
     assert {row.rstrip("| ").rpartition("| ")[2] for row in rows} <= rates
 
 
-def test_the_figures_of_the_bundled_model_are_the_measured_ones() -> None:
+def test_the_figures_of_the_bundled_model_are_the_measured_ones():
     text = MODELS_README.read_text(encoding="utf-8")
     report = json.loads((ROOT / "models/tiny-base/training.json").read_text())
     test = report["test"]
@@ -198,9 +193,7 @@ def test_the_figures_of_the_bundled_model_are_the_measured_ones() -> None:
         assert (ROOT / f"models/{name}/model.safetensors").stat().st_size <= 16 * 2**20
 
 
-def test_the_training_script_runs_on_other_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_training_script_runs_on_other_text(tmp_path, monkeypatch, capsys):
     rows = [{"split": s, "text": "The cat sat.\n\nThe dog ran.\n\n" * 20} for s in ("val", "test")]
     rows += [{"text": f"Story {n}.\n\nThe cat saw {n} dogs.\n\n" * 20} for n in range(5)]
     text, script = tmp_path / "text.jsonl", str(ROOT / "models/train_tiny.py")

@@ -37,7 +37,7 @@ def python(*words: str | Path, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def test_every_copy_of_transformers_has_the_class(tmp_path: Path) -> None:
+def test_every_copy_of_transformers_has_the_class(tmp_path):
     """transformers imports itself anew when processing_utils is loaded."""
     program = (
         "import transformers as before\nimport transformers\n"
@@ -49,7 +49,7 @@ def test_every_copy_of_transformers_has_the_class(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_program_and_its_children_know_the_model(tmp_path: Path) -> None:
+def test_a_program_and_its_children_know_the_model(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os; os.environ['RAN'] = 'yes'")
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LINES!r}])"
     file = tmp_path / "program.py"
@@ -59,21 +59,19 @@ def test_a_program_and_its_children_know_the_model(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["yes --one two", known], done.stderr
 
 
-def test_a_process_that_needs_no_transformers_imports_none(tmp_path: Path) -> None:
+def test_a_process_that_needs_no_transformers_imports_none(tmp_path):
     file = tmp_path / "program.py"
     file.write_text(KNOWS)
     assert python("-m", "deepseek_moe", file).stdout == "False False\n"
 
 
-def test_a_module_runs_by_its_name() -> None:
+def test_a_module_runs_by_its_name():
     done = python("-m", "deepseek_moe", "json.tool", "--help")
     assert done.stdout.startswith("usage: "), done.stderr
 
 
 @pytest.mark.parametrize("program", ["python3", "python", "pip"])
-def test_programs_of_its_own_environment_come_first(
-    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_programs_of_its_own_environment_come_first(program, tmp_path, monkeypatch):
     """Others of the same name may be on the PATH, as where the environment is not activated."""
     own, other = tmp_path / "environment" / program, tmp_path / "system" / program
     for file in (own, other):
@@ -91,7 +89,7 @@ def test_programs_of_its_own_environment_come_first(
 
 
 @pytest.mark.parametrize(("words", "code"), [((), 2), (("--help",), 0), (("no-such",), 2)])
-def test_without_a_program_it_says_what_there_is(words: tuple[str, ...], code: int) -> None:
+def test_without_a_program_it_says_what_there_is(words, code):
     done = python("-m", "deepseek_moe", *words)
     assert done.returncode == code
     if words == ("no-such",):
@@ -103,9 +101,7 @@ def test_without_a_program_it_says_what_there_is(words: tuple[str, ...], code: i
 
 
 @classifiers
-def test_classifiers_start_from_a_causal_model_and_load_again(
-    auto_class: type, tmp_path: Path
-) -> None:
+def test_classifiers_start_from_a_causal_model_and_load_again(auto_class, tmp_path):
     model = auto_class.from_pretrained(BUNDLED, num_labels=3, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(BUNDLED)(
         ["Once", "A king who"], return_tensors="pt", padding=True
@@ -123,7 +119,7 @@ def test_classifiers_start_from_a_causal_model_and_load_again(
 
 
 @classifiers
-def test_classifiers_take_the_experts_as_a_causal_model_does(auto_class: type) -> None:
+def test_classifiers_take_the_experts_as_a_causal_model_does(auto_class):
     """By default, by name, and with a config that a causal model has used."""
     causal = AutoModelForCausalLM.from_pretrained(BUNDLED)
     wanted = causal.config._experts_implementation

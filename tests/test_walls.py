@@ -46,14 +46,14 @@ def reached(start: str) -> set[str]:
 
 
 @pytest.mark.parametrize("room", ["model", "kernels"])
-def test_a_room_that_imports_no_other(room: str) -> None:
+def test_a_room_that_imports_no_other(room):
     inside = [module for module in MODULES if module.split(".")[0] == room]
     assert len(inside) > 4
     assert {found.split(".")[0] for module in inside for found in imports(module)} == {room}
 
 
 @pytest.mark.parametrize(("room", "other"), [("decode", "training"), ("training", "decode")])
-def test_decoding_and_training_stand_apart(room: str, other: str) -> None:
+def test_decoding_and_training_stand_apart(room, other):
     """Neither reaches the other by any chain of imports, nor do their kernels."""
     inside = [module for module in MODULES if room in module.split(".")]
     met = set().union(*map(reached, inside))
@@ -61,7 +61,7 @@ def test_decoding_and_training_stand_apart(room: str, other: str) -> None:
     assert not {module for module in met if other in module.split(".")}
 
 
-def test_the_room_of_experts_uses_neither_decoding_nor_training() -> None:
+def test_the_room_of_experts_uses_neither_decoding_nor_training():
     met = set().union(*(reached(m) for m in MODULES if m.split(".")[0] == "experts"))
     assert "experts.profile" in met
     assert not {module for module in met if {"decode", "training"} & set(module.split(".")[:1])}
@@ -69,9 +69,9 @@ def test_the_room_of_experts_uses_neither_decoding_nor_training() -> None:
 
 @pytest.mark.parametrize(
     ("starts", "most"),
-    [(("decode.generation",), 4450), (("training.examples", "training.build"), 5400)],
+    [(("decode.generation",), 4450), (("training.examples", "training.build"), 5270)],
 )
-def test_a_reader_of_either_path_meets_few_lines(starts: tuple[str, ...], most: int) -> None:
+def test_a_reader_of_either_path_meets_few_lines(starts, most):
     """From ids to ids, and from a row to the gradient of an expert."""
     modules = set().union(*map(reached, starts))
     lines = {m: len(MODULES[m].read_text(encoding="utf-8").splitlines()) for m in modules}
@@ -92,6 +92,6 @@ assert not any(name.startswith("deepseek_moe.training") for name in sys.modules)
 """
 
 
-def test_the_package_is_cheap_to_import_and_decoding_comes_on_demand() -> None:
+def test_the_package_is_cheap_to_import_and_decoding_comes_on_demand():
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "out.jsonl"
 
 
-def test_each_line_is_a_prompt_and_its_completion(file: Path) -> None:
+def test_each_line_is_a_prompt_and_its_completion(file):
     output = filled(file)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert rows == [{"prompt": prompt, "completion": prompt.upper()} for prompt in PROMPTS]
@@ -45,7 +45,7 @@ def test_each_line_is_a_prompt_and_its_completion(file: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 20, -1])
-def test_half_a_line_of_a_killed_write_is_made_again(file: Path, cut: int) -> None:
+def test_half_a_line_of_a_killed_write_is_made_again(file, cut):
     """The third completion is made again too, because its batch is not complete."""
     filled(file)
     whole = file.read_bytes()
@@ -56,7 +56,7 @@ def test_half_a_line_of_a_killed_write_is_made_again(file: Path, cut: int) -> No
     assert file.read_bytes() == whole
 
 
-def test_another_command_does_not_go_on_in_the_file(file: Path) -> None:
+def test_another_command_does_not_go_on_in_the_file(file):
     filled(file)
     change = {"model": "ef56", "seed": 1}
     said = r"of another command \(other model; seed: None there, 1 now\); .*--overwrite"
@@ -65,7 +65,7 @@ def test_another_command_does_not_go_on_in_the_file(file: Path) -> None:
     opened(file, overwrite=True, **change)
 
 
-def test_model_tokenizer_and_prompts_are_told_apart(tmp_path: Path) -> None:
+def test_model_tokenizer_and_prompts_are_told_apart(tmp_path):
     copy = shutil.copytree(BUNDLED, tmp_path / "copy")
     before = hash_inputs(str(BUNDLED), ["a"])
     assert hash_inputs(str(copy), ["a"]) == before
@@ -77,7 +77,7 @@ def test_model_tokenizer_and_prompts_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.run.json"])
-def test_a_file_of_the_user_is_kept_unless_it_may_be_overwritten(file: Path, name: str) -> None:
+def test_a_file_of_the_user_is_kept_unless_it_may_be_overwritten(file, name):
     mine = file.with_name(name)
     mine.write_text("mine")
     with pytest.raises(UserError, match=f"{mine} is there already.*--overwrite"):
@@ -88,7 +88,7 @@ def test_a_file_of_the_user_is_kept_unless_it_may_be_overwritten(file: Path, nam
 
 
 @pytest.mark.parametrize("line", ["3\n", '{"prompt": "Once", "completion": 3}\n', "no JSON\n"])
-def test_a_file_that_was_changed_is_kept(file: Path, line: str) -> None:
+def test_a_file_that_was_changed_is_kept(file, line):
     filled(file)
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, text in ((2, [lines[0], line, *lines[2:]]), (6, [*lines, lines[0]])):
@@ -98,7 +98,7 @@ def test_a_file_that_was_changed_is_kept(file: Path, line: str) -> None:
         assert file.read_text(encoding="utf-8") == "".join(text)
 
 
-def test_one_process_at_a_time_writes_the_file(file: Path) -> None:
+def test_one_process_at_a_time_writes_the_file(file):
     lock = "import fcntl, sys; f = open(sys.argv[1], 'a'); "
     lock += "fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); print(flush=True); input()"
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -115,7 +115,7 @@ def test_one_process_at_a_time_writes_the_file(file: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("BlockingIOError")
 
 
-def test_a_full_disk_keeps_what_is_there(file: Path) -> None:
+def test_a_full_disk_keeps_what_is_there(file):
     output = opened(file)
     output.start()
     output.add(["a", "b"])
@@ -129,7 +129,7 @@ def test_a_full_disk_keeps_what_is_there(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing/out.jsonl", ".", "/dev/null"])
-def test_a_file_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+def test_a_file_that_cannot_be_written(tmp_path, name):
     with pytest.raises(UserError, match="cannot be written"):
         opened(tmp_path / name, overwrite=True)
     assert not list(tmp_path.iterdir())

@@ -1,9 +1,7 @@
 """The engine on the twins of its kernels gives the ids of the plain way; so do the decoder's whole
 steps with the kernels themselves, in Triton's interpreter."""
 
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -12,7 +10,7 @@ import torch
 from gpu_fixtures import with_engine
 from text_fixtures import bundled_model
 
-from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode import engine
 from deepseek_moe.decode.decoder import FEW, Decoder, StaticCache, joined_view
 from deepseek_moe.decode.engine import Engine, size_for
@@ -22,19 +20,15 @@ from deepseek_moe.decode.supported import fits_kernels
 from deepseek_moe.errors import UserError
 from deepseek_moe.kernels.decode import torch_ops
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 
-
-def test_more_prompts_than_the_way_of_few_takes(prompts: list[list[int]]) -> None:
+def test_more_prompts_than_the_way_of_few_takes(prompts):
     generator = with_engine(bundled_model())
     few = generator.generate(prompts, 6)
     assert generator.generate((prompts * FEW)[: FEW + 4], 6) == (few * FEW)[: FEW + 4]
 
 
 @pytest.mark.parametrize(("chunk", "most"), [(1, 1), (7, 7), (20, 16)])
-def test_prompts_in_chunks_equal_prompts_at_once(
-    prompts: list[list[int]], chunk: int, most: int
-) -> None:
+def test_prompts_in_chunks_equal_prompts_at_once(prompts, chunk, most):
     """Of up to `chunk` tokens: pieces of a long prompt, or several whole ones that are short."""
     model = bundled_model()
     generator = with_engine(model, chunk)
@@ -47,7 +41,7 @@ def test_prompts_in_chunks_equal_prompts_at_once(
     assert max(sizes) == most
 
 
-def test_the_cache_grows_and_is_used_again(prompts: list[list[int]]) -> None:
+def test_the_cache_grows_and_is_used_again(prompts):
     generator, plain = with_engine(bundled_model()), Generator(bundled_model(), fast=False)
     generator.generate(prompts[:1], 4)
     cache = generator.engine.cache
@@ -58,7 +52,7 @@ def test_the_cache_grows_and_is_used_again(prompts: list[list[int]]) -> None:
     assert long == plain.generate(prompts[:1], engine.CACHE_BLOCK)
 
 
-def test_another_generation_ends_the_one_before(prompts: list[list[int]]) -> None:
+def test_another_generation_ends_the_one_before(prompts):
     """Also if one of its own sequences has just ended, and if the other one fails."""
     generator = with_engine(bundled_model())
     whole = generator.generate(prompts, 6)
@@ -82,7 +76,7 @@ def test_another_generation_ends_the_one_before(prompts: list[list[int]]) -> Non
         next(third)
 
 
-def test_nothing_is_kept_of_a_batch_that_is_over(prompts: list[list[int]]) -> None:
+def test_nothing_is_kept_of_a_batch_that_is_over(prompts):
     generator = with_engine(bundled_model())
     generator.generate(prompts, 3)
     assert generator.engine.batch is None
@@ -93,7 +87,7 @@ def test_nothing_is_kept_of_a_batch_that_is_over(prompts: list[list[int]]) -> No
     assert generator.engine.batch is None
 
 
-def test_tensors_in_one_memory_are_one_only_if_they_follow_each_other() -> None:
+def test_tensors_in_one_memory_are_one_only_if_they_follow_each_other():
     whole = torch.arange(24.0).view(6, 4)
     a, b, c = whole.split([1, 2, 3])
     assert torch.equal(joined_view([a, b, c]), whole)
@@ -104,7 +98,7 @@ def test_tensors_in_one_memory_are_one_only_if_they_follow_each_other() -> None:
         assert joined_view(parts) is None
 
 
-def test_sizes(tiny_config: Callable[..., DeepseekConfig]) -> None:
+def test_sizes(tiny_config):
     """Of batches, and of models that the kernels take."""
     sizes = {1: 1, 2: 2, 3: 4, 9: 16, 65: 96, 256: 256, 257: 384, 500: 512}
     assert {count: size_for(count) for count in sizes} == sizes
@@ -115,13 +109,10 @@ def test_sizes(tiny_config: Callable[..., DeepseekConfig]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_engine_is_refused_where_it_cannot_run() -> None:
+def test_the_engine_is_refused_where_it_cannot_run():
     for make in (Engine, lambda model: Generator(model, fast=True)):
         with pytest.raises(UserError, match=r"float32 on cpu.*NVIDIA"):
             make(bundled_model())
-
-
-# ---- the decoder with the kernels ----
 
 
 def one_step(rows: int, decoder: Decoder, cache: StaticCache) -> torch.Tensor:
@@ -155,12 +146,7 @@ def prompts_in_chunks(decoder: Decoder, cache: StaticCache) -> torch.Tensor:
     ids=["few", "many", "prompts"],
 )
 @torch.inference_mode()
-def test_whole_steps_with_kernels(
-    way: Callable[[Decoder, StaticCache], torch.Tensor],
-    bits: int,
-    tiny_model: MakeModel,
-    tmp_path: Path,
-) -> None:
+def test_whole_steps_with_kernels(way, bits, tiny_model, tmp_path):
     """The same logits and the same cache, of which nothing is read that was not written. Two heads
     have one pair of keys and values, and the widths fill no tile."""
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -12,29 +12,27 @@ from torch import nn
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode.generation import Generator
-from deepseek_moe.decode.sampling import Sampler, Sampling, greedy
+from deepseek_moe.decode.sampling import Sampling, greedy
 from deepseek_moe.errors import RunError, UserError
 
 MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = [[5, 17, 44], [8, 61]]  # prompts of a model that the fixture `tiny_model` has made
 
 
-def test_greedy_equals_transformers(generator: Generator, prompts: list[list[int]]) -> None:
+def test_greedy_equals_transformers(generator, prompts):
     batch = tokenizer_of(BUNDLED).pad({"input_ids": prompts}, return_tensors="pt")
     out = bundled_model().generate(**batch, do_sample=False, max_new_tokens=16, eos_token_id=-1)
     assert generator.generate(prompts, 16) == out[:, batch.input_ids.shape[1] :].tolist()
 
 
-def test_batch_equals_single(generator: Generator, prompts: list[list[int]]) -> None:
+def test_batch_equals_single(generator, prompts):
     single = [generator.generate([prompt], 8)[0] for prompt in prompts]
     assert generator.generate(prompts, 8) == single
     assert generator.generate(prompts[::-1], 8) == single[::-1]
     assert generator.generate(prompts, 1) == [ids[:1] for ids in single]
 
 
-def test_each_token_is_given_before_more_are_computed_than_needed(
-    generator: Generator, prompts: list[list[int]]
-) -> None:
+def test_each_token_is_given_before_more_are_computed_than_needed(generator, prompts):
     calls = []
 
     def counting(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -47,7 +45,7 @@ def test_each_token_is_given_before_more_are_computed_than_needed(
     assert len(calls) == 4
 
 
-def test_a_stop_id_ends_its_sequence_alone(generator: Generator, prompts: list[list[int]]) -> None:
+def test_a_stop_id_ends_its_sequence_alone(generator, prompts):
     free = generator.generate(prompts, 12)
     stop = next(t for t in free[0][3:] if free[0].index(t) >= 3)
     expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
@@ -60,7 +58,7 @@ def test_a_stop_id_ends_its_sequence_alone(generator: Generator, prompts: list[l
     assert generator.generate(prompts, 9, stop_ids=first) == [[]] * len(prompts)
 
 
-def test_a_full_context_ends_its_sequence_alone(generator: Generator) -> None:
+def test_a_full_context_ends_its_sequence_alone(generator):
     prompts = [[5] * 3, [6] * 10, [7] * 11]
     with patch.object(bundled_model().config, "max_position_embeddings", 12):
         together = generator.generate(prompts, 100)
@@ -68,7 +66,7 @@ def test_a_full_context_ends_its_sequence_alone(generator: Generator) -> None:
         assert together == [generator.generate([prompt], 100)[0] for prompt in prompts]
 
 
-def test_samplers_do_what_they_say(generator: Generator, prompts: list[list[int]]) -> None:
+def test_samplers_do_what_they_say(generator, prompts):
     def sampled(seed: int) -> list[list[int]]:
         return generator.generate(prompts, 8, Sampling(1.0, top_k=20, seed=seed))
 
@@ -97,7 +95,7 @@ def test_samplers_do_what_they_say(generator: Generator, prompts: list[list[int]
         ([[5]], 0, "max_new_tokens is 0"),
     ],
 )
-def test_impossible_requests(prompts: list[list[int]], new: int, said: str) -> None:
+def test_impossible_requests(prompts, new, said):
     with pytest.raises(UserError, match=said) as caught:
         Generator(bundled_model()).generate(prompts, new)
     assert "\n" not in str(caught.value)
@@ -107,9 +105,7 @@ def test_impossible_requests(prompts: list[list[int]], new: int, said: str) -> N
 @pytest.mark.parametrize(
     ("value", "sample"), [(float("nan"), greedy), (float("inf"), Sampling(1.0, top_k=5, seed=1))]
 )
-def test_logits_that_are_no_numbers_are_refused(
-    value: float, sample: Sampler, make: Callable[..., Generator], prompts: list[list[int]]
-) -> None:
+def test_logits_that_are_no_numbers_are_refused(value, sample, make, prompts):
     """As soon as a prompt's are: here after a token that is in the prompt, or was just made."""
     (free,) = Generator(bundled_model()).generate(prompts[:1], 12)
     at = next(i for i, token in enumerate(free) if token not in prompts[0] + free[:i])
@@ -128,9 +124,6 @@ def test_logits_that_are_no_numbers_are_refused(
         assert generator.generate(prompts[:1], at + 1) == [free[: at + 1]]
 
 
-# ---- a model that is being trained ----
-
-
 def with_dropout(tiny_model: MakeModel) -> DeepseekForCausalLM:
     return tiny_model(attention_dropout=0.9)
 
@@ -138,14 +131,9 @@ def with_dropout(tiny_model: MakeModel) -> DeepseekForCausalLM:
 def with_an_adapter(tiny_model: MakeModel) -> nn.Module:
     """On linears and on experts, each of which drops out by itself."""
     pytest.importorskip("peft", reason="adapters are PEFT's: pip install peft")
-    from deepseek_moe.training.trainable import add_lora
+    from adapter_fixtures import EXPERTS, add_random_adapters, move_what_trains
 
-    targets = ["q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = add_lora(tiny_model(), targets, 4, 64, 0.9, [])
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter)
-    return model
+    return move_what_trains(add_random_adapters(tiny_model(), ["q_proj", *EXPERTS], 0.9), 1.0)
 
 
 def with_checkpointing(tiny_model: MakeModel) -> DeepseekForCausalLM:
@@ -170,9 +158,7 @@ def modes(model: nn.Module) -> list[bool]:
         (Generator, with_checkpointing),
     ],
 )
-def test_a_model_in_training_mode(
-    make_generator: Callable[..., Generator], make: Callable[..., nn.Module], tiny_model: MakeModel
-) -> None:
+def test_a_model_in_training_mode(make_generator, make, tiny_model):
     """Its text is that of evaluation mode, and each of its modules stays in its own mode."""
     model = make(tiny_model).eval()
     generator = make_generator(model)
@@ -185,7 +171,7 @@ def test_a_model_in_training_mode(
     assert modes(model) == before
 
 
-def test_a_model_that_is_trained_between_the_steps_of_a_stream(tiny_model: MakeModel) -> None:
+def test_a_model_that_is_trained_between_the_steps_of_a_stream(tiny_model):
     model = with_dropout(tiny_model)
     generator = Generator(model)
     expected = list(generator.stream(IDS, 6))
@@ -198,7 +184,7 @@ def test_a_model_that_is_trained_between_the_steps_of_a_stream(tiny_model: MakeM
     assert made == expected
 
 
-def test_the_mode_comes_back_after_an_error(tiny_model: MakeModel) -> None:
+def test_the_mode_comes_back_after_an_error(tiny_model):
     model = tiny_model().train()
     error = RuntimeError("no")
     with patch.object(model.lm_head, "forward", side_effect=error), pytest.raises(RuntimeError):

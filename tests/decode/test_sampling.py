@@ -1,6 +1,5 @@
 """Samplers against transformers' processors, in what they draw, and in what a CUDA graph allows."""
 
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -54,7 +53,7 @@ PROCESSORS = {  # in the order of `generate`
     ],
     ids=str,
 )
-def test_the_distribution_is_that_of_transformers(options: dict[str, Any]) -> None:
+def test_the_distribution_is_that_of_transformers(options):
     logits = torch.randn(B, V, generator=seeded(0)) * 3
     # Each row saw its likeliest ids, positive, and others, some twice; the next rows did not.
     text = torch.cat([logits.topk(2).indices, torch.randint(V, (B, 40), generator=seeded(0))], -1)
@@ -74,7 +73,7 @@ def test_the_distribution_is_that_of_transformers(options: dict[str, Any]) -> No
     assert Sampling(**options | {"temperature": 0.0})(logits, seen).equal(expected.argmax(-1))
 
 
-def test_no_more_than_top_k_stay_where_logits_are_equal() -> None:
+def test_no_more_than_top_k_stay_where_logits_are_equal():
     logits = torch.zeros(1, 10)
     weights, ids = Sampling(1.0, top_k=3).distribution(logits, unseen(logits))
     assert weights.tolist() == [pytest.approx([1 / 3] * 3)]
@@ -86,7 +85,7 @@ def test_no_more_than_top_k_stay_where_logits_are_equal() -> None:
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1.0, 1e40, 1e300])
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-45, 1e-4, 1.0, 1e300])
-def test_extreme_values_leave_no_nan(penalty: float, temperature: float) -> None:
+def test_extreme_values_leave_no_nan(penalty, temperature):
     logits = torch.tensor([[50.0, 0.0, -50.0, -1.0]])
     sample = Sampling(temperature, repetition_penalty=penalty)
     for row in ([True] * 4, [False] * 4, [True, True, False, False]):
@@ -101,9 +100,7 @@ def test_extreme_values_leave_no_nan(penalty: float, temperature: float) -> None
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-45, 30.0])
-def test_weight_0_is_not_drawn_whatever_the_noise(
-    monkeypatch: pytest.MonkeyPatch, noise: float
-) -> None:
+def test_weight_0_is_not_drawn_whatever_the_noise(monkeypatch, noise):
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, **_: x.fill_(noise))
     weights = torch.tensor([[0.0, 1e-30, 0.0], [0.0, 0.0, 1.0], [0.5, 0.0, 0.0]])
     assert draw(weights).tolist() == [1, 2, 0]
@@ -120,14 +117,14 @@ def test_weight_0_is_not_drawn_whatever_the_noise(
         ("seed", (-1, 2**64)),
     ],
 )
-def test_impossible_sampling_values(name: str, values: tuple[float, ...]) -> None:
+def test_impossible_sampling_values(name, values):
     for value in values:
         with pytest.raises(UserError, match=f"^{name} is .*must be") as caught:
             Sampling(**{name: value})
         assert "\n" not in str(caught.value)
 
 
-def test_rows_with_a_logit_that_is_no_number_are_marked() -> None:
+def test_rows_with_a_logit_that_is_no_number_are_marked():
     """One of a row as large as the official vocabulary, and all of a row."""
     logits_BV = torch.randn(8, 102400) * 1e4
     for row, value in enumerate((NAN, INF, -INF)):
@@ -141,7 +138,7 @@ def test_rows_with_a_logit_that_is_no_number_are_marked() -> None:
 # Seeds
 
 
-def test_a_seed_makes_the_draws_repeatable() -> None:
+def test_a_seed_makes_the_draws_repeatable():
     logits, device = torch.zeros(16, 50), torch.device("cpu")
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -158,7 +155,7 @@ def test_a_seed_makes_the_draws_repeatable() -> None:
     assert len({Sampling(1.0, seed=4), Sampling(1.0, seed=4)}) == 2  # not one stream
 
 
-def test_without_a_seed_the_draws_are_those_of_the_default_generator() -> None:
+def test_without_a_seed_the_draws_are_those_of_the_default_generator():
     logits, sample = torch.zeros(16, 50), Sampling(1.0)
     assert sample.generator(torch.device("cpu")) is None
     torch.manual_seed(5)
@@ -181,9 +178,7 @@ def test_without_a_seed_the_draws_are_those_of_the_default_generator() -> None:
     ],
     ids=str,
 )
-def test_nothing_waits_for_a_value_or_is_ordered_without_need(
-    options: dict[str, Any], unneeded: tuple[str, ...]
-) -> None:
+def test_nothing_waits_for_a_value_or_is_ordered_without_need(options, unneeded):
     """Tensors on the device `meta` have no values that anything could wait for."""
     logits = torch.empty(3, 200, device="meta")
     seen = torch.empty(3, 200, device="meta", dtype=torch.bool)

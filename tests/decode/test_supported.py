@@ -152,7 +152,7 @@ NO_OTHER_RESULT = ("not causal", "heads in the config")
 
 
 @pytest.mark.parametrize("name", [*REBUILT, *UNKNOWN])
-def test_a_changed_model_is_computed(generator: Generator, model: Model, name: str) -> None:
+def test_a_changed_model_is_computed(generator, model, name):
     before = check_equals_plain(generator)
     (REBUILT | UNKNOWN)[name](model)
     after = check_equals_plain(generator)
@@ -167,9 +167,7 @@ def test_a_changed_model_is_computed(generator: Generator, model: Model, name: s
             Engine(model, ops=torch_ops)
 
 
-def test_what_is_changed_outside_of_the_model(
-    generator: Generator, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_changed_outside_of_the_model(generator, model, monkeypatch):
     """Forwards of classes, and torch's hooks for all modules."""
     before = check_equals_plain(generator)
     with monkeypatch.context() as patch:
@@ -186,7 +184,7 @@ def test_what_is_changed_outside_of_the_model(
         hook.remove()
 
 
-def test_the_limits_are_the_present_ones(generator: Generator, model: Model) -> None:
+def test_the_limits_are_the_present_ones(generator, model):
     generator.generate(PROMPTS, 2)
     for context in (10, 70):
         model.config.max_position_embeddings = context
@@ -200,7 +198,7 @@ def test_the_limits_are_the_present_ones(generator: Generator, model: Model) -> 
         generator.generate(PROMPTS, 2)
 
 
-def test_every_parameter_replaced_or_changed_in_place(any_model: Model) -> None:
+def test_every_parameter_replaced_or_changed_in_place(any_model):
     """A replaced one is noticed, whichever it is; a changed one is read where it is."""
     generator = with_engine(any_model)
     last = check_equals_plain(generator, 2)
@@ -217,14 +215,14 @@ def test_every_parameter_replaced_or_changed_in_place(any_model: Model) -> None:
         assert not torch.equal(changed, last), name
 
 
-def test_a_cast_model_is_computed_in_its_dtype(generator: Generator, model: Model) -> None:
+def test_a_cast_model_is_computed_in_its_dtype(generator, model):
     generator.generate(PROMPTS, 2)
     model.bfloat16()
     assert generator.generate(PROMPTS, NEW) == with_engine(model).generate(PROMPTS, NEW)
     assert generator.engine.cache.keys.dtype == torch.bfloat16
 
 
-def test_an_engine_changes_no_value_and_a_second_one_moves_nothing(any_model: Model) -> None:
+def test_an_engine_changes_no_value_and_a_second_one_moves_nothing(any_model):
     state = {name: x.clone() for name, x in any_model.state_dict().items()}
     first = with_engine(any_model)
     built, places = first.engine.decoder, [p.data_ptr() for p in any_model.parameters()]
@@ -244,9 +242,7 @@ def test_an_engine_changes_no_value_and_a_second_one_moves_nothing(any_model: Mo
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-def test_weights_are_not_torn_out_of_the_memory_of_an_optimizer(
-    generator: Generator, model: Model, in_order: bool
-) -> None:
+def test_weights_are_not_torn_out_of_the_memory_of_an_optimizer(generator, model, in_order):
     """One that writes its steps into a flat tensor, of which the parameters are parts."""
     parameters = list(model.parameters())
     if not in_order:
@@ -261,7 +257,7 @@ def test_weights_are_not_torn_out_of_the_memory_of_an_optimizer(
     assert not torch.allclose(before, check_equals_plain(generator), atol=1e-2)
 
 
-def test_the_engine_comes_back_with_its_model(generator: Generator, model: Model) -> None:
+def test_the_engine_comes_back_with_its_model(generator, model):
     before = check_equals_plain(generator)
     stream = generator.stream(PROMPTS, NEW)
     next(stream)
@@ -276,7 +272,7 @@ def test_the_engine_comes_back_with_its_model(generator: Generator, model: Model
     assert generator.engine.decoder is not None
 
 
-def test_a_stream_goes_on_with_its_first_weights(generator: Generator, model: Model) -> None:
+def test_a_stream_goes_on_with_its_first_weights(generator, model):
     whole = generator.generate(PROMPTS, NEW)
     stream = generator.stream(PROMPTS, NEW)
     steps = [next(stream), next(stream)]
@@ -286,7 +282,7 @@ def test_a_stream_goes_on_with_its_first_weights(generator: Generator, model: Mo
     assert generator.generate(PROMPTS, NEW) == Generator(model, fast=False).generate(PROMPTS, NEW)
 
 
-def test_a_model_rebuilt_in_inference_mode_is_trainable(generator: Generator, model: Model) -> None:
+def test_a_model_rebuilt_in_inference_mode_is_trainable(generator, model):
     replace_parameters(model)
     with torch.inference_mode():
         check_equals_plain(generator)
@@ -295,7 +291,7 @@ def test_a_model_rebuilt_in_inference_mode_is_trainable(generator: Generator, mo
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_the_signature_of_an_untouched_model_stays(generator: Generator, model: Model) -> None:
+def test_the_signature_of_an_untouched_model_stays(generator, model):
     """Also with the hooks that transformers leaves when it was asked for hidden states."""
     signature = generator.engine.signature
     model(torch.tensor([[1, 2]]), output_hidden_states=True)

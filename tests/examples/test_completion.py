@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from example_fixtures import ENVIRONMENT, EXAMPLES, LONG, assert_error, run
+from example_fixtures import ENVIRONMENT, EXAMPLES, LONG, assert_error, both_scripts, run
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
@@ -21,7 +20,6 @@ from deepseek_moe.decode.prompts import noted_interrupts, read_prompts
 from deepseek_moe.decode.sampling import Sampling
 from deepseek_moe.errors import RunError, UserError
 
-both_scripts = pytest.mark.parametrize("script", ["completion.py", "chat.py"])
 PROMPTS = ["The old man", "Once", "It was late", "A bird", "The king"]
 SAMPLED = ["--temperature", "1", "--seed", "7"]
 
@@ -41,7 +39,7 @@ def completed(prompt: str, new: int) -> str:
     return prompt + tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_one_prompt_streams_and_several_are_separated_by_an_empty_line(tmp_path: Path) -> None:
+def test_one_prompt_streams_and_several_are_separated_by_an_empty_line(tmp_path):
     one = run("completion.py", "--prompt", "The old man", "--max_new_tokens", 12)
     assert (one.code, one.out) == (0, completed("The old man", 12) + "\n")
     assert re.search(r"12 tokens in [\d.]+ s: [\d.]+ tokens/s", one.err)
@@ -54,7 +52,7 @@ def test_one_prompt_streams_and_several_are_separated_by_an_empty_line(tmp_path:
     assert [row["prompt"] + row["completion"] for row in rows] == texts
 
 
-def test_prompts_of_the_command_line_and_a_file(tmp_path: Path) -> None:
+def test_prompts_of_the_command_line_and_a_file(tmp_path):
     """A line may have several forms. Empty lines are skipped."""
     file = tmp_path / "prompts.txt"
     prompts = {
@@ -81,7 +79,7 @@ def test_prompts_of_the_command_line_and_a_file(tmp_path: Path) -> None:
         (None, "cannot be read: .*No such file"),
     ],
 )
-def test_a_prompts_file_that_is_refused(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_a_prompts_file_that_is_refused(tmp_path, content, said):
     file = tmp_path / "prompts.jsonl"
     if content is not None:
         file.write_bytes(content)
@@ -97,7 +95,7 @@ def test_a_prompts_file_that_is_refused(tmp_path: Path, content: bytes | None, s
     [(signal.SIGINT, []), (signal.SIGTERM, SAMPLED)],
     ids=["Ctrl-C, greedy", "SIGTERM, sampled"],
 )
-def test_a_stopped_batch_is_gone_on_with(tmp_path: Path, options: list[str], number: int) -> None:
+def test_a_stopped_batch_is_gone_on_with(tmp_path, options, number):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     command = batch("--output_file", output, *options)
     assert run(*batch("--output_file", whole, *options)).code == 0
@@ -128,7 +126,7 @@ def test_a_stopped_batch_is_gone_on_with(tmp_path: Path, options: list[str], num
     assert_error(run(*command, "--repetition_penalty", 2), "there, 2.0 now", str(output))
 
 
-def test_what_is_refused_before_the_work_leaves_all_files_as_they_are(tmp_path: Path) -> None:
+def test_what_is_refused_before_the_work_leaves_all_files_as_they_are(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("Once\n")
     same = batch("--output_file", file, "--prompts_file", file, "--overwrite")
@@ -139,7 +137,7 @@ def test_what_is_refused_before_the_work_leaves_all_files_as_they_are(tmp_path: 
 
 
 @pytest.mark.slow
-def test_what_a_killed_batch_has_made_is_kept(tmp_path: Path) -> None:
+def test_what_a_killed_batch_has_made_is_kept(tmp_path):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     options = [*SAMPLED, "--max_new_tokens", 40, "--batch_size", 1, "--output_file"]
     run(*batch(*options, whole))
@@ -160,7 +158,7 @@ def test_what_a_killed_batch_has_made_is_kept(tmp_path: Path) -> None:
 
 
 @both_scripts
-def test_every_option_arrives(script: str) -> None:
+def test_every_option_arrives(script):
     """Of the sampler and of `load`."""
     chosen = "temperature=.5 top_k=3 top_p=.25 min_p=.125 repetition_penalty=2 seed=9 prompt=Hello "
     chosen += "max_new_tokens=7 quantization=int4 dtype=bfloat16 device=cpu"
@@ -186,7 +184,7 @@ def test_every_option_arrives(script: str) -> None:
     ],
 )
 @both_scripts
-def test_bad_options(script: str, options: list[str], said: str) -> None:
+def test_bad_options(script, options, said):
     done = run(script, *options, stdin=b"Hello\n")
     assert_error(done, said)
     assert done.out == ""
@@ -200,7 +198,7 @@ def test_bad_options(script: str, options: list[str], said: str) -> None:
     ],
 )
 @both_scripts
-def test_errors_of_the_model(script: str, error: Exception, said: str, code: int) -> None:
+def test_errors_of_the_model(script, error, said, code):
     with patch.object(Generator, "stream", side_effect=error):
         assert_error(run(script, "--prompt", "Hello"), said, code=code)
 
@@ -218,9 +216,7 @@ except BaseException:  # as some library might
 
 
 @both_scripts
-def test_options_are_checked_before_slow_imports_which_ctrl_c_ends(
-    script: str, tmp_path: Path
-) -> None:
+def test_options_are_checked_before_slow_imports_which_ctrl_c_ends(script, tmp_path):
     for module in ("torch", "transformers", "deepseek_moe"):
         (tmp_path / f"{module}.py").write_text(SLOW_IMPORT)
 
@@ -240,7 +236,7 @@ def test_options_are_checked_before_slow_imports_which_ctrl_c_ends(
     assert start() == (130, "imported\n", "")  # without a traceback
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_reader_that_leaves_is_no_error():
     line = '"$0" examples/completion.py | head -c 10; exit ${PIPESTATUS[0]}'
     done = subprocess.run(
         ["bash", "-c", line, sys.executable],
@@ -254,7 +250,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to a process")
-def test_ctrl_c_is_noted_once_and_then_interrupts() -> None:
+def test_ctrl_c_is_noted_once_and_then_interrupts():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), noted_interrupts(signal.SIGINT) as pressed:
         assert not pressed

@@ -4,35 +4,21 @@ import json
 import os
 import re
 import signal
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from example_fixtures import EXAMPLES, LONG, assert_error, run
+from example_fixtures import LONG, assert_error, run, talk
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
-from text_fixtures import BUNDLED, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
-from deepseek_moe.chat import NO_SYSTEM_PROMPT
 from deepseek_moe.decode.sampling import greedy
+from deepseek_moe.decode.texts import NO_SYSTEM_PROMPT
 from deepseek_moe.errors import UserError
 
-with patch("sys.path", [str(EXAMPLES), *sys.path]):
-    from conversation import Conversation
 
-
-def talk(*lines: str) -> Conversation:
-    """A conversation after these lines."""
-    conversation = Conversation(Generator(bundled_model()), tokenizer_of(BUNDLED), 6, greedy)
-    for line in lines:
-        conversation.turn(line)
-    return conversation
-
-
-def test_a_piped_conversation_has_a_memory(tmp_path: Path) -> None:
+def test_a_piped_conversation_has_a_memory(tmp_path):
     file = tmp_path / "chat.json"
     text = f"Who are you?\n\n  And I, Zoë?  \n/save {file}\n"
     done = run("chat.py", "--max_new_tokens", 6, stdin=text.encode())
@@ -47,7 +33,7 @@ def test_a_piped_conversation_has_a_memory(tmp_path: Path) -> None:
     assert alone.out == answers[0] + "\n" != "\n"
 
 
-def test_undo_and_reset_forget(capsys: pytest.CaptureFixture[str]) -> None:
+def test_undo_and_reset_forget(capsys):
     one = talk("One?").messages
     assert len(one) == 2
     assert talk("One?", "Two?", "/undo").messages == one
@@ -57,7 +43,7 @@ def test_undo_and_reset_forget(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing to undo" in said and "conversation is forgotten" in said
 
 
-def test_commands_write_notes_to_stderr_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_write_notes_to_stderr_only(capsys):
     talk("/system", "/system Be short.", "/help")
     out, err = capsys.readouterr()
     assert out == ""
@@ -66,7 +52,7 @@ def test_commands_write_notes_to_stderr_only(capsys: pytest.CaptureFixture[str])
         assert command in err
 
 
-def test_overflow_drops_the_oldest_turns_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overflow_drops_the_oldest_turns_and_says_so(capsys):
     with patch.object(Generator, "stream", return_value=[[5]]) as stream:
         conversation = talk(*(f"{n} {'word ' * 290}" for n in "abcde"))
     assert "the context is full: the oldest 2 messages are no" in capsys.readouterr().err
@@ -84,14 +70,14 @@ def test_overflow_drops_the_oldest_turns_and_says_so(capsys: pytest.CaptureFixtu
         ("Caf\udce9", "UTF-8"),
     ],
 )
-def test_an_error_ends_a_piped_conversation(text: str, said: str) -> None:
+def test_an_error_ends_a_piped_conversation(text, said):
     stdin = f"{text}\nNever asked\n".encode(errors="surrogateescape")
     done = run("chat.py", "--max_new_tokens", 4, stdin=stdin)
     assert_error(done, said)
     assert len(done.out.splitlines()) <= text.count("Hello\n")
 
 
-def test_save_takes_the_name_of_a_new_file(tmp_path: Path) -> None:
+def test_save_takes_the_name_of_a_new_file(tmp_path):
     file = tmp_path / "notes.json"
     file.write_text("mine")
     for line, said in (
@@ -108,7 +94,7 @@ def test_save_takes_the_name_of_a_new_file(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == []
 
 
-def test_a_terminal(tmp_path: Path) -> None:
+def test_a_terminal(tmp_path):
     """Ctrl-C drops half a line and an error is only shown, while Ctrl-D leaves."""
     file = tmp_path / "chat.json"
     with create_pipe_input() as keys, create_app_session(input=keys):
@@ -122,7 +108,7 @@ def test_a_terminal(tmp_path: Path) -> None:
     assert done.out == messages[1]["content"] + "\n"
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_the_chat(capsys):
     conversation = talk("Again")
     whole = conversation.messages.pop()["content"]
     calls = []

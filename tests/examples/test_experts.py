@@ -45,7 +45,7 @@ def assert_measured(profile: Profile, sequences: list[list[int]]) -> None:
             assert found == pytest.approx(getattr(layer, name), rel=1e-4, abs=1e-7)
 
 
-def test_a_set_of_rows_gives_one_profile(data: Path, tmp_path: Path) -> None:
+def test_a_set_of_rows_gives_one_profile(data, tmp_path):
     output = tmp_path / "new" / "profiles"
     command = ["experts.py", "--data_path", data, "--output", output, "--max_length", 24]
     done = run(*command, "--cache_dir", tmp_path / "cache")
@@ -72,7 +72,7 @@ def test_a_set_of_rows_gives_one_profile(data: Path, tmp_path: Path) -> None:
     assert again.code == 0, again.err
 
 
-def test_text_is_cut_into_windows_that_begin_with_bos(text: Path, tmp_path: Path) -> None:
+def test_text_is_cut_into_windows_that_begin_with_bos(text, tmp_path):
     done = run("experts.py", "--text", text, "--output", tmp_path, "--max_length", 10)
     assert done.code == 0, done.err
     bos, *ids = tokenizer_of(BUNDLED)(TEXT).input_ids
@@ -87,23 +87,15 @@ def test_text_is_cut_into_windows_that_begin_with_bos(text: Path, tmp_path: Path
     )
 
 
-def test_several_sets_have_names_and_are_compared(data: Path, text: Path, tmp_path: Path) -> None:
+def test_several_sets_have_names_and_are_compared(data, text, tmp_path):
     output = tmp_path / "out"
-    sets = [
-        "--data_path",
-        f"short={data}",
-        "--text",
-        text,
-        "--prompt",
-        "A bird",
-        "--prompt",
-        "Gold",
-    ]
+    sets = ["--data_path", f"short={data}", "--text", text]
+    sets += ["--prompt", "Gold", "--prompt", "Bird"]
     done = run("experts.py", *sets, "--output", output, "--cache_dir", tmp_path / "cache")
     assert done.code == 0, done.err
     names = ["short", "tale", "prompt"]
     profiles = {name: read_profile(output / f"profile-{name}.json") for name in names}
-    assert_measured(profiles["prompt"], tokenizer_of(BUNDLED)(["A bird", "Gold"]).input_ids)
+    assert_measured(profiles["prompt"], tokenizer_of(BUNDLED)(["Gold", "Bird"]).input_ids)
     whole = read_profile(output / "profile.json")
     assert whole.tokens == sum(one.tokens for one in profiles.values())
     for number, layer in whole.layers.items():
@@ -126,7 +118,7 @@ def test_several_sets_have_names_and_are_compared(data: Path, text: Path, tmp_pa
     assert f"{found['total_variation']:.1%}" in done.out
 
 
-def test_prompts_are_shown_with_the_top_expert_of_each_token(tmp_path: Path) -> None:
+def test_prompts_are_shown_with_the_top_expert_of_each_token(tmp_path):
     prompts = ["A bird  of gold", "Führer 🎉 "]
     given = [word for prompt in prompts for word in ("--prompt", prompt)]
     done = run("experts.py", *given, "--layer", 2, "--output", tmp_path)
@@ -148,7 +140,7 @@ def test_prompts_are_shown_with_the_top_expert_of_each_token(tmp_path: Path) -> 
     assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_package_for_pictures_costs_no_profile(text: Path, tmp_path: Path) -> None:
+def test_a_missing_package_for_pictures_costs_no_profile(text, tmp_path):
     with patch.dict(sys.modules, {"matplotlib": None}):
         done = run("experts.py", "--text", text, "--output", tmp_path)
     assert_error(done, "needs matplotlib; pip install matplotlib")
@@ -157,7 +149,7 @@ def test_a_missing_package_for_pictures_costs_no_profile(text: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^python examples/(experts.py .*)", page, re.MULTILINE)
@@ -168,7 +160,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert done.code == 0, done.err
 
 
-def test_what_is_refused_before_weights_are_loaded(data: Path, text: Path, tmp_path: Path) -> None:
+def test_what_is_refused_before_weights_are_loaded(data, text, tmp_path):
     output = tmp_path / "out"
     empty, no_rows = tmp_path / "empty.txt", tmp_path / "none.jsonl"
     for file in (empty, no_rows):

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from adapter_fixtures import ADAPTED, load, make_adapter
-from example_fixtures import ENVIRONMENT, EXAMPLES, assert_error, run
+from example_fixtures import ENVIRONMENT, EXAMPLES, assert_error, both_scripts, run, talk
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
@@ -23,20 +23,11 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.training.merge_lora import merged_tensors
 
 with patch("sys.path", [str(EXAMPLES), *sys.path]):
-    from conversation import Conversation, named_base
-
-both_scripts = pytest.mark.parametrize("script", ["completion.py", "chat.py"])
-
-
-def talk(*lines: str, new: int = 6) -> Conversation:
-    conversation = Conversation(Generator(bundled_model()), tokenizer_of(BUNDLED), new, greedy)
-    for line in lines:
-        conversation.turn(line)
-    return conversation
+    from conversation import named_base
 
 
 @both_scripts
-def test_dashes_are_underscores_and_the_nearest_option_is_named(script: str) -> None:
+def test_dashes_are_underscores_and_the_nearest_option_is_named(script):
     wanted = run(script, "--prompt", "Once", "--max_new_tokens", 3)
     dashed = run(script, "--prompt", "Once", "--max-new-tokens=3")
     assert (dashed.code, dashed.out) == (0, wanted.out)
@@ -47,7 +38,7 @@ def test_dashes_are_underscores_and_the_nearest_option_is_named(script: str) -> 
 
 
 @pytest.mark.parametrize("prompt", ["--well-known old-king said", "--well-known king-size=2 x"])
-def test_a_prompt_that_begins_with_dashes_stays_as_it_is(prompt: str) -> None:
+def test_a_prompt_that_begins_with_dashes_stays_as_it_is(prompt):
     done = run("completion.py", "--prompt", prompt, "--max-new-tokens", 2)
     assert (done.code, done.out[: len(prompt)]) == (0, prompt), done.err
     assert run("completion.py", f"--prompt={prompt}", "--max-new-tokens", 2).out == done.out
@@ -55,7 +46,7 @@ def test_a_prompt_that_begins_with_dashes_stays_as_it_is(prompt: str) -> None:
 
 @pytest.mark.parametrize("option", ["--top_p=0.9", "--top_k=5", "--min_p=0.1", "--seed=0"])
 @both_scripts
-def test_options_of_sampling_need_a_temperature(script: str, option: str) -> None:
+def test_options_of_sampling_need_a_temperature(script, option):
     said = f"{option.partition('=')[0]} has no effect without --temperature"
     assert_error(run(script, "--prompt", "Once", option), said)
     done = run(script, "--prompt", "Once", option, "--temperature=1", "--max_new_tokens=2")
@@ -63,7 +54,7 @@ def test_options_of_sampling_need_a_temperature(script: str, option: str) -> Non
 
 
 @both_scripts
-def test_an_adapter_is_merged_in_memory(script: str, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_in_memory(script, tmp_path):
     model = load(BUNDLED, dtype=torch.float32)
     adapter = make_adapter(model, tmp_path / "adapter", 0.05, **ADAPTED)
     whole, words = tmp_path / "whole", ["--prompt", "Once upon a time", "--max_new_tokens", 8]
@@ -85,7 +76,7 @@ def test_an_adapter_is_merged_in_memory(script: str, tmp_path: Path) -> None:
 
 
 @both_scripts
-def test_sampling_settings_of_a_checkpoint_have_no_effect(script: str, tmp_path: Path) -> None:
+def test_sampling_settings_of_a_checkpoint_have_no_effect(script, tmp_path):
     """Each would change the text, or draw another one at each start."""
     folder = shutil.copytree(BUNDLED, tmp_path / "model")
     words = [script, "--prompt", "Once upon a time", "--max_new_tokens", 12, "--model", folder]
@@ -126,7 +117,7 @@ def completion(line: str) -> subprocess.CompletedProcess[str]:
         ('printf "" | "$@"', "Once upon a time"),
     ],
 )
-def test_what_is_piped_in_is_a_prompt(line: str, begins: str) -> None:
+def test_what_is_piped_in_is_a_prompt(line, begins):
     done = completion(line)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(begins)
@@ -142,7 +133,7 @@ def test_what_is_piped_in_is_a_prompt(line: str, begins: str) -> None:
         ("printf 'ab\\xff' | PYTHONUTF8=0 PYTHONIOENCODING=ascii \"$@\" --prompt -", "not UTF-8"),
     ],
 )
-def test_an_input_that_cannot_be_read_is_one_line(line: str, said: str) -> None:
+def test_an_input_that_cannot_be_read_is_one_line(line, said):
     done = completion(line)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and said in done.stderr, done.stderr
@@ -150,7 +141,7 @@ def test_an_input_that_cannot_be_read_is_one_line(line: str, said: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_full_or_closed_output_is_one_line() -> None:
+def test_a_full_or_closed_output_is_one_line():
     for line, code in (('"$@" > /dev/full', 1), ('"$@" >&-', 2)):
         done = completion(line)
         assert done.returncode == code
@@ -158,14 +149,14 @@ def test_a_full_or_closed_output_is_one_line() -> None:
         assert "usage: " not in done.stderr
 
 
-def test_fewer_tokens_than_asked_are_explained() -> None:
+def test_fewer_tokens_than_asked_are_explained():
     """The stop id is the third id that greedy decoding makes."""
     tokenizer = tokenizer_of(BUNDLED)
     prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "The old king")]
     ids = Generator(bundled_model()).generate(prompts, 4)
     words = ["completion.py", "--prompt", "Once upon a time", "--max_new_tokens", 4]
     assert "before" not in run(*words).err
-    with patch("deepseek_moe.chat.end_ids", lambda *_: {ids[0][2]}):
+    with patch("deepseek_moe.decode.texts.end_ids", lambda *_: {ids[0][2]}):
         assert "; 1 of 1 texts ended, or filled the context of 1024 tokens" in run(*words).err
         assert "; 1 of 2 texts ended" in run(*words, "--prompt", "The old king").err
 
@@ -173,7 +164,7 @@ def test_fewer_tokens_than_asked_are_explained() -> None:
 # --- Chats
 
 
-def test_the_model_is_named_and_a_base_model_is_warned_of() -> None:
+def test_the_model_is_named_and_a_base_model_is_warned_of():
     done = run("chat.py", "--prompt", "Hi", "--max_new_tokens", 2)
     assert "talking to " in done.err and "tiny-chat" in done.err
     assert "base model" not in done.err
@@ -181,9 +172,7 @@ def test_the_model_is_named_and_a_base_model_is_warned_of() -> None:
     assert "by its name it is a base model" in done.err
 
 
-def test_a_base_model_is_known_by_a_word_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_model_is_known_by_a_word_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(BUNDLED)
     (tmp_path / "link-to-it").symlink_to(BUNDLED)
     for name in (".", str(tmp_path / "link-to-it"), "deepseek-ai/deepseek-moe-16b-base", "My_Base"):
@@ -192,7 +181,7 @@ def test_a_base_model_is_known_by_a_word_of_its_name(
         assert not named_base(name), name
 
 
-def test_retry_asks_again_and_exit_leaves() -> None:
+def test_retry_asks_again_and_exit_leaves():
     asked = talk("One?", "Two?")
     again = talk("One?", "Two?", "/retry")
     assert again.messages == asked.messages
@@ -202,7 +191,7 @@ def test_retry_asks_again_and_exit_leaves() -> None:
     assert (done.code, done.out.count("\n")) == (0, 1)
 
 
-def test_load_takes_what_save_has_written(tmp_path: Path) -> None:
+def test_load_takes_what_save_has_written(tmp_path):
     file = tmp_path / "chat.json"
     saved = talk("One?", f"/save {file}")
     assert talk(f"/load {file}").messages == saved.messages
@@ -221,7 +210,7 @@ def test_load_takes_what_save_has_written(tmp_path: Path) -> None:
         talk("/load")
 
 
-def test_an_answer_that_is_cut_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_that_is_cut_is_marked(capsys):
     conversation = talk("One?", new=3)
     assert "(cut after --max_new_tokens 3)" in capsys.readouterr().err
     with patch("conversation.end_ids", lambda *_: range(4096)):
@@ -229,7 +218,7 @@ def test_an_answer_that_is_cut_is_marked(capsys: pytest.CaptureFixture[str]) -> 
     assert "cut" not in capsys.readouterr().err
 
 
-def test_two_ctrl_c_stop_the_answer_and_keep_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_ctrl_c_stop_the_answer_and_keep_the_chat(capsys):
     def pressed_twice(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)

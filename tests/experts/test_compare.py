@@ -1,10 +1,7 @@
 """Profiles beside each other."""
 
-from collections.abc import Callable
-
 import pytest
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.experts.compare import differences, together
 from deepseek_moe.experts.measure import measure
 from deepseek_moe.experts.profile import SCORES, LayerProfile, Profile
@@ -14,7 +11,7 @@ def profile(picks: list[int]) -> Profile:
     return Profile({3: LayerProfile(picks, [0.1] * 4, [1.0] * 4)}, 10, "tensors:m", "d")
 
 
-def test_differences_of_shares() -> None:
+def test_differences_of_shares():
     layer = differences(profile([30, 10, 0, 0]), profile([1, 1, 2, 0]))[3]
     assert layer.shares == [0.5, 0.0, -0.5, 0.0]
     assert layer.total_variation == 0.5
@@ -22,9 +19,7 @@ def test_differences_of_shares() -> None:
     assert differences(profile([2, 2, 0, 0]), profile([1, 1, 0, 0]))[3].total_variation == 0
 
 
-def test_together_is_the_profile_of_all_data(
-    tiny_model: Callable[..., DeepseekForCausalLM],
-) -> None:
+def test_together_is_the_profile_of_all_data(tiny_model):
     model, parts = tiny_model(), {"a": [[5, 6, 7, 8], [9]], "b": [[40, 41, 42]], "c": [[90]]}
     profiles = {
         name: measure(model, ids, fingerprint="tensors:m", settings={"model": "m", "text": name})

@@ -36,7 +36,7 @@ def draw(file: Path, **profiles: Profile) -> np.ndarray:
     return np.array(Image.open(file).convert("RGB")).astype(int)
 
 
-def test_the_png_has_the_colour_of_each_share_where_its_expert_is(tmp_path: Path) -> None:
+def test_the_png_has_the_colour_of_each_share_where_its_expert_is(tmp_path):
     pixels = draw(tmp_path / "map.png", stories=FIRST)
     cells = pixels[:, : int(0.85 * pixels.shape[1])]  # The colour bar is right of them.
     found = []
@@ -54,7 +54,7 @@ def test_the_png_has_the_colour_of_each_share_where_its_expert_is(tmp_path: Path
     assert np.ptp(rows[0, unique, 0]) < 5 and np.ptp(rows[1, unique, 0]) < 5
 
 
-def test_a_difference_is_orange_for_more_and_purple_for_less(tmp_path: Path) -> None:
+def test_a_difference_is_orange_for_more_and_purple_for_less(tmp_path):
     alone = draw(tmp_path / "1.png", a=FIRST)
     same = draw(tmp_path / "2.png", a=FIRST, b=FIRST)
     other = draw(tmp_path / "3.png", a=FIRST, b=SECOND)
@@ -72,7 +72,7 @@ def test_a_difference_is_orange_for_more_and_purple_for_less(tmp_path: Path) -> 
     assert np.median(orange[1], axis=0)[1] + 300 < np.median(purple[1], axis=0)[1]
 
 
-def test_the_png_of_the_official_size_is_small_and_the_same_each_time(tmp_path: Path) -> None:
+def test_the_png_of_the_official_size_is_small_and_the_same_each_time(tmp_path):
     random = np.random.default_rng(0)
     big = [profile(*random.integers(0, 400, (27, 64)).tolist()) for _ in range(2)]
     names = {"general text": replace(big[0], settings={"model": EVIL}), EVIL * 3: big[1]}
@@ -88,7 +88,7 @@ def test_the_png_of_the_official_size_is_small_and_the_same_each_time(tmp_path: 
     assert width == 1216 and 1 < height / width < 1.6
 
 
-def test_the_page_holds_the_numbers_of_the_profiles(tmp_path: Path) -> None:
+def test_the_page_holds_the_numbers_of_the_profiles(tmp_path):
     write_html({"a": FIRST, "b": SECOND}, tmp_path / "page.html")
     data = Page((tmp_path / "page.html").read_text(encoding="utf-8")).data[0]
     assert data["layers"] == [2, 3] and data["experts"] == 5
@@ -100,7 +100,7 @@ def test_the_page_holds_the_numbers_of_the_profiles(tmp_path: Path) -> None:
     assert [kept["name"] for kept in data["profiles"]] == ["a", "b"]
 
 
-def test_the_page_is_whole_whatever_the_names_are(tmp_path: Path) -> None:
+def test_the_page_is_whole_whatever_the_names_are(tmp_path):
     plain, evil = tmp_path / "plain.html", tmp_path / "evil.html"
     write_html({"a": FIRST, "b": SECOND}, plain)
     write_html({EVIL: FIRST, "<!--TEXT-->": SECOND}, evil, text="<p>below</p>")
@@ -113,9 +113,7 @@ def test_the_page_is_whole_whatever_the_names_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_png, write_html])
-def test_profiles_of_two_models_and_files_that_are_there_are_refused(
-    write: object, tmp_path: Path
-) -> None:
+def test_profiles_of_two_models_and_files_that_are_there_are_refused(write, tmp_path):
     with pytest.raises(UserError, match="a and b differ in layers or experts; draw"):
         write({"a": FIRST, "b": profile([1, 2, 3, 4, 5])}, tmp_path / "file")
     (tmp_path / "file").write_text("mine")
@@ -126,7 +124,7 @@ def test_profiles_of_two_models_and_files_that_are_there_are_refused(
     assert (tmp_path / "file").stat().st_size > 4000
 
 
-def test_only_the_png_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_png_needs_matplotlib(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="needs matplotlib; pip install matplotlib"):
@@ -135,7 +133,7 @@ def test_only_the_png_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.Monke
     assert load_image([[1, 2]], [1]).any()
 
 
-def test_the_picture_of_the_load_is_lighter_for_more_picks() -> None:
+def test_the_picture_of_the_load_is_lighter_for_more_picks():
     image = load_image([list(range(16)), [0] * 16, [15] * 16], [1, 2, 3])
     assert image.dtype == np.uint8 and image.shape == ((1 + 3 + 3) * 12, (2 + 16) * 12, 3)
     luminance = image @ [0.2126, 0.7152, 0.0722]

@@ -1,7 +1,5 @@
 """A measured profile beside counts and sums made the slow way."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,61 +63,45 @@ def by_a_loop(model: DeepseekForCausalLM, sequences: list[list[int]]) -> dict[st
     return sums
 
 
+def rows(profile: Profile, name: str) -> torch.Tensor:
+    return torch.tensor([getattr(layer, name) for layer in profile.layers.values()])
+
+
 def assert_equal(profile: Profile, wanted: dict[str, torch.Tensor], rtol: float = 1e-5) -> None:
     for name in SCORES:
-        found = torch.tensor([getattr(layer, name) for layer in profile.layers.values()])
-        torch.testing.assert_close(found.double(), wanted[name].double(), rtol=rtol, atol=1e-6)
+        found, want = rows(profile, name).double(), wanted[name].double()
+        torch.testing.assert_close(found, want, rtol=rtol, atol=1e-6)
 
 
-def test_picks_are_those_of_the_router_logits() -> None:
-    """Of the bundled model, over a padded batch with a mask."""
+def test_picks_are_those_of_the_router_logits():
     model, sequences = bundled_model().eval(), tokenizer_of(BUNDLED)(TEXTS).input_ids
-    longest = max(map(len, sequences))
-    ids_BL = torch.tensor([ids + [7] * (longest - len(ids)) for ids in sequences])
-    mask_BL = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
-    with torch.no_grad():
-        found = model(ids_BL, attention_mask=mask_BL, output_router_logits=True).router_logits
-    profile = profile_of(model, sequences, batch_size=2)
+    profile, picks = profile_of(model, sequences, batch_size=2), torch.zeros(5, 24)
     assert list(profile.layers) == [1, 2, 3, 4, 5]
-    assert profile.tokens == mask_BL.sum()
-    for layer, logits_TE in zip(profile.layers.values(), found, strict=True):
-        scores_TE = logits_TE.softmax(-1)[mask_BL.flatten().bool()]
-        weights_TK, index_TK = scores_TE.topk(6)
-        assert layer.picks == index_TK.flatten().bincount(minlength=24).tolist()
-        gate_TE = torch.zeros_like(scores_TE).scatter(1, index_TK, weights_TK)
-        torch.testing.assert_close(torch.tensor(layer.gate), gate_TE.mean(0), rtol=1e-5, atol=1e-7)
     for ids in sequences:
         with torch.no_grad():
             logits = model(torch.tensor([ids]), output_router_logits=True).router_logits
-        wanted = {n: one.argmax(-1).tolist() for n, one in enumerate(logits, 1)}
-        assert top_experts(model, ids) == wanted
+        top = [logits_TE.topk(6).indices for logits_TE in logits]
+        picks += torch.stack([top_TK.flatten().bincount(minlength=24) for top_TK in top])
+        assert top_experts(model, ids) == {n: x[:, 0].tolist() for n, x in enumerate(top, 1)}
+    assert torch.equal(rows(profile, "picks"), picks.long())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_scores_are_those_of_a_loop_over_experts(
-    shape: dict[str, Any], tiny_model: Callable[..., DeepseekForCausalLM]
-) -> None:
-    model, sequences = tiny_model(**shape), random_ids(9, 3, 17)
+# In bf16 the inputs of the first layer with experts are the same, so the picks are too.
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rtol"),
+    [(shape, torch.float32, 1e-5) for shape in SHAPES]
+    + [({"num_hidden_layers": 2}, torch.bfloat16, 0.02)],
+    ids=str,
+)
+def test_scores_are_those_of_a_loop_over_experts(shape, dtype, rtol, tiny_model):
+    model, sequences = tiny_model(**shape).to(dtype), random_ids(9, 3, 17)
     profile = profile_of(model, sequences, batch_size=2)
-    config = model.config
-    layers = config.moe_layers
-    assert list(profile.layers) == layers and profile.num_experts == 8
-    assert_equal(profile, by_a_loop(model, sequences))
-
-
-def test_scores_of_bf16_are_those_of_a_loop(
-    tiny_model: Callable[..., DeepseekForCausalLM],
-) -> None:
-    """The layer's inputs are the same, so the picks are, in the first layer with experts."""
-    model, sequences = tiny_model(num_hidden_layers=2).bfloat16(), random_ids(9, 3, 17)
-    profile = profile_of(model, sequences)
-    assert_equal(profile, by_a_loop(model, sequences), rtol=0.02)
+    assert list(profile.layers) == model.config.moe_layers and profile.num_experts == 8
+    assert_equal(profile, by_a_loop(model, sequences), rtol)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_the_size_of_batches_changes_nothing(
-    batch_size: int, tiny_model: Callable[..., DeepseekForCausalLM]
-) -> None:
+def test_the_size_of_batches_changes_nothing(batch_size, tiny_model):
     model, sequences = tiny_model(), random_ids(9, 3, 17, 0, 30, 1)
     wanted = profile_of(model, sequences)
     profile = profile_of(model, sequences, batch_size=batch_size)
@@ -129,13 +111,7 @@ def test_the_size_of_batches_changes_nothing(
     assert hash_ids([[1, 2], [3]]) != hash_ids([[1], [2, 3]])
 
 
-def rows(profile: Profile, name: str) -> torch.Tensor:
-    return torch.tensor([getattr(layer, name) for layer in profile.layers.values()])
-
-
-def test_tied_picks_are_counted_as_the_router_takes_them(
-    tiny_model: Callable[..., DeepseekForCausalLM],
-) -> None:
+def test_tied_picks_are_counted_as_the_router_takes_them(tiny_model):
     model, sequences = tiny_model(), random_ids(9, 4)
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight.zero_()
@@ -146,11 +122,7 @@ def test_tied_picks_are_counted_as_the_router_takes_them(
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_a_measured_model_computes_as_before(
-    implementation: str,
-    tiny_model: Callable[..., DeepseekForCausalLM],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_measured_model_computes_as_before(implementation, tiny_model, monkeypatch):
     """While it is measured, too, and after an error."""
     model, ids = tiny_model(experts_implementation=implementation), random_ids(9)
     before = model.get_experts_implementation()
@@ -171,9 +143,7 @@ def test_a_measured_model_computes_as_before(
 
 
 @pytest.mark.parametrize("broken", ["gate.weight", "experts.down_proj"])
-def test_numbers_that_are_not_finite_are_refused(
-    broken: str, tiny_model: Callable[..., DeepseekForCausalLM]
-) -> None:
+def test_numbers_that_are_not_finite_are_refused(broken, tiny_model):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[2].mlp.get_parameter(broken).fill_(torch.nan)
@@ -181,9 +151,7 @@ def test_numbers_that_are_not_finite_are_refused(
         profile_of(model, random_ids(9))
 
 
-def test_what_cannot_be_measured_is_refused(
-    tiny_model: Callable[..., DeepseekForCausalLM], bundled_model: Path
-) -> None:
+def test_what_cannot_be_measured_is_refused(tiny_model, bundled_model):
     for nothing in ([], [[]]):
         with pytest.raises(UserError, match="no token"):
             profile_of(tiny_model(), nothing)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ LAYER = LayerProfile([80, 19, 1, 0], [0.4, 0.1, 0.02, 0.0], [1.5, 2.0, 0.5, 0.0]
 PROFILE = Profile({1: LAYER, 2: LAYER}, 50, "tensors:m", "d", {"max_length": 8})
 
 
-def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_profile_is_read_as_it_was_written(tmp_path):
     file = tmp_path / "profile.json"
     PROFILE.save(file)
     assert read_profile(file) == PROFILE
@@ -40,7 +39,7 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
         (lambda p: p["layers"].clear(), "lists have"),
     ],
 )
-def test_what_is_no_profile_is_refused(text: object, said: str, tmp_path: Path) -> None:
+def test_what_is_no_profile_is_refused(text, said, tmp_path):
     file = tmp_path / "profile.json"
     PROFILE.save(file)
     if callable(text):
@@ -62,9 +61,7 @@ def test_what_is_no_profile_is_refused(text: object, said: str, tmp_path: Path) 
         ("tensors:other", [1, 2], 4, "another model"),
     ],
 )
-def test_a_profile_of_another_model_is_refused(
-    model: str, layers: list[int], experts: int, said: str
-) -> None:
+def test_a_profile_of_another_model_is_refused(model, layers, experts, said):
     refuse_other_model(PROFILE, "p.json", "tensors:m", [1, 2], 4)
     with pytest.raises(UserError, match=said):
         refuse_other_model(PROFILE, "p.json", model, layers, experts)

@@ -49,9 +49,7 @@ def loss_and_gradients(model: Any, device: torch.device) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_chosen_experts_have_the_gradients_that_they_have_among_all(
-    bits: int, device: torch.device
-) -> None:
+def test_chosen_experts_have_the_gradients_that_they_have_among_all(bits, device):
     few = adapted(device, bits, [], CHOSEN)
     every = adapted(device, bits, EXPERT_PARAMETERS, None)
     random = torch.Generator().manual_seed(0)

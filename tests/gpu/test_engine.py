@@ -4,7 +4,6 @@ Letters: N steps, B sequences, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -64,7 +63,7 @@ def assert_captured(generator: Generator, batch: int, sample: Sampler) -> None:
 
 
 @pytest.mark.parametrize("batch", [*BATCHES, 256])
-def test_greedy_ids(batch: int, pair: TwoWays, new_tokens: int) -> None:
+def test_greedy_ids(batch, pair, new_tokens):
     if batch == 256 and not pair.fast.engine.fast:
         pytest.skip("a CPU takes half a minute")
     new = 8 if batch == 256 else new_tokens
@@ -74,7 +73,7 @@ def test_greedy_ids(batch: int, pair: TwoWays, new_tokens: int) -> None:
     assert assert_likeliest(pair.plain, prompts, ids) <= TIES
 
 
-def test_the_generate_of_transformers(pair: TwoWays, new_tokens: int) -> None:
+def test_the_generate_of_transformers(pair, new_tokens):
     """It makes the likeliest ids by the engine, and repeats what it draws from a seed."""
     model, prompts = pair.model, pair.prompts(3)
     width = max(map(len, prompts))
@@ -100,7 +99,7 @@ def test_the_generate_of_transformers(pair: TwoWays, new_tokens: int) -> None:
         model.shared_engine = None
 
 
-def test_a_wrong_engine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_engine_is_found(monkeypatch):
     """This tries the tests themselves, on a CPU."""
     pair = TwoWays(str(BUNDLED_MODEL), torch.device("cpu"), "float32")
     test_greedy_ids(3, pair, 6)
@@ -117,7 +116,7 @@ def test_a_wrong_engine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_two_runs_are_equal_bit_for_bit(batch: int, pair: TwoWays, new_tokens: int) -> None:
+def test_two_runs_are_equal_bit_for_bit(batch, pair, new_tokens):
     prompts = pair.prompts(batch)
     first, second = (pair.fast.generate(prompts, new_tokens) for _ in range(2))
     assert first == second
@@ -125,9 +124,7 @@ def test_two_runs_are_equal_bit_for_bit(batch: int, pair: TwoWays, new_tokens: i
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_a_model_without_shared_experts(
-    quantization: str | None, device: torch.device, dtype: str, tmp_path: Path
-) -> None:
+def test_a_model_without_shared_experts(quantization, device, dtype, tmp_path):
     """In the shape of DeepMixtral: no dense layer, weights of experts that sum to 1, few heads."""
     shape = {"n_shared_experts": None, "first_k_dense_replace": 0, "norm_topk_prob": True}
     shape |= {"num_key_value_heads": 1, "hidden_size": 256, "moe_intermediate_size": 192}
@@ -137,16 +134,14 @@ def test_a_model_without_shared_experts(
         assert_logits_agree(pair, batch, 4)
 
 
-def test_long_prompts_go_through_in_pieces(pair: TwoWays, new_tokens: int) -> None:
+def test_long_prompts_go_through_in_pieces(pair, new_tokens):
     prompts = pair.prompts(20)
     assert_likeliest(
         pair.plain, prompts, with_engine(pair.model, chunk=5).generate(prompts, new_tokens)
     )
 
 
-def test_sequences_that_end_leave_the_batch(
-    pair: TwoWays, new_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sequences_that_end_leave_the_batch(pair, new_tokens, monkeypatch):
     """They end before a stop id, and change nothing for the others."""
     prompts, engine = pair.prompts(20), pair.fast.engine
     whole = pair.fast.generate(prompts, new_tokens)
@@ -166,7 +161,7 @@ def test_sequences_that_end_leave_the_batch(
     assert_likeliest(pair.plain, prompts, made)
 
 
-def test_unwritten_memory_changes_nothing(pair: TwoWays) -> None:
+def test_unwritten_memory_changes_nothing(pair):
     assert_ignores_unwritten_memory(pair, BATCHES)
 
 
@@ -190,9 +185,7 @@ def assert_ignores_unwritten_memory(pair: TwoWays, batches: Sequence[int]) -> No
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_is_computed_as_it_is(
-    change: str, device: torch.device, dtype: str
-) -> None:
+def test_a_changed_model_is_computed_as_it_is(change, device, dtype):
     """By the engine, or the plain way where the engine refuses, and also where steps were captured
     before. decode/test_supported.py has more changes."""
     pair = TwoWays(str(BUNDLED_MODEL), device, dtype)
@@ -208,7 +201,7 @@ def test_a_changed_model_is_computed_as_it_is(
 
 
 @pytest.mark.parametrize("options", SAMPLINGS, ids=lambda options: "-".join(options))
-def test_sampling(options: dict[str, float], pair: TwoWays, new_tokens: int) -> None:
+def test_sampling(options, pair, new_tokens):
     """A seed draws the same ids in a graph and outside; without one, each time others."""
     prompts = pair.prompts(3)
     inside, outside, unseeded = (Sampling(**options, seed=seed) for seed in (7, 7, None))
@@ -223,7 +216,7 @@ def test_sampling(options: dict[str, float], pair: TwoWays, new_tokens: int) -> 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8", "int4"])
-def test_logits(weights: str, batch: int, device: torch.device, dtype: str, new_tokens: int):
+def test_logits(weights, batch, device, dtype, new_tokens):
     """They are near the plain way's, and about as near to those in fp32 as the plain way's."""
     quantization = weights if weights.startswith("int") else None
     if device.type == "cuda" and quantization is None:
@@ -250,7 +243,7 @@ def assert_logits_agree(pair: TwoWays, batch: int, new: int) -> tuple[torch.Tens
 
 
 @pytest.mark.gpu
-def test_another_model(request: pytest.FixtureRequest) -> None:
+def test_another_model(request):
     """All checks in one test, so that only one process loads the model."""
     folder = request.config.getoption("--model")
     if not (folder and torch.cuda.is_available()):

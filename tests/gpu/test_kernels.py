@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernel_cases import Case, assert_twins_agree, official_cases
+from kernel_cases import assert_twins_agree, official_cases
 
 pytestmark = pytest.mark.gpu
 OUTPUTS = 1e-2
@@ -17,6 +17,6 @@ OUTPUTS = 1e-2
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU was found")
 @pytest.mark.parametrize("case", official_cases(), ids=str)
-def test_equals_its_twin(case: Case) -> None:
+def test_equals_its_twin(case):
     assert_twins_agree(case, OUTPUTS)
     torch.cuda.empty_cache()  # Other processes share the memory.

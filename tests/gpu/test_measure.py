@@ -24,7 +24,7 @@ def bundled(device: torch.device, dtype: str) -> tuple[DeepseekForCausalLM, list
 
 
 @pytest.mark.parametrize("routing", [one for one in ROUTINGS if one != "other ranks"])
-def test_outputs_and_norms(routing: str, device: torch.device) -> None:
+def test_outputs_and_norms(routing, device):
     layer = ExpertLayer(sizes=OFFICIAL if device.type == "cuda" else SMALL, device=device)
     index_TK = layer.picks(routing)
 
@@ -37,7 +37,7 @@ def test_outputs_and_norms(routing: str, device: torch.device) -> None:
         assert distance(ours, exact) < BF16
 
 
-def test_profiles_in_bf16_and_fp32(device: torch.device) -> None:
+def test_profiles_in_bf16_and_fp32(device):
     """Rounding swaps some picks."""
 
     def scores(profile: Profile, name: str) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_profiles_in_bf16_and_fp32(device: torch.device) -> None:
         assert distance(*(scores(one, name) for one in profiles)) < 5 * BF16, name
 
 
-def test_the_host_waits_for_no_layer(device: torch.device) -> None:
+def test_the_host_waits_for_no_layer(device):
     model, _ = bundled(device, "bfloat16")
     moe, sums = model.model.layers[1].mlp, PickSums()
     hidden_TD = torch.randn(64, model.config.hidden_size, device=device).bfloat16()

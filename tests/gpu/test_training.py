@@ -40,9 +40,7 @@ OFFICIAL = (512, 32, 2048, 1408, 6)
 
 @pytest.mark.parametrize("recompute_layers", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_step(
-    kind: str, recompute_layers: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_step(kind, recompute_layers, device, monkeypatch):
     """The loss and all gradients together, since rounding swaps some picks.
 
     On a CPU both ways are the plain one, because Liger's kernels need a GPU.
@@ -96,9 +94,7 @@ def step(
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_experts(
-    kind: str, routing: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_experts(kind, routing, device, monkeypatch):
     """The output and every gradient, twice bit for bit; on a CPU both ways are the plain one."""
     sizes = {"sizes": OFFICIAL} if device.type == "cuda" else {}
     layer = ExpertLayer(**KINDS[kind], **sizes, device=device)
@@ -116,7 +112,7 @@ def test_fused_experts(
             assert mine <= min(GRADIENTS, WORSE * plain_way + 1e-5), message
 
 
-def test_chosen_experts_step_inside_of_the_frozen_stack(device: torch.device) -> None:
+def test_chosen_experts_step_inside_of_the_frozen_stack(device):
     """Weights that are a part of the stack take their steps there, and the other experts stay."""
     options = {"dtype": torch.bfloat16, "device_map": {"": str(device)}}
     options["experts_implementation"] = grouped_experts.GROUPED

@@ -13,16 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
-import torch
 from finetune_fixtures import free_port
 from safetensors import safe_open
-from text_fixtures import BUNDLED, ROOT, UNMARKED
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from text_fixtures import BUNDLED, ROOT, UNMARKED, assistant, user
 
 pytestmark = pytest.mark.slow
 for name in ("trl", "lm_eval", "openai", "uvicorn"):
@@ -31,12 +28,7 @@ for name in ("trl", "lm_eval", "openai", "uvicorn"):
 CHAT = BUNDLED.with_name("tiny-chat")
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TALKS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"Count to {n}"},
-            {"role": "assistant", "content": " ".join(map(str, range(n)))},
-        ]
-    }
+    {"messages": [user(f"Count to {n}"), assistant(" ".join(map(str, range(n))))]}
     for n in range(2, 18)
 ]
 
@@ -59,7 +51,7 @@ def write_lines(file: Path, rows: list[dict]) -> Path:
     return file
 
 
-def test_trl_sft_from_the_command_line(tmp_path: Path) -> None:
+def test_trl_sft_from_the_command_line(tmp_path):
     """It trains on answers only, also where the checkpoint's template does not mark them."""
     rows, output = write_lines(tmp_path / "rows" / "train.jsonl", TALKS), tmp_path / "out"
     model = shutil.copytree(CHAT, tmp_path / "model")
@@ -109,7 +101,7 @@ print("sft", trainer.train().training_loss)
 """
 
 
-def test_trl_trainers_in_python(tmp_path: Path) -> None:
+def test_trl_trainers_in_python(tmp_path):
     file = tmp_path / "preferences.py"
     file.write_text(PREFERENCES)
     said = run(file, CHAT, tmp_path / "out")
@@ -117,63 +109,7 @@ def test_trl_trainers_in_python(tmp_path: Path) -> None:
     assert re.search(r"^sft \d", said, flags=re.MULTILINE)
 
 
-class KeepGradients(TrainerCallback):
-    """Notes the gradients of a step before the optimizer takes it."""
-
-    def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **kwargs: Any) -> None:
-        self.found = {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def trl_gradients(kind: str, folder: Path, batch: int, alpha: float) -> dict[str, torch.Tensor]:
-    """The gradients of one step of SFTTrainer or DPOTrainer over eight rows, short to long."""
-    import trl
-    from datasets import Dataset
-
-    dice = torch.Generator().manual_seed(0)
-    ids = [torch.randint(2, 4000, (3 * n,), generator=dice).tolist() for n in range(1, 9)]
-    words = [" ".join(["king"] * n) for n in range(1, 9)]
-    rows = {
-        "SFT": [{"input_ids": row} for row in ids],
-        "DPO": [{"prompt": "The ", "chosen": x, "rejected": x[1:]} for x in words],
-    }
-    args = getattr(trl, f"{kind}Config")(
-        str(folder),
-        max_steps=1,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=8 // batch,
-        padding_free=False,
-        max_grad_norm=0.0,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-    )
-    keep = KeepGradients()
-    getattr(trl, f"{kind}Trainer")(
-        AutoModelForCausalLM.from_pretrained(CHAT, dtype=torch.float32, aux_loss_alpha=alpha),
-        args=args,
-        train_dataset=Dataset.from_list(rows[kind]),
-        processing_class=AutoTokenizer.from_pretrained(CHAT),
-        callbacks=[keep],
-    ).train()
-    return keep.found
-
-
-@pytest.mark.parametrize("kind", ["SFT", "DPO"])
-def test_accumulated_batches_of_trl_count_as_one_if_alpha_is_divided(
-    kind: str, tmp_path: Path
-) -> None:
-    """TRL does not tell the model how many batches it accumulates: each counts in full."""
-    at_once = trl_gradients(kind, tmp_path, 8, 8.0)
-    one_by_one = trl_gradients(kind, tmp_path, 1, 8.0 / 8)
-    without = trl_gradients(kind, tmp_path, 8, 0.0)
-    gate = "model.layers.1.mlp.gate.weight"
-    assert (at_once[gate] - without[gate]).norm() > without[gate].norm()
-    for name, gradient in at_once.items():
-        torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_lm_eval(tmp_path: Path) -> None:
+def test_lm_eval(tmp_path):
     rows = [{"question": f"Is {n} even?", "answer": n % 2} for n in range(6)]
     data = write_lines(tmp_path / "task" / "rows.jsonl", rows)
     task = {
@@ -210,14 +146,13 @@ def served(*words: object, port: int) -> Iterator[None]:
             server.terminate()
 
 
-def test_transformers_serve_with_the_client_of_openai() -> None:
+def test_transformers_serve_with_the_client_of_openai():
     from openai import OpenAI
 
     port = free_port()
     with served("transformers", "serve", CHAT, "--port", port, "--device", "cpu", port=port):
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        question = {"role": "user", "content": "Who are you?"}
-        answer = client.chat.completions.create(
-            model=str(CHAT), messages=[question], max_tokens=12, temperature=0, timeout=120
-        )
+        options = {"max_tokens": 12, "temperature": 0, "timeout": 120}
+        messages = [user("Who are you?")]
+        answer = client.chat.completions.create(model=str(CHAT), messages=messages, **options)
     assert "I am tiny-chat" in answer.choices[0].message.content

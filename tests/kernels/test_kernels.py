@@ -17,19 +17,19 @@ from deepseek_moe.kernels.training import triton_ops as fused
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=str)
-def test_equals_its_twin(case: Case) -> None:
+def test_equals_its_twin(case):
     # One token's int weights are unpacked in a way that costs a fortieth of bf16's rounding.
     assert_twins_agree(case, 5e-4 if case.bits < 16 and case.tokens == 1 else 2e-5)
 
 
-def test_every_kernel_has_a_case_and_the_parameters_of_its_twin() -> None:
+def test_every_kernel_has_a_case_and_the_parameters_of_its_twin():
     assert {name.split(":")[0] for name in CASES} == TWINS.keys()
     for name, twins in TWINS.items():
         ours, plain_ones = (list(signature(one).parameters) for one in twins)
         assert ours == plain_ones, name
 
 
-def test_a_kernel_that_forgets_a_place_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_forgets_a_place_is_found(monkeypatch):
     right = torch_ops.swiglu
 
     def forgetful(x_NF: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def test_a_kernel_that_forgets_a_place_is_found(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("norm_topk", [False, True])
-def test_a_choice_among_scores_that_are_no_numbers_shows(norm_topk: bool, value: float) -> None:
+def test_a_choice_among_scores_that_are_no_numbers_shows(norm_topk, value):
     """The weights of that token are NaN, so that its logits will be; its picks are experts."""
     logits_TE, position_T = torch.randn(3, 6), torch.arange(3, dtype=torch.int32)
     logits_TE[1, 4] = value
@@ -56,7 +56,7 @@ def test_a_choice_among_scores_that_are_no_numbers_shows(norm_topk: bool, value:
     torch.testing.assert_close(weights_TK[::2], want[1][::2])
 
 
-def test_dropout_of_an_adapter() -> None:
+def test_dropout_of_an_adapter():
     """What is dropped is zero, the rest larger; the backward pass drops the same."""
     gate_up, weights, p = torch.randn(40, 128), torch.rand(40), 0.25
     act, dropped = fused.weighted_swiglu(gate_up, None, weights, p, 7)
@@ -78,9 +78,7 @@ def test_dropout_of_an_adapter() -> None:
 @pytest.mark.parametrize("shape", [(3, 96, 128), (5, 100), (3, 127, 85), (7,)], ids=str)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_unpacks_as_bitsandbytes(
-    quant_type: str, double_quant: bool, shape: tuple[int, ...]
-) -> None:
+def test_unpacks_as_bitsandbytes(quant_type, double_quant, shape):
     """Bit by bit. (In bf16 the twin alone: Triton's interpreter does not round to the nearest.)"""
     functional = pytest.importorskip("bitsandbytes", reason="it quantises").functional
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 3

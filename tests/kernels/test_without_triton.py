@@ -14,7 +14,7 @@ runpy.run_path("examples/completion.py", run_name="__main__")
 """
 
 
-def test_the_examples_run() -> None:
+def test_the_examples_run():
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

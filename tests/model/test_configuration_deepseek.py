@@ -1,9 +1,6 @@
 """config.json in and out: the official fields, and a refusal of what the code cannot compute."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from text_fixtures import OFFICIAL, needs_official
@@ -11,11 +8,9 @@ from transformers import AutoConfig
 
 from deepseek_moe import DeepseekConfig
 
-MakeConfig = Callable[..., DeepseekConfig]
-
 
 @needs_official
-def test_the_official_config_is_read_and_written_whole(tmp_path: Path) -> None:
+def test_the_official_config_is_read_and_written_whole(tmp_path):
     fields = json.loads((OFFICIAL / "config.json").read_text())
     config = AutoConfig.from_pretrained(OFFICIAL)
     assert type(config) is DeepseekConfig
@@ -31,7 +26,7 @@ def test_the_official_config_is_read_and_written_whole(tmp_path: Path) -> None:
         assert getattr(config, name, None) == getattr(DeepseekConfig(), name, None), name
 
 
-def test_defaults_of_fields_that_configs_may_lack() -> None:
+def test_defaults_of_fields_that_configs_may_lack():
     fields = {"model_type": "deepseek", "hidden_size": 64, "num_attention_heads": 4}
     config = DeepseekConfig.from_dict(fields)
     assert (config.aux_loss_alpha, config.seq_aux, config.n_routed_experts) == (0.001, True, 64)
@@ -56,6 +51,11 @@ def test_defaults_of_fields_that_configs_may_lack() -> None:
         ("routed_scaling_factor", 16.0),
         ("q_lora_rank", 1536),
         ("use_mla", True),
+        ("kv_lora_rank", 512),
+        ("v_head_dim", 128),
+        ("head_dim", 16),
+        ("mlp_bias", True),
+        ("sliding_window", 4096),
         ("use_qk_norm", True),
         ("final_logit_softcapping", 30.0),
         ("clip_qkv", 8.0),
@@ -63,9 +63,7 @@ def test_defaults_of_fields_that_configs_may_lack() -> None:
         ("partial_rotary_factor", 0.5),
     ],
 )
-def test_a_refused_field_is_named_with_its_value(
-    field: str, value: object, tiny_config: MakeConfig
-) -> None:
+def test_a_refused_field_is_named_with_its_value(field, value, tiny_config):
     with pytest.raises(ValueError, match=f"{field} is {value!r}"):
         tiny_config(**{field: value})
 
@@ -80,7 +78,7 @@ FIELDS.add("partial_rotary_factor")
 
 @pytest.mark.parametrize("way", ["constructor", "from_dict", "from_json_file", "from_pretrained"])
 @pytest.mark.parametrize("field", sorted(FIELDS - NULLABLE))
-def test_null_means_the_default(field: str, way: str, tmp_path: Path) -> None:
+def test_null_means_the_default(field, way, tmp_path):
     given = {"model_type": "deepseek", field: None}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(given))
@@ -98,9 +96,7 @@ def test_null_means_the_default(field: str, way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["rope_parameters", "rope_scaling"])
-def test_null_inside_of_a_rope_block_means_the_default(
-    inside: str, tiny_config: MakeConfig
-) -> None:
+def test_null_inside_of_a_rope_block_means_the_default(inside, tiny_config):
     block = {"type": "linear", "factor": 2.0, "rope_theta": None, "partial_rotary_factor": None}
     rope = tiny_config(**{inside: block}).rope_parameters
     assert (rope["rope_theta"], rope["factor"], rope["rope_type"]) == (10000, 2.0, "linear")
@@ -110,7 +106,7 @@ def test_null_inside_of_a_rope_block_means_the_default(
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 @pytest.mark.parametrize("kind", ["yarn", "made_up"])
-def test_a_refused_rope_scaling_is_named(kind: str, key: str, tiny_config: MakeConfig) -> None:
+def test_a_refused_rope_scaling_is_named(kind, key, tiny_config):
     rope = {key: kind, "factor": 4.0, "original_max_position_embeddings": 32}
     with pytest.raises(ValueError, match=f"rope_scaling.*{kind}"):
         tiny_config(rope_scaling=rope)
@@ -129,11 +125,11 @@ def test_a_refused_rope_scaling_is_named(kind: str, key: str, tiny_config: MakeC
         {"some_unknown_note": "kept"},
     ],
 )
-def test_accepted_fields_are_kept(harmless: dict[str, Any], tiny_config: MakeConfig) -> None:
+def test_accepted_fields_are_kept(harmless, tiny_config):
     assert harmless.items() <= tiny_config(**harmless).to_dict().items()
 
 
-def test_rope_is_written_as_other_engines_read_it(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_rope_is_written_as_other_engines_read_it(tiny_config, tmp_path):
     scaling = {"type": "linear", "factor": 4.0}
     old = tiny_config(rope_scaling=dict(scaling), rope_theta=5000.0)
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
@@ -156,8 +152,6 @@ def test_rope_is_written_as_other_engines_read_it(tiny_config: MakeConfig, tmp_p
         ({"n_routed_experts": None}, []),
     ],
 )
-def test_layers_are_routed_where_the_published_code_routes_them(
-    changes: dict[str, Any], routed: list[int], tiny_config: MakeConfig
-) -> None:
+def test_layers_are_routed_where_the_published_code_routes_them(changes, routed, tiny_config):
     config = tiny_config(num_hidden_layers=6, **changes)
     assert config.moe_layers == routed

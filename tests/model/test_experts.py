@@ -1,6 +1,5 @@
 """The MoE layer and its balance loss against a dense one: every value and every gradient."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from deepseek_moe.model.balance_loss import balance_loss
 from deepseek_moe.model.modeling_deepseek import DeepseekMoE, Routing
 from deepseek_moe.training.compute.grouped_experts import GROUPED
 
-MakeConfig = Callable[..., DeepseekConfig]
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", GROUPED]
 
 
@@ -68,9 +66,7 @@ CASES: dict[str, dict[str, Any]] = {  # `push` is added to the logits of experts
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_moe_layer_equals_the_dense_one(
-    case: str, implementation: str, tiny_config: MakeConfig
-) -> None:
+def test_moe_layer_equals_the_dense_one(case, implementation, tiny_config):
     changes = dict(CASES[case])
     shape, push = changes.pop("shape", (2, 7)), changes.pop("push", {})
     config = tiny_config(experts_implementation=implementation, **changes)
@@ -107,7 +103,7 @@ def test_moe_layer_equals_the_dense_one(
     assert unused_E.any() or not push
 
 
-def test_balance_loss_is_1_when_even_and_grows_to_the_number_of_experts() -> None:
+def test_balance_loss_is_1_when_even_and_grows_to_the_number_of_experts():
     in_two, as_one = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.zeros(8, dtype=torch.long)
     even, one_way = torch.full((8, 4), 0.25), torch.eye(4)[[2] * 8]
     assert balance_loss(even, torch.tensor([[0], [1], [2], [3]] * 2), in_two, 2) == 1
@@ -118,7 +114,7 @@ def test_balance_loss_is_1_when_even_and_grows_to_the_number_of_experts() -> Non
     assert balance_loss(scores, picks, as_one, 1) == 1
 
 
-def test_many_short_sequences_keep_little_for_the_backward_pass() -> None:
+def test_many_short_sequences_keep_little_for_the_backward_pass():
     """Not which token is in which sequence; and padding has no gradient."""
     sequences = torch.arange(200) // 2  # a hundred
     sequences[-20:] = -1
@@ -131,7 +127,7 @@ def test_many_short_sequences_keep_little_for_the_backward_pass() -> None:
     assert grad[:180, 0].all() and not grad[180:].any() and not grad[:, 1:].any()
 
 
-def test_experts_skip_the_mark_of_another_rank(tiny_config: MakeConfig) -> None:
+def test_experts_skip_the_mark_of_another_rank(tiny_config):
     """Expert parallelism gives the picks of other ranks the number after the last expert."""
     experts = random_moe(tiny_config(experts_implementation="eager")).experts
     hidden, index = torch.randn(2, 32), torch.tensor([[0, 8], [8, 8]])
@@ -140,7 +136,7 @@ def test_experts_skip_the_mark_of_another_rank(tiny_config: MakeConfig) -> None:
     assert not out[1].any()
 
 
-def test_with_several_threads_the_gradient_repeats_bit_for_bit(tiny_config: MakeConfig) -> None:
+def test_with_several_threads_the_gradient_repeats_bit_for_bit(tiny_config):
     """Each token's gradient is a sum over its picks, which threads must add in a fixed order."""
     sizes = {"hidden_size": 64, "moe_intermediate_size": 32}
     moe = random_moe(tiny_config(experts_implementation=GROUPED, **sizes))

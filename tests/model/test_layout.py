@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from adapter_fixtures import tensors_in
+from safetensors.torch import save_file
 from text_fixtures import OFFICIAL, needs_official
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -21,15 +22,6 @@ IDS = torch.tensor([[0, 17, 5, 44, 80]])
 EXPERT_3 = "model.layers.1.mlp.experts.3.up_proj.weight"
 ROUTER, HEAD = "model.layers.2.mlp.gate.weight", "lm_head.weight"
 EXPERT_8 = EXPERT_3.replace("3", "8")  # one more than there are
-
-
-def tensors_in(folder: Path) -> Tensors:
-    found: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        new = load_file(file)
-        assert not found.keys() & new.keys()
-        found |= new
-    return found
 
 
 def rewrite(folder: Path, tensors: Tensors, shards: int = 1) -> None:
@@ -56,7 +48,7 @@ def saved(tiny_model: MakeModel, tmp_path: Path) -> Path:
 
 
 @needs_official
-def test_the_official_config_wants_the_official_names() -> None:
+def test_the_official_config_wants_the_official_names():
     config = DeepseekConfig.from_pretrained(OFFICIAL)
     index = json.loads((OFFICIAL / INDEX).read_text())
     with torch.device("meta"):
@@ -72,9 +64,7 @@ def test_the_official_config_wants_the_official_names() -> None:
 @pytest.mark.parametrize(
     ("dtype", "shard_size"), [(torch.float32, "5GB"), (torch.bfloat16, "20KB")]
 )
-def test_load_save_load_is_bit_for_bit(
-    dtype: torch.dtype, shard_size: str, tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_load_save_load_is_bit_for_bit(dtype, shard_size, tiny_model, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     tiny_model().to(dtype).save_pretrained(first, max_shard_size=shard_size)
     model = AutoModelForCausalLM.from_pretrained(first)
@@ -114,7 +104,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_tensors_are_named(case: str, saved: Path) -> None:
+def test_wrong_tensors_are_named(case, saved):
     change, named = WRONG[case]
     tensors = tensors_in(saved)
     rewrite(saved, tensors, shards=3)
@@ -126,7 +116,7 @@ def test_wrong_tensors_are_named(case: str, saved: Path) -> None:
             auto.from_pretrained(saved)
 
 
-def test_a_config_that_is_given_decides_what_is_wanted(saved: Path) -> None:
+def test_a_config_that_is_given_decides_what_is_wanted(saved):
     for field, value, named in (
         ("n_routed_experts", 9, "experts.8.gate_proj.weight is missing"),
         ("num_key_value_heads", 2, "k_proj.weight has shape"),
@@ -141,7 +131,7 @@ def test_a_config_that_is_given_decides_what_is_wanted(saved: Path) -> None:
     [(torch.int64, "I64"), (torch.bool, "BOOL"), (torch.float8_e4m3fn, "F8_E4M3")],
     ids=str,
 )
-def test_weights_that_are_no_floats_are_named(dtype: torch.dtype, stored: str, saved: Path) -> None:
+def test_weights_that_are_no_floats_are_named(dtype, stored, saved):
     """transformers casts them: integers of trained weights are all zeros."""
     tensors = tensors_in(saved)
     rewrite(saved, tensors | {EXPERT_3: tensors[EXPERT_3].to(dtype)})
@@ -151,13 +141,13 @@ def test_weights_that_are_no_floats_are_named(dtype: torch.dtype, stored: str, s
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_floats_of_16_bits_and_more_load(dtype: torch.dtype, saved: Path) -> None:
+def test_floats_of_16_bits_and_more_load(dtype, saved):
     rewrite(saved, {name: x.to(dtype) for name, x in tensors_in(saved).items()})
     AutoModelForCausalLM.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("said_by_config", [True, False])
-def test_an_fp8_checkpoint_is_said_to_be_one(said_by_config: bool, saved: Path) -> None:
+def test_an_fp8_checkpoint_is_said_to_be_one(said_by_config, saved):
     tensors = tensors_in(saved)
     scales = {f"{EXPERT_3}_scale": torch.ones(1)}
     rewrite(saved, tensors | scales | {EXPERT_3: tensors[EXPERT_3].to(torch.float8_e4m3fn)})
@@ -172,7 +162,7 @@ def test_an_fp8_checkpoint_is_said_to_be_one(said_by_config: bool, saved: Path) 
         AutoModelForCausalLM.from_pretrained(saved)
 
 
-def test_wrong_tensors_of_a_hub_id_are_named(tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_wrong_tensors_of_a_hub_id_are_named(tiny_model, tmp_path):
     """What was downloaded before is checked like a folder (a made-up cache, no network)."""
     folder = tmp_path / "models--some--model" / "snapshots" / "0123abc"
     tiny_model().save_pretrained(folder)
@@ -187,7 +177,7 @@ def test_wrong_tensors_of_a_hub_id_are_named(tiny_model: MakeModel, tmp_path: Pa
         AutoModelForCausalLM.from_pretrained("some/model", **offline)
 
 
-def test_the_bare_model_loads_from_either_kind(saved: Path, tmp_path: Path) -> None:
+def test_the_bare_model_loads_from_either_kind(saved, tmp_path):
     want = AutoModelForCausalLM.from_pretrained(saved).model(IDS).last_hidden_state
     bare = AutoModel.from_pretrained(saved)
     assert type(bare) is DeepseekModel
@@ -198,7 +188,7 @@ def test_the_bare_model_loads_from_either_kind(saved: Path, tmp_path: Path) -> N
         AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
 
 
-def test_a_tied_head_may_be_stored_or_not(tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_a_tied_head_may_be_stored_or_not(tiny_model, tmp_path):
     model = tiny_model(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     tensors = tensors_in(tmp_path)

@@ -1,48 +1,16 @@
 """The whole model: its variants, training, checkpointing, decoding and outputs."""
 
-from collections.abc import Callable
-from copy import deepcopy
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.model.balance_loss import balance_loss
 from deepseek_moe.model.modeling_deepseek import DeepseekExperts, DeepseekGate
 
 # transformers 5.23 says activation checkpointing; 5.17 and its Trainer do not know that name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*_checkpointing_:FutureWarning")
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 9, 31, 62, 23], [0, 3, 3, 71, 12, 95, 50, 28, 6]])
-VARIANTS: dict[str, dict[str, Any]] = {
-    "grouped_heads": {"num_key_value_heads": 2},
-    "attention_bias": {"attention_bias": True},
-    "tied_head": {"tie_word_embeddings": True},
-    "every_other_layer": {"moe_layer_freq": 2, "num_hidden_layers": 4, "first_k_dense_replace": 0},
-    "dense": {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None},
-    "no_shared": {"n_shared_experts": None},
-    "dynamic_rope": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_trains_and_survives_the_disk(
-    variant: str, tiny_model: MakeModel, tmp_path: Path
-) -> None:
-    model = tiny_model(**deepcopy(VARIANTS[variant]))
-    out = model.train()(IDS, labels=IDS)
-    assert (out.aux_loss is None) == (variant == "dense")
-    out.loss.backward()
-    assert all(weight.grad.isfinite().all() for weight in model.parameters())
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    place = {"_name_or_path": str(tmp_path)}
-    assert again.config.to_dict() | place == model.config.to_dict() | place
-    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
 
 
 def gradients(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
@@ -51,7 +19,7 @@ def gradients(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_model: MakeModel) -> None:
+def test_gradient_checkpointing_changes_no_gradient(tiny_model):
     model = tiny_model()
     want = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -66,9 +34,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: MakeModel) -> No
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_keeps_the_first_routing(
-    use_reentrant: bool, tiny_model: MakeModel
-) -> None:
+def test_gradient_checkpointing_keeps_the_first_routing(use_reentrant, tiny_model):
     """A router that would choose otherwise when the layer is recomputed is not asked again."""
     model = tiny_model().train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -91,9 +57,7 @@ def test_gradient_checkpointing_keeps_the_first_routing(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_router_computes_in_fp32(
-    autocast: bool, tiny_config: Callable[..., DeepseekConfig]
-) -> None:
+def test_router_computes_in_fp32(autocast, tiny_config):
     torch.manual_seed(0)
     dtype = torch.float32 if autocast else torch.bfloat16
     gate = DeepseekGate(tiny_config()).to(dtype)
@@ -108,18 +72,8 @@ def test_router_computes_in_fp32(
     assert torch.equal(picks.sort().values, want.topk(3).indices.sort().values)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_lower_precision_trains(autocast: bool, tiny_model: MakeModel) -> None:
-    model = tiny_model().to(torch.float32 if autocast else torch.bfloat16).train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(IDS, labels=IDS)
-    assert out.aux_loss.dtype == torch.float32
-    out.loss.backward()
-    assert all(weight.grad.isfinite().all() for weight in model.parameters())
-
-
 @torch.no_grad()
-def test_cached_decoding_equals_full_forward(tiny_model: MakeModel) -> None:
+def test_cached_decoding_equals_full_forward(tiny_model):
     model = tiny_model(num_key_value_heads=2)
     out = model(IDS[:, :4], use_cache=True)
     steps = [out.logits]
@@ -130,7 +84,7 @@ def test_cached_decoding_equals_full_forward(tiny_model: MakeModel) -> None:
 
 
 @torch.no_grad()
-def test_logits_to_keep(tiny_model: MakeModel) -> None:
+def test_logits_to_keep(tiny_model):
     model = tiny_model()
     full = model(IDS).logits
     torch.testing.assert_close(model(IDS, logits_to_keep=2).logits, full[:, -2:])
@@ -139,7 +93,7 @@ def test_logits_to_keep(tiny_model: MakeModel) -> None:
 
 
 @torch.no_grad()
-def test_embeddings_can_be_given_instead_of_ids(tiny_model: MakeModel) -> None:
+def test_embeddings_can_be_given_instead_of_ids(tiny_model):
     model = tiny_model()
     embedded = model.get_input_embeddings()(IDS)
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(IDS).logits)
@@ -148,7 +102,7 @@ def test_embeddings_can_be_given_instead_of_ids(tiny_model: MakeModel) -> None:
             model(**wrong)
 
 
-def test_eos_learns_though_it_pads(tiny_model: MakeModel) -> None:
+def test_eos_learns_though_it_pads(tiny_model):
     model = tiny_model().train()
     assert model.config.pad_token_id == model.config.eos_token_id == 1
     ids = torch.tensor([[0, 7, 1, 9]])
@@ -157,7 +111,7 @@ def test_eos_learns_though_it_pads(tiny_model: MakeModel) -> None:
 
 
 @torch.no_grad()
-def test_router_logits_hidden_states_and_attentions(tiny_model: MakeModel) -> None:
+def test_router_logits_hidden_states_and_attentions(tiny_model):
     model = tiny_model(attn_implementation="eager")
     wanted = ("output_router_logits", "output_hidden_states", "output_attentions")
     out = model(IDS, **dict.fromkeys(wanted, True))
@@ -171,9 +125,7 @@ def test_router_logits_hidden_states_and_attentions(tiny_model: MakeModel) -> No
 
 
 @torch.no_grad()
-def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(
-    tiny_model: MakeModel,
-) -> None:
+def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(tiny_model):
     model, seen = tiny_model(), []
     mlp = model.model.layers[1].mlp
     hooks = [
@@ -199,9 +151,7 @@ def test_hooks_on_a_gate_and_its_experts_see_every_token_and_may_change_it(
         assert not torch.allclose(changed, plain)
 
 
-def test_training_gives_picks_and_balance_losses_beside_the_loss(
-    tiny_model: MakeModel,
-) -> None:
+def test_training_gives_picks_and_balance_losses_beside_the_loss(tiny_model):
     model = tiny_model()
     silent = model(IDS, labels=IDS)
     out = model.train()(IDS, labels=IDS, output_router_logits=True)

@@ -14,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 
 from deepseek_moe import DeepseekForCausalLM
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 LENGTHS = (3, 9, 5, 4, 8, 7, 2, 6)
 
 
@@ -42,91 +41,76 @@ def loss_over_all_labels(
     return F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
 
+def stock(
+    folder: Path,
+    model: Any,
+    data: list[dict[str, list[int]]] | None = None,
+    compute_loss_func: Callable | None = None,
+    **changes: Any,
+) -> Trainer:
+    """transformers' own Trainer for four steps, of which it saves the second and the fourth."""
+    torch.manual_seed(0)
+    plain = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+    plain |= {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    data = data or rows()
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), **(plain | changes)),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+        compute_loss_func=compute_loss_func,
+    )
+
+
+def gradients(
+    model: Any, folder: Path, batch: int, seq_aux: bool = True, ranks: int = 1, **changes: Any
+) -> dict[str, torch.Tensor]:
+    """The gradients of one step over all rows, as the optimizer (plain SGD) applies them.
+
+    On several ranks, each calls it, and trains on its part of the rows. Without `seq_aux`, the
+    tokens of a batch count together, so that only equal rows compare.
+    """
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sgd = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    sgd |= {"max_grad_norm": 0.0, "save_strategy": "no", "per_device_train_batch_size": batch}
+    sgd |= {"gradient_accumulation_steps": len(LENGTHS) // batch // ranks}
+    sgd |= {"ddp_backend": "gloo" if ranks > 1 else None}
+    data = rows() if seq_aux else rows()[1:2] * len(LENGTHS)
+    stock(folder, model, data, **(sgd | changes)).train()
+    return {name: before[name] - p for name, p in model.named_parameters()}
+
+
 OTHER_LOSSES = {
     "smoothed": {"label_smoothing_factor": 0.1},
     "own": {"compute_loss_func": loss_over_all_labels},
 }
 
 
-def gradients(
-    model: Any,
-    folder: Path,
-    batch: int,
-    data: list[dict[str, list[int]]],
-    ranks: int = 1,
-    label_smoothing_factor: float = 0.0,
-    compute_loss_func: Callable | None = None,
-) -> dict[str, torch.Tensor]:
-    """The gradients of one step over all rows, as the optimizer (plain SGD) applies them.
-
-    On several ranks, each calls it, and trains on its part of the rows.
-    """
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=1,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=len(LENGTHS) // batch // ranks,
-        optim="sgd",
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        label_smoothing_factor=label_smoothing_factor,
-        use_cpu=True,
-        ddp_backend="gloo" if ranks > 1 else None,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    Trainer(
-        model,
-        arguments,
-        train_dataset=data,
-        data_collator=collate,
-        compute_loss_func=compute_loss_func,
-    ).train()
-    return {name: before[name] - p for name, p in model.named_parameters()}
-
-
+@pytest.mark.parametrize("loss", [None, *OTHER_LOSSES])
 @pytest.mark.parametrize("seq_aux", [True, False])
-def test_accumulated_batches_count_as_much_as_one(
-    seq_aux: bool, tiny_model: MakeModel, tmp_path: Path
-) -> None:
-    """Without `seq_aux`, the tokens of a batch count together, so that only equal rows compare."""
-    options = {"aux_loss_alpha": 5.0, "seq_aux": seq_aux}
-    data = rows() if seq_aux else rows()[1:2] * len(LENGTHS)
-    at_once = gradients(tiny_model(**options), tmp_path, 8, data)
-    without = gradients(tiny_model(aux_loss_alpha=0.0), tmp_path, 8, data)
-    gate = "model.layers.1.mlp.gate.weight"
-    assert (at_once[gate] - without[gate]).norm() > without[gate].norm()
-    one_by_one = gradients(tiny_model(**options), tmp_path, 1, data)
-    for name, gradient in at_once.items():
-        torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("loss", OTHER_LOSSES)
-def test_accumulated_batches_count_as_one_where_the_loss_is_computed_outside(
-    loss: str, tiny_model: MakeModel, tmp_path: Path
-) -> None:
-    """Trainer then keeps the labels back from the model."""
+def test_accumulated_batches_count_as_much_as_one(loss, seq_aux, tiny_model, tmp_path):
+    """Where the loss is computed outside, Trainer keeps the labels back from the model."""
+    options = OTHER_LOSSES.get(loss, {})
     at_once, without, one_by_one = (
-        gradients(tiny_model(aux_loss_alpha=alpha), tmp_path, batch, rows(), **OTHER_LOSSES[loss])
+        gradients(
+            tiny_model(aux_loss_alpha=alpha, seq_aux=seq_aux), tmp_path, batch, seq_aux, **options
+        )
         for alpha, batch in ((5.0, 8), (0.0, 8), (5.0, 1))
     )
     gate = "model.layers.1.mlp.gate.weight"
     assert (at_once[gate] - without[gate]).norm() > without[gate].norm()
     for name, gradient in at_once.items():
         torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-4, atol=1e-5)
-    inside, plain = (
-        gradients(tiny_model(aux_loss_alpha=alpha), tmp_path, 8, rows()) for alpha in (5.0, 0.0)
-    )
-    balance = inside[gate] - plain[gate]
-    torch.testing.assert_close(at_once[gate] - without[gate], balance, rtol=1e-3, atol=1e-4)
+    if loss and seq_aux:
+        inside, plain = (
+            gradients(tiny_model(aux_loss_alpha=alpha), tmp_path, 8) for alpha in (5.0, 0.0)
+        )
+        balance = inside[gate] - plain[gate]
+        torch.testing.assert_close(at_once[gate] - without[gate], balance, rtol=1e-3, atol=1e-4)
 
 
-def test_a_batch_with_few_labels_counts_once_where_the_model_is_not_told_them(
-    tiny_model: MakeModel,
-) -> None:
+def test_a_batch_with_few_labels_counts_once_where_the_model_is_not_told_them(tiny_model):
     model, ids = tiny_model(aux_loss_alpha=1.0).train(), torch.arange(2, 22).view(4, 5)
     for given in ({"input_ids": ids}, {"inputs_embeds": model.model.embed_tokens(ids)}):
         for few in (2, torch.tensor(2)):
@@ -134,7 +118,7 @@ def test_a_batch_with_few_labels_counts_once_where_the_model_is_not_told_them(
             torch.testing.assert_close(weighted.aux_loss, model(**given).aux_loss)
 
 
-def test_label_smoothing_shifts_the_labels(tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_label_smoothing_shifts_the_labels(tiny_model, tmp_path):
     """A smoothing near 0 gives the loss of the model."""
     losses = [
         stock(tmp_path, tiny_model(), label_smoothing_factor=factor).evaluate()["eval_loss"]
@@ -149,9 +133,8 @@ def one_rank(rank: int, folder: Path, port: int, batch: int, seq_aux: bool) -> N
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
-    data = rows() if seq_aux else rows()[1:2] * len(LENGTHS)
     model = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = gradients(model, folder / "run", batch, data, ranks=2)
+    found = gradients(model, folder / "run", batch, seq_aux, ranks=2)
     if rank == 0:
         torch.save(found, folder / "gradients.pt")
     torch.distributed.destroy_process_group()
@@ -159,13 +142,10 @@ def one_rank(rank: int, folder: Path, port: int, batch: int, seq_aux: bool) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "seq_aux"), [(4, True), (1, True), (1, False)])
-def test_two_processes_count_as_one(
-    batch: int, seq_aux: bool, tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_two_processes_count_as_one(batch, seq_aux, tiny_model, tmp_path):
     options = {"aux_loss_alpha": 5.0, "seq_aux": seq_aux}
     tiny_model(**options).save_pretrained(tmp_path)
-    data = rows() if seq_aux else rows()[1:2] * len(LENGTHS)
-    alone = gradients(tiny_model(**options), tmp_path / "alone", 8, data)
+    alone = gradients(tiny_model(**options), tmp_path / "alone", 8, seq_aux)
     arguments = (tmp_path, free_port(), batch, seq_aux)
     multiprocessing.start_processes(one_rank, arguments, nprocs=2, start_method="spawn", join=True)
     together = torch.load(tmp_path / "gradients.pt")
@@ -174,14 +154,14 @@ def test_two_processes_count_as_one(
         torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_counts_as_the_language_loss_counts_it(tiny_model: MakeModel) -> None:
+def test_a_row_counts_as_the_language_loss_counts_it(tiny_model):
     """No loss has the first label of a row. Equal rows weigh 1 in sum, as they do unweighted."""
     model, ids = tiny_model(aux_loss_alpha=1.0).train(), torch.arange(2, 22).view(4, 5)
     weighted = model(ids, labels=ids, num_items_in_batch=torch.tensor(4 * 4))
     torch.testing.assert_close(weighted.aux_loss, model(ids, labels=ids).aux_loss)
 
 
-def test_padding_counts_in_no_batch(tiny_model: MakeModel) -> None:
+def test_padding_counts_in_no_batch(tiny_model):
     model, row = tiny_model(aux_loss_alpha=1.0).train(), rows()[1]
     alone = model(torch.tensor([row["input_ids"]])).aux_loss
     padded = collate([row])
@@ -192,27 +172,7 @@ def test_padding_counts_in_no_batch(tiny_model: MakeModel) -> None:
     assert labels.shape == padded["input_ids"].shape
 
 
-def stock(folder: Path, model: Any, **changes: Any) -> Trainer:
-    """transformers' own Trainer for four steps, of which it saves the second and the fourth."""
-    torch.manual_seed(0)
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=4,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        **changes,
-    )
-    return Trainer(
-        model, arguments, train_dataset=rows(), eval_dataset=rows(), data_collator=collate
-    )
-
-
-def test_a_run_that_is_resumed_ends_as_one_that_was_not(
-    tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(tiny_model, tmp_path):
     whole = stock(tmp_path, tiny_model(), learning_rate=1e-2)
     whole.train()
     resumed = stock(tmp_path, tiny_model(), learning_rate=1e-2)
@@ -221,9 +181,7 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor)
 
 
-def test_the_best_checkpoint_is_loaded_with_its_experts(
-    tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_the_best_checkpoint_is_loaded_with_its_experts(tiny_model, tmp_path):
     """The best is here the one with the highest loss, so that it is not the last."""
     best = {"load_best_model_at_end": True, "greater_is_better": True}
     best |= {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -17,12 +16,11 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from deepseek_moe import DeepseekForCausalLM
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.arange(2, 24).view(2, 11)
 RANKS = 2
 
 
-def test_plans_name_parts_of_the_model_and_known_styles(tiny_model: MakeModel) -> None:
+def test_plans_name_parts_of_the_model_and_known_styles(tiny_model):
     model = tiny_model()
     bare, config = model.model, model.config
     names = {name for name, _ in [*bare.named_modules(), *bare.named_parameters()]}
@@ -71,7 +69,7 @@ def one_rank(rank: int, folder: Path, ways: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes_compute_what_one_does(tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_two_processes_compute_what_one_does(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     expert: dict[str, Any] = {"tp_size": RANKS, "tp_plan": "auto"}
     if "ep_size" in {field.name for field in fields(DistributedConfig)}:

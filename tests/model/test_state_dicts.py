@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from adapter_fixtures import tensors_in
+from safetensors.torch import save_file
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from deepseek_moe import DeepseekForCausalLM
@@ -40,34 +40,24 @@ def assert_equal(one: DeepseekForCausalLM, other: DeepseekForCausalLM) -> None:
     ] == []
 
 
-def official(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: x for file in folder.glob("*.safetensors") for k, x in load_file(file).items()}
-
-
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_saved_state_dict_loads(saved: tuple[Any, Path], strict: bool) -> None:
+def test_a_saved_state_dict_loads(saved, strict):
     model, folder = saved
-    state = official(folder)
+    state = tensors_in(folder)
     other = zeroed(model)
     result = other.load_state_dict(state, strict=strict)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert_equal(model, other)
     assert EXPERT in state  # The caller's dict stays as it was.
+    own = zeroed(model)
+    own.load_state_dict(model.state_dict(), strict=strict)
+    assert_equal(model, own)
 
 
-def test_its_own_state_dict_loads_as_before(saved: tuple[Any, Path]) -> None:
-    model, _ = saved
-    other = zeroed(model)
-    other.load_state_dict(model.state_dict())
-    assert_equal(model, other)
-
-
-def test_file_after_file_loads_though_a_stack_is_divided_among_them(
-    saved: tuple[Any, Path], tmp_path: Path
-) -> None:
+def test_file_after_file_loads_though_a_stack_is_divided_among_them(saved, tmp_path):
     """The files of a published checkpoint begin and end in the middle of a layer's experts."""
     model, folder = saved
-    state = official(folder)
+    state = tensors_in(folder)
     divided = tmp_path / "divided"
     divided.mkdir()
     files = {name: f"model-{number % 3}.safetensors" for number, name in enumerate(state)}
@@ -81,11 +71,9 @@ def test_file_after_file_loads_though_a_stack_is_divided_among_them(
 
 
 @pytest.mark.parametrize("assign", [True, False])
-def test_a_load_that_leaves_an_expert_unfilled_says_so(
-    saved: tuple[Any, Path], assign: bool
-) -> None:
+def test_a_load_that_leaves_an_expert_unfilled_says_so(saved, assign):
     model, folder = saved
-    state = official(folder)
+    state = tensors_in(folder)
     del state[EXPERT]
     with pytest.raises(RuntimeError, match=rf"Missing key.*{EXPERT}"):
         zeroed(model).load_state_dict(state, assign=assign)
@@ -96,19 +84,10 @@ def test_a_load_that_leaves_an_expert_unfilled_says_so(
     assert torch.equal(other.model.layers[1].mlp.experts[3].gate_proj.weight, whole)
 
 
-def test_a_model_on_meta_is_assigned_all_tensors(saved: tuple[Any, Path]) -> None:
-    model, folder = saved
-    with torch.device("meta"):
-        other = DeepseekForCausalLM(model.config)
-    other.load_state_dict(official(folder), assign=True)
-    assert_equal(model, other)
-    assert all(isinstance(p, torch.nn.Parameter) for p in other.parameters())
-
-
-def test_a_model_on_meta_is_assigned_file_after_file(saved: tuple[Any, Path]) -> None:
+def test_a_model_on_meta_is_assigned_file_after_file(saved):
     """An expert that no file had stays visible as NaN, where torch leaves meta."""
     model, folder = saved
-    state = official(folder)
+    state = tensors_in(folder)
     names = list(state)
     with torch.device("meta"):
         other = DeepseekForCausalLM(model.config)
@@ -121,14 +100,15 @@ def test_a_model_on_meta_is_assigned_file_after_file(saved: tuple[Any, Path]) ->
 
 
 @pytest.mark.parametrize("meta", [True, False])
-def test_assigned_tensors_keep_their_dtype(saved: tuple[Any, Path], meta: bool) -> None:
+def test_assigned_tensors_keep_their_dtype(saved, meta):
     model, folder = saved
-    state = {name: tensor.bfloat16() for name, tensor in official(folder).items()}
+    state = {name: tensor.bfloat16() for name, tensor in tensors_in(folder).items()}
     with torch.device("meta" if meta else "cpu"):
         other = DeepseekForCausalLM(model.config)
     assert {p.dtype for p in other.parameters()} == {torch.float32}
     other.load_state_dict(state, assign=True)
     assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    assert all(isinstance(p, torch.nn.Parameter) for p in other.parameters())
     assert_equal(model.to(torch.bfloat16), other)
     copied = zeroed(model).float()
     copied.load_state_dict(state)
@@ -136,12 +116,10 @@ def test_assigned_tensors_keep_their_dtype(saved: tuple[Any, Path], meta: bool) 
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (8, 1), (16, 32), (8, 32, 1), ()])
-def test_an_expert_of_another_shape_is_named(
-    saved: tuple[Any, Path], shape: tuple[int, ...]
-) -> None:
+def test_an_expert_of_another_shape_is_named(saved, shape):
     """Copying would repeat the first of them for each row."""
     model, folder = saved
-    state = official(folder)
+    state = tensors_in(folder)
     assert state[EXPERT].shape == (8, 32)
     state[EXPERT] = torch.zeros(shape)
     with pytest.raises(RuntimeError, match=rf"size mismatch for {EXPERT}: .*wants \[8, 32\]"):
@@ -149,21 +127,19 @@ def test_an_expert_of_another_shape_is_named(
 
 
 @pytest.mark.parametrize("inside", ["model.layers.1.mlp", "model.layers.1.mlp.experts"])
-def test_a_part_of_the_model_loads_by_its_own_official_names(
-    inside: str, saved: tuple[Any, Path]
-) -> None:
-    model, folder = saved
-    prefix = f"{inside}."
-    state = {n.removeprefix(prefix): x for n, x in official(folder).items() if n.startswith(prefix)}
+def test_a_part_of_the_model_loads_by_its_own_official_names(inside, saved):
+    (model, folder), prefix = saved, f"{inside}."
+    state = tensors_in(folder).items()
+    state = {name.removeprefix(prefix): x for name, x in state if name.startswith(prefix)}
     part = zeroed(model).get_submodule(inside)
     part.load_state_dict(state)
     for name, tensor in model.get_submodule(inside).state_dict().items():
         assert torch.equal(part.state_dict()[name], tensor), name
 
 
-def test_the_matrices_of_an_expert_are_views(saved: tuple[Any, Path]) -> None:
+def test_the_matrices_of_an_expert_are_views(saved):
     model, folder = saved
-    state = official(folder)
+    state = tensors_in(folder)
     experts = model.model.layers[1].mlp.experts
     assert len(experts) == model.config.n_routed_experts == len(list(experts))
     for name, stack in experts.named_parameters():
@@ -177,9 +153,7 @@ def test_the_matrices_of_an_expert_are_views(saved: tuple[Any, Path]) -> None:
         experts[8]
 
 
-def test_writing_to_a_matrix_changes_the_model_and_what_it_saves(
-    saved: tuple[Any, Path], tmp_path: Path
-) -> None:
+def test_writing_to_a_matrix_changes_the_model_and_what_it_saves(saved, tmp_path):
     model, _ = saved
     before = model(torch.tensor([[5, 6]])).logits
     for expert in model.model.layers[1].mlp.experts:
@@ -194,4 +168,4 @@ def test_writing_to_a_matrix_changes_the_model_and_what_it_saves(
     assert (experts.down_proj == 3).all()
     assert not torch.equal(model(torch.tensor([[5, 6]])).logits, before)
     model.save_pretrained(tmp_path / "changed")
-    assert (official(tmp_path / "changed")[EXPERT] == 2).all()
+    assert (tensors_in(tmp_path / "changed")[EXPERT] == 2).all()

@@ -69,7 +69,7 @@ PATHS = {
 
 @pytest.mark.parametrize("path", PATHS)
 @both_tokenizers
-def test_bos_is_there_exactly_once(folder: Path, path: str) -> None:
+def test_bos_is_there_exactly_once(folder, path):
     tokenizer = tokenizer_of(folder)
     for ids in PATHS[path](tokenizer):
         real = ids[next(i for i, token in enumerate(ids) if token != tokenizer.pad_token_id) :]
@@ -78,7 +78,7 @@ def test_bos_is_there_exactly_once(folder: Path, path: str) -> None:
 
 
 @both_tokenizers
-def test_bos_of_the_text_and_without_special_tokens(folder: Path) -> None:
+def test_bos_of_the_text_and_without_special_tokens(folder):
     tokenizer = tokenizer_of(folder)
     ids = tokenizer("Hello world").input_ids
     assert tokenizer.encode(BOS + "Hello world") == ids
@@ -100,7 +100,7 @@ def test_bos_of_the_text_and_without_special_tokens(folder: Path) -> None:
     ],
 )
 @both_tokenizers
-def test_offsets_point_into_the_given_text(folder: Path, options: dict[str, Any]) -> None:
+def test_offsets_point_into_the_given_text(folder, options):
     """Where all, some or none of the texts begin with BOS, padded, or cut into several rows."""
     tokenizer = tokenizer_of(folder)
     if "max_length" in options:
@@ -119,7 +119,7 @@ def test_offsets_point_into_the_given_text(folder: Path, options: dict[str, Any]
 
 
 @needs_official
-def test_official_ids() -> None:
+def test_official_ids():
     tokenizer = tokenizer_of(OFFICIAL)
     assert tokenizer("Hello world").input_ids == [100000, 17464, 1843]
     assert tokenizer(EOS).input_ids == [100000, 100001]
@@ -128,7 +128,7 @@ def test_official_ids() -> None:
 
 
 @both_tokenizers
-def test_a_batch_is_padded_on_the_left(folder: Path) -> None:
+def test_a_batch_is_padded_on_the_left(folder):
     tokenizer = tokenizer_of(folder)
     short, long = tokenizer("Hello").input_ids, tokenizer("Hello world, here we are").input_ids
     batch = tokenizer(["Hello", "Hello world, here we are"], padding=True)
@@ -147,7 +147,7 @@ WITHOUT_NAMES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("change", WITHOUT_NAMES)
-def test_bos_and_eos_are_known_if_the_files_name_none(change: str, tmp_path: Path) -> None:
+def test_bos_and_eos_are_known_if_the_files_name_none(change, tmp_path):
     copy(BUNDLED, tmp_path)
     WITHOUT_NAMES[change](tmp_path / "tokenizer_config.json")
     for door in (DeepseekTokenizer, AutoTokenizer):
@@ -174,9 +174,7 @@ def with_other_names(folder: Path, adds_bos: bool = False, **config: Any) -> Non
 @pytest.mark.parametrize(
     ("door", "eos", "adds_bos"), [(DeepseekTokenizer, 2, False), (AutoTokenizer, [2, 3], True)]
 )
-def test_bos_and_eos_are_those_of_the_config_if_the_vocabulary_lacks_ours(
-    door: Any, eos: Any, adds_bos: bool, tmp_path: Path
-) -> None:
+def test_bos_and_eos_are_those_of_the_config_if_ours_are_unknown(door, eos, adds_bos, tmp_path):
     with_other_names(tmp_path, adds_bos, bos_token_id=1, eos_token_id=eos)
     tokenizer = door.from_pretrained(tmp_path)
     assert tokenizer("hi").input_ids == tokenizer("<s>hi").input_ids == [1, 3]
@@ -197,9 +195,7 @@ def test_bos_and_eos_are_those_of_the_config_if_the_vocabulary_lacks_ours(
         ({"bos_token_id": 1, "eos_token_id": 2}, {"eos_token": EOS}, f"lacks {EOS}"),
     ],
 )
-def test_a_tokenizer_without_bos_or_eos_is_refused(
-    config: dict[str, Any], named: dict[str, str], said: str, tmp_path: Path
-) -> None:
+def test_a_tokenizer_without_bos_or_eos_is_refused(config, named, said, tmp_path):
     """Not given a new id, which the model has never seen."""
     with_other_names(tmp_path, **config)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
@@ -208,9 +204,7 @@ def test_a_tokenizer_without_bos_or_eos_is_refused(
 
 
 @pytest.mark.parametrize("code", [["tok.T", "tok.T"], {"AutoTokenizer": ["tok.T", None]}])
-def test_code_that_the_files_name_makes_autotokenizer_warn(
-    code: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_the_files_name_makes_autotokenizer_warn(code, tmp_path, monkeypatch):
     """transformers then takes the class that is named beside it, whatever is registered."""
     copy(BUNDLED, tmp_path)
     said: list[str] = []
@@ -225,7 +219,7 @@ def test_code_that_the_files_name_makes_autotokenizer_warn(
     assert tokenizer("Hello").input_ids == tokenizer_of(BUNDLED)("Hello").input_ids
 
 
-def test_the_template_is_that_of_the_files_or_built_in(tmp_path: Path) -> None:
+def test_the_template_is_that_of_the_files_or_built_in(tmp_path):
     copy(BUNDLED, tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATE
@@ -235,9 +229,7 @@ def test_the_template_is_that_of_the_files_or_built_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", [None, pytest.param(OFFICIAL, marks=needs_official)])
-def test_a_template_that_writes_the_same_text_gets_marks_of_answers(
-    folder: Path | None, tmp_path: Path
-) -> None:
+def test_a_template_that_writes_the_same_text_gets_marks_of_answers(folder, tmp_path):
     copy(BUNDLED, tmp_path)
     if folder is None:
         (tmp_path / "chat_template.jinja").write_text(UNMARKED, encoding="utf-8")
@@ -264,16 +256,14 @@ def test_a_template_that_writes_the_same_text_gets_marks_of_answers(
         "{% for",
     ],
 )
-def test_a_template_that_writes_anything_else_stays(other: str, tmp_path: Path) -> None:
+def test_a_template_that_writes_anything_else_stays(other, tmp_path):
     copy(BUNDLED, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(other, encoding="utf-8")
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == other
 
 
 @both_tokenizers
-def test_saved_files_serve_other_readers_and_give_the_same_ids(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_saved_files_serve_other_readers_and_give_the_same_ids(folder, tmp_path):
     """They hold neither the limits of the last call, which transformers leaves in the tokenizer,
     nor names of code that stays behind."""
     old, new = tmp_path / "old", tmp_path / "new"

@@ -12,10 +12,9 @@ from finetune_fixtures import USED_PORTS, options, write_base, write_rows
 from option_fixtures import parse_arguments
 from text_fixtures import BUNDLED, tokenizer_of
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.experts.choose import choice_as_text
+from deepseek_moe.training.build import build_model
 from deepseek_moe.training.examples import Collator, load_examples
-from deepseek_moe.training.trainable import add_lora
 from deepseek_moe.training.trainer import FineTuner
 
 datasets.disable_progress_bars()
@@ -51,6 +50,8 @@ def argv(place: Path) -> Callable[..., list[str]]:
             "save_steps": 3,
             "report_to": "none",
         }
+        if "train_experts" in changes:
+            changes["train_experts"] = place / changes["train_experts"]
         return options(**(plain | changes))
 
     return argv
@@ -91,14 +92,14 @@ def tuner(place: Path, examples: datasets.Dataset, tmp_path: Path) -> MakeTuner:
             "report_to": "none",
             "disable_tqdm": True,
         }
-        _, data, args = parse_arguments(options(**(plain | changes)))
-        model = DeepseekForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
-        model.config.use_cache = False
         if rank:
-            model = add_lora(model, ["q_proj", "down_proj"], rank, rank, 0.0, [])
-            for name, weight in model.named_parameters():
-                if "lora_B" in name:
-                    torch.nn.init.normal_(weight, std=0.1)
+            plain |= {"use_lora": True, "lora_rank": rank, "lora_alpha": rank, "lora_dropout": 0}
+            plain["trainable"] = "q_proj,down_proj"
+        given, data, args = parse_arguments(options(**(plain | changes)))
+        model = build_model(place / "base", given, args)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
         return FineTuner(
             model=model,
             args=args,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from finetune_fixtures import SCRIPT
 from finetune_options import OPTIONS, REFUSED, UNUSED
-from option_fixtures import parse_arguments
+from option_fixtures import parse, parse_arguments
 from text_fixtures import BUNDLED, ROOT
 
 from deepseek_moe.errors import UserError
@@ -22,13 +22,6 @@ CONFIGS = ROOT / "configs"
 NEEDED = ["--data_path", "x", "--output_dir", "out"]
 
 
-def parse(words: str = "") -> tuple[ModelArguments, DataArguments, FineTuningArguments]:
-    return parse_arguments([*NEEDED, *words.split()])
-
-
-# --- The table
-
-
 def without_packages(*words: str, modules: Path | None = None) -> subprocess.CompletedProcess:
     """finetune.py where Python finds its standard library only, and `modules`."""
     environment = {"PYTHONPATH": str(modules)} if modules else {}
@@ -36,7 +29,7 @@ def without_packages(*words: str, modules: Path | None = None) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
 
-def test_help_and_a_mistake_need_no_package() -> None:
+def test_help_and_a_mistake_need_no_package():
     done = without_packages("--help")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -51,14 +44,14 @@ def test_help_and_a_mistake_need_no_package() -> None:
     assert "error: --data_path is missing; give a" in without_packages(*NEEDED[2:]).stderr
 
 
-def test_ctrl_c_while_importing_leaves_without_a_traceback(tmp_path: Path) -> None:
+def test_ctrl_c_while_importing_leaves_without_a_traceback(tmp_path):
     interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
     (tmp_path / "torch.py").write_text(interrupted)
     done = without_packages(*NEEDED, modules=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_the_defaults_that_help_shows_are_those_that_count() -> None:
+def test_the_defaults_that_help_shows_are_those_that_count():
     for kind in (ModelArguments, DataArguments, FineTuningArguments):
         for one in fields(kind):
             if one.name in OPTIONS and one.default is not MISSING:
@@ -66,7 +59,7 @@ def test_the_defaults_that_help_shows_are_those_that_count() -> None:
                 assert OPTIONS[one.name].default == (shown or OPTIONS[one.name].default), one.name
 
 
-def test_every_option_of_transformers_is_known_with_its_default() -> None:
+def test_every_option_of_transformers_is_known_with_its_default():
     others = {name: value for value, names in UNUSED.items() for name in names.split()}
     others |= {name: value for name, (value, _) in REFUSED.items()}
     others["do_train"] = "False"  # It is taken with True, which it means to others.
@@ -86,8 +79,8 @@ WITH_KWARGS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS["lr_scheduler_type"].choices)
-def test_every_schedule_can_be_made(name: str) -> None:
-    words = ["--data_path", "x", "--output_dir", "out", "--lr_scheduler_type", name]
+def test_every_schedule_can_be_made(name):
+    words = [*NEEDED, "--lr_scheduler_type", name]
     if name in WITH_KWARGS:
         with pytest.raises(UserError, match=f"--lr_scheduler_type {name} cannot be made: "):
             parse_arguments(words)
@@ -107,18 +100,13 @@ def test_every_schedule_can_be_made(name: str) -> None:
         ("warmup_stable_decay", {"num_decay_steps": 2, "min_lr_ratio": "x"}),
     ],
 )
-def test_values_that_a_schedule_fails_at_later_are_refused(
-    name: str, kwargs: dict[str, object]
-) -> None:
-    words = ["--data_path", "x", "--output_dir", "out", "--lr_scheduler_type", name]
+def test_values_that_a_schedule_fails_at_later_are_refused(name, kwargs):
+    words = [*NEEDED, "--lr_scheduler_type", name]
     with pytest.raises(UserError, match=f"--lr_scheduler_type {name} cannot be made: "):
         parse_arguments([*words, "--lr_scheduler_kwargs", json.dumps(kwargs)])
 
 
-# --- What is understood
-
-
-def test_old_names_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_names_are_understood(capsys):
     model, data, training = parse(
         "--evaluation_strategy no --gradient_checkpointing True --use_lora --lora_r 64 "
         "--max_length 9 --per_gpu_train_batch_size 3 --logging_dir x --warmup_ratio 0.1"
@@ -144,11 +132,11 @@ def test_old_names_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
         ("--group_by_length False --train_sampling_strategy sequential", "sequential"),
     ],
 )
-def test_the_old_option_of_grouping_has_its_meaning(words: str, order: str) -> None:
+def test_the_old_option_of_grouping_has_its_meaning(words, order):
     assert parse(words)[2].train_sampling_strategy == order
 
 
-def test_flags_and_dashes_are_understood() -> None:
+def test_flags_and_dashes_are_understood():
     model, data, training = parse("--use_lora --bits 4 --bf16 1 --group_by_length --packing")
     assert model.double_quant and model.use_lora and training.bf16 and data.packing
     assert not parse("--use_lora --bits 4 --double_quant False")[0].double_quant
@@ -156,20 +144,17 @@ def test_flags_and_dashes_are_understood() -> None:
     assert parse_arguments(words)[2].logging_steps == 0.1
 
 
-def test_other_options_of_transformers_are_taken_at_their_defaults() -> None:
+def test_other_options_of_transformers_are_taken_at_their_defaults():
     parse("--fp16 False --tf32 None --do_train --label_smoothing_factor 0 --debug --local_rank=0")
 
 
-def test_parsing_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parsing_starts_nothing(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     before = dict(os.environ)
     training = parse(f"--deepspeed {CONFIGS}/ds_config_zero3.json")[2]
     assert zero_stage(training) == 3 and zero_stage(parse()[2]) == 0
     assert not torch.distributed.is_initialized()
     assert os.environ.get("DS_ACCELERATOR") == before.get("DS_ACCELERATOR")
-
-
-# --- What is refused
 
 
 @pytest.mark.parametrize(
@@ -220,12 +205,7 @@ def test_parsing_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--train_experts x --expert_score norm", "--expert_score is norm; use one of gate, token"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(
-    words: str,
-    found: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_cannot_work_is_refused_in_one_line(words, found, monkeypatch, capsys):
     """By the parser or after it."""
     monkeypatch.setenv("RANK", "0")  # as under DeepSpeed's launcher
     with pytest.raises((UserError, SystemExit)) as caught:

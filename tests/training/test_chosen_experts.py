@@ -1,7 +1,6 @@
 """Chosen experts train with their full weights; everything else stays as it is in the base."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,20 +9,19 @@ from typing import Any
 import pytest
 import torch
 from accident_fixtures import die_in_step
-from adapter_fixtures import stored_bytes
 from finetune_fixtures import (
-    ROOT,
+    ZERO,
     assert_same,
+    change_built,
     checkpoints,
     logged,
-    options,
     run,
     run_ranks,
     succeed,
+    succeed_ranks,
     weights,
     write_base,
 )
-from option_fixtures import parse_arguments
 from safetensors.torch import load_file, save_file
 
 from deepseek_moe import DeepseekForCausalLM, export
@@ -32,7 +30,6 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.experts.choose import choice_as_text
 from deepseek_moe.training.arguments import FineTuningArguments, ModelArguments
 from deepseek_moe.training.build import build_model
-from deepseek_moe.training.dry_run import estimate, meta_model
 from deepseek_moe.training.quantized_base import dequantize
 from deepseek_moe.training.run import WRITTEN
 from deepseek_moe.training.trainable import parameter_table, weights_passed
@@ -42,7 +39,6 @@ CHOSEN = {1: [1, 4, 6], 3: [7]}
 """Layer 2 has routed experts too, and none of them trains."""
 ADAM = {"learning_rate": 1e-2, "adam_epsilon": 1e-3, "max_steps": 4, "save_steps": 2}
 ADAM |= {"max_grad_norm": 0.1}  # which clips
-ZERO = {n: ROOT / "configs" / f"ds_config_zero{n}.json" for n in ("2_no_offload", "3")}
 
 
 def is_chosen(name: str) -> bool:
@@ -86,63 +82,36 @@ def assert_only_chosen_changed(folder: Path, base: Path) -> None:
     assert changed == {name for name in before if is_chosen(name)}
 
 
-# --- The steps
-
-
-def mask_all_but_chosen() -> None:
-    """Lets full training see zeros in place of every gradient but those of CHOSEN."""
-    from deepseek_moe.training import build
-
-    original = build.build_model
-
-    def masked(*args: Any) -> torch.nn.Module:
-        model = original(*args)
-        for name, parameter in model.named_parameters():
-            kept = torch.zeros(len(parameter), *[1] * (parameter.dim() - 1))
-            for layer, experts in CHOSEN.items():
-                if f"layers.{layer}.mlp.experts." in name:
-                    kept[experts] = 1.0
-            parameter.register_hook(lambda grad, kept=kept: grad * kept)
-        return model
-
-    build.build_model = masked
+def mask_all_but_chosen(model: torch.nn.Module) -> None:
+    """Puts zeros in place of every gradient but those of CHOSEN."""
+    for name, parameter in model.named_parameters():
+        kept = torch.zeros(len(parameter), *[1] * (parameter.dim() - 1))
+        for layer, experts in CHOSEN.items():
+            if f"layers.{layer}.mlp.experts." in name:
+                kept[experts] = 1.0
+        parameter.register_hook(lambda grad, kept=kept: grad * kept)
 
 
 @pytest.fixture(scope="module")
 def masked(command: MakeArgv, place: Path) -> Path:
     argv = command(place / "masked", train_experts=None)
-    succeed(argv, place / "masked_log", mask_all_but_chosen)
+    succeed(argv, place / "masked_log", partial(change_built, mask_all_but_chosen))
     return place / "masked"
 
 
-CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "recomputed": (1, {"gradient_checkpointing": True}),
-    "accumulated": (1, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-    "ZeRO-2": (2, {"per_device_train_batch_size": 2, "deepspeed": ZERO["2_no_offload"]}),
-    "ZeRO-3": (2, {"per_device_train_batch_size": 2, "deepspeed": ZERO["3"]}),
+HALF = {"per_device_train_batch_size": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "one process": {},
+    "recomputed": {"gradient_checkpointing": True},
+    "accumulated": HALF | {"gradient_accumulation_steps": 2},
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(one, marks=[pytest.mark.slow] if "Z" in one else []) for one in CASES]
-)
-def test_it_equals_full_training_without_the_other_gradients(
-    case: str,
-    base: Path,
-    masked: Path,
-    command: MakeArgv,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:
-    processes, changes = CASES[case]
-    argv, output = command(tmp_path / "out", **changes), tmp_path / "out"
-    if "deepspeed" in changes:
-        request.getfixturevalue("deepspeed_extensions")
-        for done in run_ranks(argv, tmp_path / "log", processes):
-            assert done.code == 0, done.err
-    else:
-        succeed(argv, tmp_path / "log")
+@pytest.mark.parametrize("case", CASES)
+def test_it_equals_full_training_without_the_other_gradients(case, base, masked, command, tmp_path):
+    """test_deepspeed.py does it with two processes."""
+    output = tmp_path / "out"
+    succeed(command(output, **CASES[case]), tmp_path / "log")
     assert_only_chosen_changed(output, base)
     found, wanted, before = weights(output), weights(masked), weights(base)
     for name, tensor in wanted.items():
@@ -154,7 +123,7 @@ def test_it_equals_full_training_without_the_other_gradients(
         assert logged(output, key) == pytest.approx(logged(masked, key), rel=1e-5), key
 
 
-def test_layers_and_parameters_are_counted_once(base: Path) -> None:
+def test_layers_and_parameters_are_counted_once(base):
     """Under bf16 the chosen are fp32, beside a frozen stack in bf16 that holds all experts."""
     model, training = ModelArguments(chosen_experts=CHOSEN), arguments(bf16=True)
     built = build_model(base, model, training)
@@ -174,7 +143,7 @@ def arguments(**options: Any) -> FineTuningArguments:
     return FineTuningArguments(output_dir="none", use_cpu=True, report_to="none", **options)
 
 
-def test_weights_of_one_dtype_are_held_once(base: Path) -> None:
+def test_weights_of_one_dtype_are_held_once(base):
     """In fp32, or in bf16 with --single_gpu_full, what trains is a part of the frozen stack."""
     for given in ({}, {"bf16": True, "single_gpu_full": True}):
         built = build_model(base, ModelArguments(chosen_experts=CHOSEN), arguments(**given))
@@ -185,9 +154,7 @@ def test_weights_of_one_dtype_are_held_once(base: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_stack_has_the_chosen_first_and_what_trains_is_exact(
-    bits: int, base: Path
-) -> None:
+def test_a_quantised_stack_has_the_chosen_first_and_what_trains_is_exact(bits, base):
     options = ModelArguments(chosen_experts=CHOSEN, bits=bits)
     built, saved = build_model(base, options, arguments()), Checkpoint(base)
     experts = built.model.layers[1].mlp.experts
@@ -199,64 +166,21 @@ def test_a_quantised_stack_has_the_chosen_first_and_what_trains_is_exact(
         assert (stack - ordered).norm() < 0.15 * ordered.norm() < 0.5 * (stack - official).norm()
 
 
-# --- What is saved
-
-
-@pytest.mark.parametrize("way", ["fp32", "in the backward pass", "4 bits"])
-def test_a_run_that_dies_goes_on_and_equals_one_that_did_not(
-    way: str, base: Path, plain: Path, command: MakeArgv, tmp_path: Path
-) -> None:
-    changes = {
-        "fp32": {},
-        "in the backward pass": {"bf16": True, "single_gpu_full": True, "max_grad_norm": None},
-        "4 bits": {"bits": 4, "bf16": True, "eval_strategy": "steps", "eval_fraction": 0.2}
-        | {"packing": True, "recompute_experts": True, "weight_decay": 0.1},
-    }[way]
-    whole = plain
-    if changes:
-        whole = tmp_path / "whole"
-        succeed(command(whole, **changes), tmp_path / "log")
-    argv, output = command(tmp_path / "out", **changes), tmp_path / "out"
-    assert run(argv, tmp_path / "log", partial(die_in_step, 4)).code == -9
-    assert checkpoints(output) == [2]
-    repeated = succeed(argv, tmp_path / "log")
-    assert "step 3/4" in repeated.err and "step 2/4" not in repeated.err
-    assert_same(output, whole)
-    assert_only_chosen_changed(output, base)
-    assert run(argv, tmp_path / "log").err.count("finished already") == 1
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("deepspeed_extensions")
-@pytest.mark.parametrize(("zero", "bits"), [("2_no_offload", 16), ("2_no_offload", 4), ("3", 16)])
-def test_two_processes_that_die_go_on_and_equal_those_that_did_not(
-    zero: str, bits: int, base: Path, command: MakeArgv, tmp_path: Path
-) -> None:
-    changes = {
-        "deepspeed": ZERO[zero],
-        "bits": bits,
-        "bf16": True,
-        "per_device_train_batch_size": 2,
-    }
-    argv, whole = command(tmp_path / "out", **changes), command(tmp_path / "whole", **changes)
+@pytest.mark.parametrize(
+    ("zero", "bits"), [("zero2_no_offload", 16), ("zero2_no_offload", 4), ("zero3", 16)]
+)
+def test_two_processes_that_die_go_on_as_if_nothing_had_been(zero, bits, base, command, tmp_path):
+    """test_resume.py does it with one process."""
+    changes = HALF | {"deepspeed": ZERO[zero], "bits": bits, "bf16": True}
+    argv, whole = (command(tmp_path / name, **changes) for name in ("out", "whole"))
     died = run_ranks(argv, tmp_path / "log", 2, partial(die_in_step, 4))
     assert [one.code for one in died] == [-9, -9] and checkpoints(tmp_path / "out") == [2]
     for words in (argv, whole):
-        for done in run_ranks(words, tmp_path / "log", 2):
-            assert done.code == 0, done.err
+        succeed_ranks(words, tmp_path / "log")
     assert_same(tmp_path / "out", tmp_path / "whole")
     assert_only_chosen_changed(tmp_path / "out", base)
-
-
-def test_a_damaged_delta_is_named(command: MakeArgv, tmp_path: Path) -> None:
-    argv = command(tmp_path / "out")
-    assert run(argv, tmp_path / "log", partial(die_in_step, 4)).code == -9
-    file = tmp_path / "out" / "checkpoint-2" / "delta.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[:-100])
-    assert run(argv, tmp_path / "log").error.startswith(f"{file} is damaged")
-    file.unlink()
-    assert run(argv, tmp_path / "log").error.startswith(f"{file} is missing")
 
 
 @pytest.fixture(scope="module")
@@ -267,21 +191,17 @@ def delta(command: MakeArgv, place: Path) -> Path:
 
 
 @pytest.fixture
-def export_delta(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs export in this process, and returns the folder that it writes."""
+def export_delta(run_module: Callable[..., None]) -> Callable[..., Path]:
+    """Returns the folder that the export writes."""
 
-    def run_export(model: Path, delta: Path, output: Path) -> Path:
-        words = ["export", "--model", model, "--delta", delta, "--output", output]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        export.main()
+    def export_delta(model: Path, delta: Path, output: Path) -> Path:
+        run_module(export, "--model", model, "--delta", delta, "--output", output)
         return output
 
-    return run_export
+    return export_delta
 
 
-def test_a_delta_holds_what_changed_and_its_export_is_the_whole_model(
-    base: Path, plain: Path, delta: Path, tmp_path: Path, export_delta: Callable[..., Path]
-) -> None:
+def test_a_delta_holds_what_changed_and_becomes_a_model(base, plain, delta, tmp_path, export_delta):
     names = {file.name for file in delta.iterdir()} - {"run.json", ".lock"}
     assert names == {file.name for pattern in WRITTEN for file in delta.glob(pattern)}
     assert not (delta / "config.json").exists() and not [*delta.glob("model*")]
@@ -295,9 +215,7 @@ def test_a_delta_holds_what_changed_and_its_export_is_the_whole_model(
     assert_same(last, plain)
 
 
-def test_a_delta_of_another_base_or_no_delta_is_refused(
-    base: Path, delta: Path, tmp_path: Path, export_delta: Callable[..., Path]
-) -> None:
+def test_a_delta_of_another_base_or_no_delta_is_refused(base, delta, tmp_path, export_delta):
     other = shutil.copytree(base, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] += 1.0
@@ -310,9 +228,7 @@ def test_a_delta_of_another_base_or_no_delta_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_modules_train_only_if_they_are_named(
-    base: Path, command: MakeArgv, tmp_path: Path
-) -> None:
+def test_other_modules_train_only_if_they_are_named(base, command, tmp_path):
     names = "mlp.gate,down_proj"  # down_proj is that of the dense layer and of shared experts
     argv = command(tmp_path / "out", trainable=names, bits=4, save_delta=True)
     succeed(argv, tmp_path / "log")
@@ -324,44 +240,3 @@ def test_other_modules_train_only_if_they_are_named(
     for name in ("experts", "mlp", "experts.down_proj", "layers"):
         refused = run(command(tmp_path / "all", trainable=name), tmp_path / "log").refusal
         assert refused.startswith(f"--trainable {name} means routed experts, and --train_experts")
-
-
-# --- What a run says before
-
-
-def test_the_dry_run_counts_what_trains_and_what_it_takes(
-    base: Path, command: MakeArgv, tmp_path: Path
-) -> None:
-    done = succeed(command(tmp_path / "out", dry_run=True, bits=4, bf16=True), tmp_path / "log")
-    said = " ".join(done.out.split())
-    assert "method 4 chosen experts over a base in 4 bits" in said
-    before = weights(base)
-    experts = sum(x.numel() for name, x in before.items() if ".experts." in name)
-    trained = sum(x.numel() for name, x in before.items() if is_chosen(name))
-    assert f"routed experts {experts:,} {trained:,} {trained / experts:.2%}" in said
-    assert f"norms {sum(x.numel() for n, x in before.items() if 'norm' in n)} 0 0.00%" in said
-
-
-STORED = {
-    "fp32": {},
-    "fp32 beside bf16": {"bf16": True},
-    "in the backward pass": {"bf16": True, "single_gpu_full": True},
-    "over 4 bits": {"bf16": True, "bits": 4},
-    "over 4 bits, in the backward pass": {"bf16": True, "bits": 4, "single_gpu_full": True},
-}
-
-
-@pytest.mark.parametrize("way", STORED)
-def test_the_memory_of_weights_is_what_is_stored(way: str, bundled_model: Path) -> None:
-    words = f"--model_name_or_path {bundled_model} --data_path x --output_dir x "
-    words += "--report_to none --train_experts x"
-    model, _, training = parse_arguments([*words.split(), *options(**STORED[way])])
-    model.chosen_experts = {2: [1, 5, 9], 4: list(range(0, 24, 2))}
-    said = estimate(meta_model(bundled_model, model), model, training, 1)
-    built = build_model(bundled_model, model, training)
-    trained = [parameter for parameter in built.parameters() if parameter.requires_grad]
-    places = {p.untyped_storage().data_ptr() for p in built.parameters() if not p.requires_grad}
-    twice = sum(p.nbytes for p in trained if p.untyped_storage().data_ptr() in places)
-    assert said.weights == pytest.approx(stored_bytes(built) - twice, rel=0.01)
-    each = 2 if training.single_gpu_full else 8
-    assert said.optimizer == pytest.approx(each * sum(p.numel() for p in trained), rel=0.02)

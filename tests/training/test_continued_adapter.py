@@ -12,7 +12,6 @@ from finetune_fixtures import options, run, succeed, write_base, write_rows
 from safetensors.torch import save_file
 
 from deepseek_moe import DeepseekForCausalLM
-from deepseek_moe.errors import UserError
 from deepseek_moe.training.merge_lora import merged_tensors
 
 SOME = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": EXPERTS[1:]}
@@ -35,9 +34,7 @@ def words(place: Path, output: Path, **more: Any) -> list[str]:
     return options(**(given | more))
 
 
-def test_it_starts_with_the_weights_of_the_adapter_and_trains_them(
-    place: Path, tmp_path: Path
-) -> None:
+def test_it_starts_with_the_weights_of_the_adapter_and_trains_them(place, tmp_path):
     before = tensors_in(place / "adapter")
     succeed(words(place, tmp_path / "still", learning_rate=0), tmp_path / "log")
     still = tensors_in(tmp_path / "still")
@@ -51,7 +48,7 @@ def test_it_starts_with_the_weights_of_the_adapter_and_trains_them(
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (3, 5, ["q_proj"])
 
 
-def test_a_repeated_run_over_another_adapter_is_refused(place: Path, tmp_path: Path) -> None:
+def test_a_repeated_run_over_another_adapter_is_refused(place, tmp_path):
     succeed(words(place, tmp_path / "out"), tmp_path / "log")
     other = shutil.copytree(place / "adapter", tmp_path / "other")
     tensors = tensors_in(other)
@@ -69,13 +66,11 @@ def test_a_repeated_run_over_another_adapter_is_refused(place: Path, tmp_path: P
         ({"adapter": "nowhere"}, "--adapter: nowhere/adapter_config.json cannot be read"),
     ],
 )
-def test_options_against_it_are_refused(
-    more: dict[str, Any], said: str, place: Path, tmp_path: Path
-) -> None:
+def test_options_against_it_are_refused(more, said, place, tmp_path):
     assert said in run(words(place, tmp_path / "out", **more), tmp_path / "log").refusal
 
 
-def test_an_adapter_that_lacks_tensors_is_refused(place: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_lacks_tensors_is_refused(place, tmp_path):
     broken = shutil.copytree(place / "adapter", tmp_path / "broken")
     tensors = tensors_in(broken)
     lost = next(name for name in tensors if "q_proj.lora_B" in name)
@@ -86,50 +81,35 @@ def test_an_adapter_that_lacks_tensors_is_refused(place: Path, tmp_path: Path) -
     assert "is missing or surplus; give the base it was trained on" in done.error
 
 
-UNMERGEABLE = {
-    "embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, "has LoRA on model.embed_tokens"),
-    "saved whole": (
-        {"target_parameters": EXPERTS, "modules_to_save": ["mlp"]},
-        "adapters inside of a module that was saved whole",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", UNMERGEABLE)
-def test_what_no_merge_could_handle_is_refused_before_it_trains(
-    name: str, place: Path, tmp_path: Path
-) -> None:
-    fields, said = UNMERGEABLE[name]
-    base = DeepseekForCausalLM.from_pretrained(place / "base")
-    adapter = make_adapter(base, tmp_path / "adapter", r=2, **fields)
-    done = run(words(place, tmp_path / "out", adapter=adapter), tmp_path / "log")
-    assert (done.code, done.out) == (2, "")
-    assert said in done.error
-    with pytest.raises(UserError, match=said):
-        merged_tensors(place / "base", adapter)
-
-
-def test_an_adapter_of_the_head_is_refused_over_a_base_that_ties_it(
-    place: Path, tmp_path: Path
-) -> None:
-    base = write_base(tmp_path / "base", tie_word_embeddings=True)
+# test_merge_lora.py has all that no merge could handle.
+@pytest.mark.parametrize(
+    ("changes", "fields", "said"),
+    [
+        ({}, {"target_modules": ["embed_tokens", "q_proj"]}, "has LoRA on model.embed_tokens"),
+        (
+            {"tie_word_embeddings": True},
+            {"target_modules": ["lm_head"]},
+            "which this base ties to each other",
+        ),
+    ],
+)
+def test_what_no_merge_could_handle_is_refused_at_once(changes, fields, said, place, tmp_path):
+    base = write_base(tmp_path / "base", **changes)
     loaded = DeepseekForCausalLM.from_pretrained(base)
-    adapter = make_adapter(loaded, tmp_path / "adapter", r=2, target_modules=["lm_head"])
+    adapter = make_adapter(loaded, tmp_path / "adapter", r=2, **fields)
     given = {"adapter": adapter, "model_name_or_path": base}
-    done = run(words(place, tmp_path / "out", **given), tmp_path / "log")
-    assert done.code == 2 and "which this base ties to each other" in done.error
+    assert said in run(words(place, tmp_path / "out", **given), tmp_path / "log").refusal
 
 
-def test_dropout_is_refused_where_peft_has_none(place: Path, tmp_path: Path) -> None:
+def test_dropout_is_refused_where_peft_has_none(place, tmp_path):
     """Without dropout such an adapter trains on, and is merged."""
     base = DeepseekForCausalLM.from_pretrained(place / "base")
     fields = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}
     adapter = make_adapter(base, tmp_path / "adapter", **fields)
     given = words(place, tmp_path / "out", adapter=adapter)
     default = [*given[: given.index("--lora_dropout")], *given[given.index("--lora_dropout") + 2 :]]
-    done = run(default, tmp_path / "log")
-    assert (done.code, done.out) == (2, "")
-    assert "adapts mlp.gate.weight, for which PEFT has no dropout; add --lora_dropout 0" in done.err
+    refused = run(default, tmp_path / "log").refusal
+    assert "adapts mlp.gate.weight, for which PEFT has no dropout; add --lora_dropout 0" in refused
     succeed(given, tmp_path / "log")
     trained = dict(merged_tensors(place / "base", tmp_path / "out"))
     gate = "model.layers.1.mlp.gate.weight"

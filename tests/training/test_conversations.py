@@ -59,11 +59,7 @@ def untrained(*messages: dict[str, str]) -> list[dict[str, Any]]:
             [system("Be brief."), *ASKED, user("And?"), assistant("He slept.")],
             [],
         ),
-        (
-            {"instruction": "Who?", "output": "The king.", "history": [], "system": ""},
-            ASKED,
-            [],
-        ),
+        ({"instruction": "Who?", "output": "The king.", "history": [], "system": ""}, ASKED, []),
         ({"messages": ASKED, "system": "Be brief."}, [system("Be brief."), *ASKED], []),
         ({"messages": KIND, "system": "Be brief."}, KIND, ["system"]),
         ({"messages": KIND, "system": "Be kind."}, KIND, []),
@@ -82,12 +78,12 @@ def untrained(*messages: dict[str, str]) -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_every_form_of_a_row(row: dict[str, Any], messages: list[Any], unused: list[str]) -> None:
+def test_every_form_of_a_row(row, messages, unused):
     assert find_conversation(row, {}) == (messages, unused)
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"trainable": False}])
-def test_a_marked_answer_is_context(mark: dict[str, Any]) -> None:
+def test_a_marked_answer_is_context(mark):
     row = {"messages": [user("a"), assistant("wrong") | mark, user("b"), assistant("right")]}
     messages, unused = find_conversation(row, {})
     assert [message.get("train", True) for message in messages] == [True, False, True, True]
@@ -98,7 +94,7 @@ def test_a_marked_answer_is_context(mark: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", [0, 0.0, False, "0", "0.0", "False"])
 @pytest.mark.parametrize("mark", ["weight", "train", "trainable"])
-def test_a_marked_row_is_a_bad_row(mark: str, value: Any) -> None:
+def test_a_marked_row_is_a_bad_row(mark, value):
     pair = {"instruction": "Who?", "output": "The king."}
     for row in (pair, {"messages": ASKED}, {"prompt": ASKED[:1], "completion": ASKED[1:]}):
         with pytest.raises(BadRow, match="the row is marked as not to be trained on"):
@@ -109,7 +105,7 @@ def test_a_marked_row_is_a_bad_row(mark: str, value: Any) -> None:
         assert find_conversation(pair | {mark: other}, {}) == (ASKED, [mark])
 
 
-def test_columns_of_other_names() -> None:
+def test_columns_of_other_names():
     columns = parse_columns("instruction=query, output=text,system=persona")
     row = {"query": "Who?", "text": "The king.", "persona": "Be brief.", "output": "?", "n": 1}
     messages, unused = find_conversation(row, columns)
@@ -128,12 +124,12 @@ def test_columns_of_other_names() -> None:
         ("answer=a,question=q", {"prompt": "x", "completion": "y", "answer": "z"}),
     ],
 )
-def test_columns_that_are_named_count_before_others(columns: str, others: dict[str, Any]) -> None:
+def test_columns_that_are_named_count_before_others(columns, others):
     row = others | {"q": "Who?", "a": "The king."}
     assert find_conversation(row, parse_columns(columns)) == (ASKED, list(others))
 
 
-def test_columns_may_swap_names_and_need_not_be_in_every_row() -> None:
+def test_columns_may_swap_names_and_need_not_be_in_every_row():
     columns = parse_columns("instruction=output,output=instruction,input=context")
     row = {"output": "Who?", "instruction": "The king."}
     assert find_conversation(row, columns) == (ASKED, [])
@@ -144,10 +140,9 @@ def test_columns_may_swap_names_and_need_not_be_in_every_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
-    ["instruction", "query=output", "output=", "input=a,input=b", "instruction=q,output=q"],
+    "given", ["instruction", "query=output", "output=", "input=a,input=b", "instruction=q,output=q"]
 )
-def test_columns_that_are_none(given: str) -> None:
+def test_columns_that_are_none(given):
     with pytest.raises(UserError, match="write --columns instruction=question,output=answer"):
         parse_columns(given)
 
@@ -207,7 +202,7 @@ NO_TEXT = [None, "a", {"text": "a"}, {"type": "text"}, {"type": "text", "text": 
         (make_object([("a", 1), ("b", 2), ("a", 3)]), "a occurs twice in the row"),
     ],
 )
-def test_what_is_wrong_is_said(row: Any, said: str) -> None:
+def test_what_is_wrong_is_said(row, said):
     with pytest.raises(BadRow) as caught:
         find_conversation(row, {})
     assert str(caught.value).startswith(said)

@@ -15,6 +15,7 @@ from accident_fixtures import before_call, die, stop_in_step
 from finetune_fixtures import (
     ROOT,
     SCRIPT,
+    ZERO,
     Ended,
     assert_same,
     checkpoints,
@@ -23,6 +24,7 @@ from finetune_fixtures import (
     route_apart,
     run,
     run_ranks,
+    succeed_ranks,
     use_fused_forwards_on_a_cpu,
     weights,
     write_base,
@@ -34,9 +36,6 @@ from deepseek_moe.training.resume import Layout, find_damage
 MakeArgv = Callable[..., list[str]]
 slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("deepspeed_extensions", "free_buffers")
-
-
-# --- The published commands
 
 
 def run_published(option: str, place: Path, output: Path) -> Ended:
@@ -61,7 +60,7 @@ def stand_beside_the_script(extensions: str) -> None:
 
 
 @slow
-def test_the_published_full_fine_tuning(place: Path, tmp_path: Path) -> None:
+def test_the_published_full_fine_tuning(place, tmp_path):
     output = tmp_path / "out"
     done = run_published("--use_lora False", place, output)
     assert done.code == 0, done.err
@@ -78,7 +77,7 @@ def test_the_published_full_fine_tuning(place: Path, tmp_path: Path) -> None:
 
 
 @slow
-def test_the_published_qlora(place: Path, tmp_path: Path) -> None:
+def test_the_published_qlora(place, tmp_path):
     output = tmp_path / "out"
     done = run_published("--bits 4", place, output)
     assert done.code == 0, done.err
@@ -92,8 +91,6 @@ def test_the_published_qlora(place: Path, tmp_path: Path) -> None:
     assert any("self_attn" in name for name in learnt)
 
 
-# --- Forked processes
-
 ADAM = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 1}
 FIFTY = ADAM | {"max_steps": 50, "save_steps": 50, "warmup_steps": 5}
 LORA = ADAM | {"use_lora": True, "lora_r": 4, "lora_dropout": 0}
@@ -101,13 +98,10 @@ LORA = ADAM | {"use_lora": True, "lora_r": 4, "lora_dropout": 0}
 LORA_OF_EXPERTS = LORA | {"trainable": "experts.gate_up_proj,experts.down_proj"}
 # A step of plain SGD is as large as the gradient, while Adam's would hide its scale. Nothing but
 # the experts trains, so the logged norms are of their gradients alone.
-EXPERTS = {
-    "trainable": "experts",
-    "optim": "sgd",
-    "learning_rate": 20,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0,
-}
+SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "learning_rate": 20}
+EXPERTS = SGD | {"trainable": "experts"}
+CHOSEN = SGD | {"train_experts": "expert_cfg.json"}
+LORA_OF_CHOSEN = CHOSEN | {"use_lora": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": 1}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +111,7 @@ def steps(argv: MakeArgv) -> MakeArgv:
     def steps(output: Path, zero: str | None, processes: int, **changes: Any) -> list[str]:
         plain = {"per_device_train_batch_size": 8 // processes, "max_steps": 3}
         if zero:
-            plain["deepspeed"] = SCRIPT.parent / "configs" / f"ds_config_{zero}.json"
+            plain["deepspeed"] = ZERO[zero]
         return argv(output, **(plain | changes))
 
     return steps
@@ -139,15 +133,6 @@ def one_process(place: Path, steps: MakeArgv) -> Callable[..., Path]:
     return make
 
 
-def succeed(
-    argv: list[str], log: Path, processes: int = 2, before: Callable[[], None] | None = None
-) -> Ended:
-    ended = run_ranks(argv, log, processes, before)
-    for done in ended:
-        assert done.code == 0, done.err
-    return ended[0]
-
-
 def assert_equal_curves(found: Path, wanted: Path, count: int = 3, rel: float = 1e-4) -> None:
     for key in ("loss", "balance_loss", "grad_norm", "learning_rate"):
         curve = logged(wanted, key)
@@ -155,15 +140,16 @@ def assert_equal_curves(found: Path, wanted: Path, count: int = 3, rel: float = 
         assert logged(found, key) == pytest.approx(curve, rel=rel), key
 
 
-def assert_equal_experts(found: Path, wanted: Path, base: Path) -> None:
-    """Every expert of every layer moved in the same direction by the same length."""
+def assert_equal_moves(found: Path, wanted: Path, base: Path) -> set[str]:
+    """Every weight moved in the same direction by the same length. Returns which did."""
     found, wanted, base = weights(found), weights(wanted), weights(base)
     moved = {name for name in base if not torch.equal(wanted[name], base[name])}
-    assert moved == {name for name in base if ".experts." in name}
+    assert moved == {name for name in base if not torch.equal(found[name], base[name])}
     for name in moved:
         way = wanted[name].float() - base[name].float()
         off = (found[name].float() - base[name].float() - way).norm() / way.norm()
         assert off < 0.02, name  # They are saved in bf16.
+    return moved
 
 
 def be_alone_on_a_machine() -> None:
@@ -184,39 +170,40 @@ CASES = {
 }
 SLOW_CASES = {
     "experts, ZeRO-3, four processes": ("zero3", 4, EXPERTS, None),
+    "chosen experts, ZeRO-2": ("zero2_no_offload", 2, CHOSEN, None),
+    "chosen experts, ZeRO-3": ("zero3", 2, CHOSEN, None),
+    "lora of chosen experts, ZeRO-2": ("zero2_no_offload", 2, LORA_OF_CHOSEN, None),
+    "lora of chosen experts, ZeRO-3": ("zero3", 2, LORA_OF_CHOSEN, None),
     "fifty steps, ZeRO-2, four processes": ("zero2_no_offload", 4, FIFTY, None),
     "fifty steps, ZeRO-3": ("zero3", 2, FIFTY, None),
 }
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(one, marks=slow) for one in SLOW_CASES)])
-def test_several_processes_take_the_steps_of_one(
-    case: str, place: Path, steps: MakeArgv, tmp_path: Path, one_process: Callable[..., Path]
-) -> None:
+def test_several_processes_take_the_steps_of_one(case, place, steps, tmp_path, one_process):
     zero, processes, changes, before = (CASES | SLOW_CASES)[case]
     wanted, output = one_process(**changes), tmp_path / "out"
-    succeed(steps(output, zero, processes, **changes), tmp_path / "log", processes, before)
+    succeed_ranks(steps(output, zero, processes, **changes), tmp_path / "log", processes, before)
     count = changes.get("max_steps", 3)
     assert checkpoints(output) == [count]
     assert_equal_curves(output, wanted, count, 1e-4 if count == 3 else 1e-3)
     losses = logged(wanted, "loss")
     assert count == 3 or losses[-1] < 0.75 * losses[0]
-    if changes is EXPERTS:
-        assert_equal_experts(output, wanted, place / "base")
+    if changes in (EXPERTS, CHOSEN):
+        moved = assert_equal_moves(output, wanted, place / "base")
+        assert all(".experts." in name for name in moved)
+        assert len(moved) == 3 * (2 * 8 if changes is EXPERTS else 4 + 6)  # matrices, experts
+    if changes is LORA_OF_CHOSEN:
+        for name, factor in weights(wanted).items():
+            torch.testing.assert_close(weights(output)[name], factor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("zero", "changes"), [("zero2_no_offload", LORA), ("zero3", ADAM)])
-def test_the_load_of_experts_is_summed_over_processes(
-    zero: str,
-    changes: dict[str, Any],
-    steps: MakeArgv,
-    tmp_path: Path,
-    one_process: Callable[..., Path],
-) -> None:
+def test_the_load_of_experts_is_summed_over_processes(zero, changes, steps, tmp_path, one_process):
     """With a learning rate of 0, rounding changes no pick."""
     changes = changes | {"learning_rate": 0}
     wanted, output = one_process(**changes), tmp_path / "out"
-    succeed(steps(output, zero, 2, **changes), tmp_path / "log")
+    succeed_ranks(steps(output, zero, 2, **changes), tmp_path / "log")
     for key in ("load_over_mean", "expert_entropy", "starved_experts"):
         assert len(set(logged(wanted, "load_over_mean"))) == 3
         assert logged(output, key) == pytest.approx(logged(wanted, key), rel=1e-6), key
@@ -224,12 +211,10 @@ def test_the_load_of_experts_is_summed_over_processes(
 
 @slow
 @pytest.mark.usefixtures("offload_extension")
-def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(
-    place: Path, steps: MakeArgv, tmp_path: Path
-) -> None:
+def test_zero3_with_offload_starts_from_the_weights_of_the_checkpoint(place, steps, tmp_path):
     """With a learning rate of 0 the result is the base, bit for bit, experts included."""
     output = tmp_path / "out"
-    done = succeed(steps(output, "zero3_offload", 2, learning_rate=0), tmp_path / "log")
+    done = succeed_ranks(steps(output, "zero3_offload", 2, learning_rate=0), tmp_path / "log")
     assert "MISSING" not in done.out + done.err
     assert_same(output, place / "base")
     assert all(norm > 0 for norm in logged(output, "grad_norm"))
@@ -242,9 +227,7 @@ def stop_second_process() -> None:
 
 @slow
 @pytest.mark.parametrize("zero", ["zero2_no_offload", "zero3"])
-def test_a_run_stopped_on_one_process_goes_on_and_equals_one(
-    zero: str, place: Path, steps: MakeArgv, tmp_path: Path, one_process: Callable[..., Path]
-) -> None:
+def test_a_run_stopped_on_one_process_goes_on(zero, place, steps, tmp_path, one_process):
     """Two epochs of three steps, each of two batches, are evaluated at their ends."""
     epochs = ADAM | {"max_steps": 6, "gradient_accumulation_steps": 2, "eval_strategy": "steps"}
     epochs |= {"eval_data_path": place / "held.jsonl", "eval_steps": 3}
@@ -254,7 +237,7 @@ def test_a_run_stopped_on_one_process_goes_on_and_equals_one(
         assert stopped.code == 143, stopped.err
         assert "Traceback" not in stopped.err
     assert checkpoints(output) == [2]
-    repeated = succeed(argv, tmp_path / "log")
+    repeated = succeed_ranks(argv, tmp_path / "log")
     assert "step 3/6" in repeated.err and "step 2/6" not in repeated.err
     assert_equal_curves(output, wanted, 6, 2e-4)
     for key in ("eval_loss", "eval_perplexity"):
@@ -262,12 +245,10 @@ def test_a_run_stopped_on_one_process_goes_on_and_equals_one(
         assert logged(output, key) == pytest.approx(logged(wanted, key), rel=2e-4), key
 
 
-def test_processes_that_route_to_different_experts_do_not_wait_for_each_other(
-    steps: MakeArgv, tmp_path: Path
-) -> None:
+def test_processes_that_route_to_different_experts_do_not_wait_for_each_other(steps, tmp_path):
     output, base = tmp_path / "out", write_base(tmp_path / "base", num_experts_per_tok=2)
     argv = steps(output, "zero3", 2, model_name_or_path=base)
-    succeed(argv, tmp_path / "log", 2, partial(route_apart, str(tmp_path)))
+    succeed_ranks(argv, tmp_path / "log", 2, partial(route_apart, str(tmp_path)))
     picked = [json.loads((tmp_path / f"picks{rank}.json").read_text()) for rank in range(2)]
     assert picked == [[0, 1], [2, 3]]
     found, before = weights(output), weights(base)
@@ -284,9 +265,9 @@ def die_in_third_save() -> None:
 @pytest.mark.parametrize(
     ("zero", "stage"), [("zero2_no_offload", 2), pytest.param("zero3", 3, marks=slow)]
 )
-def test_a_run_killed_in_a_save_goes_on_and_names_a_damaged_file(
-    zero: str, stage: int, steps: MakeArgv, tmp_path: Path, one_process: Callable[..., Path]
-) -> None:
+def test_a_run_killed_in_a_save_goes_on_or_names_the_file(
+    zero, stage, steps, tmp_path, one_process
+):
     output, log = tmp_path / "out", tmp_path / "log"
     argv = steps(output, zero, 2, **ADAM, save_steps=1)
     killed = run_ranks(argv, log, 2, die_in_third_save)
@@ -316,6 +297,6 @@ def test_a_run_killed_in_a_save_goes_on_and_names_a_damaged_file(
     said = f"the run cannot go on from {checkpoint} ("
     assert any(said in done.err for done in found), found[0].err
     last.rename(files[-1])
-    succeed(argv, log)
+    succeed_ranks(argv, log)
     assert checkpoints(output) == [1, 2, 3]
     assert_equal_curves(output, one_process(**ADAM))

@@ -1,7 +1,6 @@
 """The room on a disk that a run needs equals what it writes, and a smaller disk is refused."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from finetune_fixtures import checkpoints, run, run_ranks
-from option_fixtures import parse_arguments
+from option_fixtures import parse, parse_arguments
 from text_fixtures import ROOT
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
@@ -17,7 +16,6 @@ from deepseek_moe.training.disk_need import DiskNeed, disk_need, free_bytes
 from deepseek_moe.training.dry_run import meta_model
 from deepseek_moe.training.expert_choice import take_choice
 
-MakeArgv = Callable[..., list[str]]
 SHORT = {"max_steps": 4, "save_steps": 2}
 
 
@@ -31,9 +29,7 @@ def small_disk() -> None:
     shutil.disk_usage = lambda folder: SimpleNamespace(free=400_000)
 
 
-def test_a_disk_too_small_for_a_checkpoint_and_the_result_is_refused(
-    argv: MakeArgv, tmp_path: Path
-) -> None:
+def test_a_disk_too_small_for_a_checkpoint_and_the_result_is_refused(argv, tmp_path):
     done = run(argv(tmp_path / "out", **SHORT), tmp_path / "log", small_disk)
     assert done.code == 2
     assert "is too small: a checkpoint takes" in done.error and "0.4 MB are free" in done.error
@@ -61,14 +57,7 @@ SLOW = {mode: [pytest.mark.slow] for mode in MODES if "ZeRO" in mode}
 
 
 @pytest.mark.parametrize("mode", [pytest.param(one, marks=SLOW.get(one, ())) for one in MODES])
-def test_the_disk_that_a_run_needs_is_what_it_writes(
-    mode: str,
-    place: Path,
-    argv: MakeArgv,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_the_disk_of_a_run_is_what_it_writes(mode, place, argv, tmp_path, monkeypatch, request):
     """Under DeepSpeed with fp32 copies of what trains."""
     output, changes = tmp_path / "out", SHORT | MODES[mode]
     if "train_experts" in changes:
@@ -94,10 +83,9 @@ def test_the_disk_that_a_run_needs_is_what_it_writes(
         assert bytes_in(output / "adapter") == pytest.approx(alone.result, rel=0.1)
 
 
-def test_the_disk_of_the_16b_model() -> None:
+def test_the_disk_of_the_16b_model():
     """A weight on one GPU takes 2 bytes of bf16 and 2 of averages, and 2 more in the result."""
-    words = "--data_path x --output_dir o --bf16 True --single_gpu_full True --save_steps 100"
-    options, _, training = parse_arguments(words.split())
+    options, _, training = parse("--bf16 True --single_gpu_full True --save_steps 100")
     with torch.device("meta"):
         model = DeepseekForCausalLM(DeepseekConfig())
 
@@ -118,7 +106,7 @@ def test_the_disk_of_the_16b_model() -> None:
     assert (need(250).kept, need(5).kept) == (3, 1)
 
 
-def test_what_an_interrupted_save_left_counts_as_free(tmp_path: Path) -> None:
+def test_what_an_interrupted_save_left_counts_as_free(tmp_path):
     (tmp_path / "out" / "incomplete").mkdir(parents=True)
     before = free_bytes(tmp_path / "out")
     (tmp_path / "out" / "incomplete" / "half").write_bytes(bytes(50_000_000))

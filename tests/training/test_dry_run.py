@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from adapter_fixtures import stored_bytes
 from finetune_fixtures import run
-from option_fixtures import parse_arguments
+from option_fixtures import parse
 from text_fixtures import BUNDLED, ROOT
 
 from deepseek_moe import DeepseekConfig
@@ -14,7 +14,7 @@ from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.dry_run import Memory, bucket_numbers, estimate, meta_model
 
-BASE = "--data_path none --output_dir none --bf16 True --report_to none"
+BASE = "--bf16 True --report_to none"
 
 LORA, QLORA = "--use_lora True --lora_r 64", "--use_lora True --bits 4 --lora_r 64"
 QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
@@ -44,7 +44,7 @@ MEASURED = {
 
 
 def estimate_of(folder: Path, options: str, tokens: int) -> Memory:
-    model, _, training = parse_arguments(f"{BASE} {options}".split())
+    model, _, training = parse(f"{BASE} {options}")
     return estimate(meta_model(folder, model), model, training, tokens)
 
 
@@ -55,9 +55,7 @@ def be_under_deepspeed(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_the_estimate_is_within_3_percent_of_what_was_measured(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_estimate_is_within_3_percent_of_what_was_measured(case, tmp_path, monkeypatch):
     layers, ranks, rows, stage, options, measured = MEASURED[case]
     if stage:
         be_under_deepspeed(ranks, monkeypatch)
@@ -67,7 +65,7 @@ def test_the_estimate_is_within_3_percent_of_what_was_measured(
     assert abs(memory.total / 1e9 / measured - 1) < 0.03, memory
 
 
-def test_buckets_are_those_that_deepspeed_makes() -> None:
+def test_buckets_are_those_that_deepspeed_makes():
     overlapping = {"stage": 2, "reduce_bucket_size": 2e8, "overlap_comm": True}
     assert bucket_numbers(overlapping, hidden_size=64) == 4e8
     assert bucket_numbers({"stage": 2, "reduce_bucket_size": "auto"}, hidden_size=64) == 64**2
@@ -75,21 +73,31 @@ def test_buckets_are_those_that_deepspeed_makes() -> None:
     assert bucket_numbers({"stage": 3}, hidden_size=64) == 1e9
 
 
-def test_of_a_small_model_no_more_is_gathered_than_there_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_a_small_model_no_more_is_gathered_than_there_is(monkeypatch):
     be_under_deepspeed(2, monkeypatch)
     memory = estimate_of(BUNDLED, f"--deepspeed {ROOT}/configs/ds_config_zero3.json", 64)
     assert 0.8e9 < memory.total < 1e9, memory  # two buckets
 
 
-@pytest.mark.parametrize("options", ["", ALL, "--use_lora True", QLORA, "--use_lora True --bits 8"])
-def test_weights_and_averages_are_those_that_are_stored(options: str) -> None:
+CHOSEN = "--train_experts x"
+STORED = ["", ALL, "--use_lora True", QLORA, "--use_lora True --bits 8", f"{CHOSEN} --bf16 False"]
+STORED += [CHOSEN, f"{CHOSEN} {ALL}", f"{CHOSEN} --bits 4", f"{CHOSEN} --bits 4 {ALL}"]
+
+
+@pytest.mark.parametrize("options", STORED)
+def test_weights_and_averages_are_those_that_are_stored(options):
     """Trained and frozen, quantised or not, with the scales."""
-    said = estimate_of(BUNDLED, options, 1)
-    model, _, training = parse_arguments(f"{BASE} {options}".split())
+    model, _, training = parse(f"{BASE} {options}")
+    model.chosen_experts = {2: [1, 5, 9], 4: list(range(0, 24, 2))} if CHOSEN in options else None
+    said = estimate(meta_model(BUNDLED, model), model, training, 1)
     built = build_model(BUNDLED, model, training)
-    assert abs(said.weights / stored_bytes(built) - 1) < 0.01
+    trained = [parameter for parameter in built.parameters() if parameter.requires_grad]
+    places = {p.untyped_storage().data_ptr() for p in built.parameters() if not p.requires_grad}
+    twice = sum(p.nbytes for p in trained if p.untyped_storage().data_ptr() in places)
+    assert said.weights == pytest.approx(stored_bytes(built) - twice, rel=0.01)
+    if CHOSEN in options:
+        each = 2 if training.single_gpu_full else 8
+        assert said.optimizer == pytest.approx(each * sum(p.numel() for p in trained), rel=0.02)
     if options == ALL:
         states = StepInBackward(built.parameters(), lr=0.0).state.values()
         stored = sum(x.nbytes for state in states for name, x in state.items() if name != "step")
@@ -97,23 +105,20 @@ def test_weights_and_averages_are_those_that_are_stored(options: str) -> None:
         assert said.gradients == max(parameter.nbytes for parameter in built.parameters())
 
 
-def test_more_of_everything_takes_more(tmp_path: Path) -> None:
+def test_more_of_everything_takes_more(tmp_path):
     DeepseekConfig(num_hidden_layers=3).save_pretrained(tmp_path)
-
-    def total(options: str, tokens: int = 4096) -> float:
-        return estimate_of(tmp_path, options, tokens).total
-
     qlora, evaluated = f"{QLORA} {RECOMPUTE}", "--eval_strategy epoch --eval_fraction 0.1"
-    plain = total(qlora)
-    assert plain < total(qlora, 8192)
-    assert plain < total(qlora.replace("--bits 4", "--bits 8")) < total(f"{LORA} {RECOMPUTE}")
-    assert plain < total(f"{qlora} --modules_to_save lm_head")
-    assert plain == total(f"{qlora} {evaluated} --per_device_eval_batch_size 1")
-    assert plain < total(f"{qlora} {evaluated} --per_device_eval_batch_size 64")
-    assert 2 * total(f"{ALL} {RECOMPUTE}") < total(f"--single_gpu_full False {RECOMPUTE}")
+    plain, in_8_bits, saved, small, large = (
+        estimate_of(tmp_path, options, 4096).total
+        for options in (
+            *(qlora, qlora.replace("--bits 4", "--bits 8"), f"{qlora} --modules_to_save lm_head"),
+            *(f"{qlora} {evaluated} --per_device_eval_batch_size {size}" for size in (1, 64)),
+        )
+    )
+    assert small == plain < min(in_8_bits, saved, large)
 
 
-def test_a_dry_run_reads_no_weights_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_reads_no_weights_and_writes_nothing(tmp_path):
     model, output = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     for file in BUNDLED.iterdir():

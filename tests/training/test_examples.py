@@ -16,16 +16,8 @@ from text_fixtures import BUNDLED, assistant, tokenizer_of, user
 from deepseek_moe.chat import render
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.tokenization_deepseek import BOS, EOS
-from deepseek_moe.training.examples import (
-    PACKED,
-    Collator,
-    fingerprint,
-    load_examples,
-    pack,
-    pack_lengths,
-    show,
-    split,
-)
+from deepseek_moe.training.examples import Collator, fingerprint, load_examples, show, split
+from deepseek_moe.training.packed_rows import PACKED, pack, pack_lengths
 from deepseek_moe.training.rows import FORMAT_VERSION
 
 datasets.disable_progress_bars()
@@ -57,9 +49,7 @@ def rendered(rows: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
     return [render(TOKENIZER, conversation) for conversation in conversations(rows)]
 
 
-def test_examples_are_what_chat_renders(
-    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_examples_are_what_chat_renders(load, monkeypatch, tmp_path):
     monkeypatch.setattr("deepseek_moe.training.examples.ROWS_PER_PROCESS", 2)  # so of several
     rows = [*ROWS[:2], {"question": "a"}, *ROWS[2:]]
     with pytest.raises(UserError, match=r"^1 of 5 rows are bad: .*x\.jsonl line 3: no answer"):
@@ -72,7 +62,7 @@ def test_examples_are_what_chat_renders(
     assert report.startswith("4 of 5 rows, ") and report.endswith("; 1 bad rows skipped")
 
 
-def test_a_system_text_is_written_by_the_template_or_refused(load: Load) -> None:
+def test_a_system_text_is_written_by_the_template_or_refused(load):
     row = {"instruction": "Who?", "output": "The king.", "system": "Be brief."}
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = (
@@ -87,7 +77,7 @@ def test_a_system_text_is_written_by_the_template_or_refused(load: Load) -> None
         load([row], tokenizer=tokenizer)
 
 
-def test_cut_and_dropped_rows_are_counted(load: Load) -> None:
+def test_cut_and_dropped_rows_are_counted(load):
     whole = rendered(ROWS)
     prompts, lengths = [mask.index(1) for _, mask in whole], [len(ids) for ids, _ in whole]
     borders = {length + more for length in (*prompts, *lengths) for more in (0, 1)}
@@ -107,9 +97,7 @@ def test_cut_and_dropped_rows_are_counted(load: Load) -> None:
             load(ROWS, max_length)
 
 
-def test_the_cache_is_read_unless_file_tokenizer_or_format_changed(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_is_read_unless_file_tokenizer_or_format_changed(load, monkeypatch):
     def start() -> tuple[list[str], str]:
         train, rest = split(load(ROWS * 5)[0], 0.2, seed=1)
         packed = pack(train, 256)
@@ -121,7 +109,7 @@ def test_the_cache_is_read_unless_file_tokenizer_or_format_changed(
     with monkeypatch.context() as patch:
         patch.setattr("deepseek_moe.training.rows._rows_of", None)
         patch.setattr("deepseek_moe.training.examples.chat.render", None)
-        patch.setattr("deepseek_moe.training.examples._join", lambda *args: None)
+        patch.setattr("deepseek_moe.training.packed_rows._join", lambda *args: None)
         assert start() == first
     files = load(ROWS * 5)[0].cache_files
     other = copy.deepcopy(TOKENIZER)
@@ -133,7 +121,7 @@ def test_the_cache_is_read_unless_file_tokenizer_or_format_changed(
     assert len(load(ROWS * 6)[0]) == 24
 
 
-def test_the_format_is_that_of_its_version(load: Load) -> None:
+def test_the_format_is_that_of_its_version(load):
     """If this fails, the same files become other examples or packed rows than before.
 
     Raise FORMAT_VERSION then, so that old caches are not read, and write the new hashes here.
@@ -143,7 +131,7 @@ def test_the_format_is_that_of_its_version(load: Load) -> None:
     assert (FORMAT_VERSION, *made) == (3, "25def8c105c28b5f", "750357ae4a0cebaf")
 
 
-def test_split(load: Load) -> None:
+def test_split(load):
     examples, _ = load(ROWS * 5)
     train, evaluation = split(examples, 0.1, seed=3)
     assert (len(train), len(evaluation)) == (18, 2)
@@ -155,7 +143,7 @@ def test_split(load: Load) -> None:
         split(examples.select([0]), 0.5, seed=0)
 
 
-def test_fingerprint_is_of_contents_alone(load: Load) -> None:
+def test_fingerprint_is_of_contents_alone(load):
     examples, _ = load(ROWS)
     rows = examples.to_list()
 
@@ -175,7 +163,7 @@ def test_fingerprint_is_of_contents_alone(load: Load) -> None:
 
 @pytest.mark.parametrize("limit", [1, 7, 64, 1024])
 @pytest.mark.parametrize("count", [1, 2, 50, 100_000])
-def test_packing_is_tight_and_fast_and_loses_and_splits_nothing(limit: int, count: int) -> None:
+def test_packing_is_tight_and_fast_and_loses_and_splits_nothing(limit, count):
     dice = random.Random(limit)
     lengths = [dice.randint(1, limit) for _ in range(count)]
     rows = pack_lengths(lengths, limit)
@@ -187,7 +175,7 @@ def test_packing_is_tight_and_fast_and_loses_and_splits_nothing(limit: int, coun
     assert count < 100 or len(rows) < 1.02 * sum(lengths) / limit
 
 
-def test_packed_rows_hold_their_examples_whole(load: Load) -> None:
+def test_packed_rows_hold_their_examples_whole(load):
     examples, _ = load(ROWS * 5, max_length=64)
     dataset = examples.select(range(19, 2, -2))
     packed = pack(dataset, 64)
@@ -206,7 +194,7 @@ def example(ids: list[int], trained: list[int], source: str) -> dict[str, Any]:
     return {"input_ids": ids, "trained": trained, "length": len(ids), "source": source}
 
 
-def test_padded_and_packed_batches() -> None:
+def test_padded_and_packed_batches():
     """test_trainer.py compares their losses and gradients."""
     examples = [
         example([0, 7, 8, 1], [0, 0, 1, 1], "x 1"),
@@ -239,7 +227,7 @@ def test_padded_and_packed_batches() -> None:
         Collator(1, packing=True)(rows)
 
 
-def test_show_marks_what_is_trained_on() -> None:
+def test_show_marks_what_is_trained_on():
     messages = [user("Wie?"), assistant("So 🎉"), user("Und?"), assistant("Nein.")]
     ids, trained = render(TOKENIZER, messages)
     assert show(TOKENIZER, ids, trained, colour=False) == (

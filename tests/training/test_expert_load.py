@@ -1,13 +1,10 @@
 """What is seen of the experts in training: each pick counted once, in TensorBoard's file."""
 
 from collections import Counter
-from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,11 +16,10 @@ from transformers import TrainerCallback
 from deepseek_moe.experts.heatmap import load_image
 from deepseek_moe.experts.profile import LayerProfile
 from deepseek_moe.model.modeling_deepseek import DeepseekCausalLMOutput
-from deepseek_moe.training.examples import pack
 from deepseek_moe.training.expert_load import ExpertBoard, ExpertLoad
+from deepseek_moe.training.packed_rows import pack
 from deepseek_moe.training.trainer import FineTuner
 
-MakeTuner = Callable[..., FineTuner]
 LAYERS, E, K = (1, 2), 8, 3
 EVALUATES = {"eval_data_path": "-", "eval_strategy": "steps", "eval_steps": 2}
 
@@ -77,9 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_pick_of_each_token_is_counted_once(
-    case: str, tuner: MakeTuner, examples: datasets.Dataset
-) -> None:
+def test_each_pick_of_each_token_is_counted_once(case, tuner, examples):
     """With a learning rate of 0 an epoch picks what the untrained model picks."""
     changes = CASES[case]
     rows = pack(examples, 256) if "packing" in changes else examples
@@ -94,7 +88,7 @@ def test_each_pick_of_each_token_is_counted_once(
         assert read.picks == wanted  # each log begins anew
 
 
-def test_only_training_is_counted(tuner: MakeTuner, examples: datasets.Dataset) -> None:
+def test_only_training_is_counted(tuner, examples):
     plain, other = tuner(max_steps=4), tuner(held=examples, max_steps=4, **EVALUATES)
     reads = [Read(plain), Read(other)]
     plain.train()
@@ -102,19 +96,7 @@ def test_only_training_is_counted(tuner: MakeTuner, examples: datasets.Dataset) 
     assert reads[0].picks == reads[1].picks
 
 
-def test_a_resumed_run_counts_on(tuner: MakeTuner, tmp_path: Path) -> None:
-    saves = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
-    whole = tuner(**saves)
-    first = Read(whole)
-    whole.train()
-    resumed = tuner(output_dir=tmp_path / "other", **saves)
-    second = Read(resumed)
-    resumed.train(str(tmp_path / "out" / "checkpoint-3"))
-    assert second.picks == first.picks[3:]
-    assert second.losses == first.losses[3:]
-
-
-def test_picks_of_other_processes_and_of_padding_do_not_count(tiny_config: Callable) -> None:
+def test_picks_of_other_processes_and_of_padding_do_not_count(tiny_config):
     """Under expert parallelism an index of E marks a pick that another process computes."""
     load = ExpertLoad(tiny_config(), torch.device("cpu"))
     picks = torch.tensor([[0, 8, 7], [8, 8, 8], [1, 2, 3]])
@@ -124,12 +106,7 @@ def test_picks_of_other_processes_and_of_padding_do_not_count(tiny_config: Calla
     assert load.picks == [[1, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 1, 0, 0, 0, 0]]
 
 
-# --- TensorBoard
-
-
-def test_tensorboard_has_four_curves_a_layer_and_pictures(
-    tuner: MakeTuner, examples: datasets.Dataset, tmp_path: Path
-) -> None:
+def test_tensorboard_has_four_curves_a_layer_and_pictures(tuner, examples, tmp_path):
     trainer = tuner(held=examples, report_to="tensorboard", max_steps=4, **EVALUATES)
     read = Read(trainer)
     trainer.train()
@@ -163,7 +140,7 @@ def test_tensorboard_has_four_curves_a_layer_and_pictures(
     assert not {key for line in trainer.state.log_history for key in line if "layer" in key}
 
 
-def test_a_long_run_gets_few_pictures(tiny_config: Callable, tmp_path: Path) -> None:
+def test_a_long_run_gets_few_pictures(tiny_config, tmp_path):
     load = ExpertLoad(tiny_config(), torch.device("cpu"))
     load.read(Accelerator(cpu=True), 1)
     shown, written = ExpertBoard(load), []

@@ -1,21 +1,17 @@
 """The names of PEFT that expert_lora.py relies on still mean what it takes them for."""
 
 import inspect
-from collections.abc import Callable
 
 import pytest
 from adapter_fixtures import EXPERTS
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_layer
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.model.modeling_deepseek import DeepseekExperts
 from deepseek_moe.training.expert_lora import ParamWrapper
 
 
-def test_peft_still_compares_the_name_of_the_class(
-    tiny_model: Callable[..., DeepseekForCausalLM],
-) -> None:
+def test_peft_still_compares_the_name_of_the_class(tiny_model):
     """If this fails, PEFT takes any subclass, and ours may have a name of its own."""
 
     class Other(ParamWrapper):
@@ -27,7 +23,7 @@ def test_peft_still_compares_the_name_of_the_class(
         get_peft_model(tiny_model(), config)
 
 
-def test_peft_still_asks_for_the_shape_where_it_is_overridden() -> None:
+def test_peft_still_asks_for_the_shape_where_it_is_overridden():
     calls = inspect.getsource(peft_layer.LoraLayer.__init__)
     assert "self._get_in_out_features(" in calls
     original = inspect.getsource(peft_layer.ParamWrapper._get_in_out_features)

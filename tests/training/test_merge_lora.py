@@ -29,15 +29,7 @@ from deepseek_moe.training import merge_lora as merge
 from deepseek_moe.training.merge_lora import merged_tensors
 from deepseek_moe.training.quantized_base import Quantization, dequantize
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-
-
-@pytest.fixture
-def base(tiny_model: MakeModel, tmp_path: Path) -> Path:
-    """A small fp32 checkpoint."""
-    tiny_model().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 @pytest.fixture
@@ -69,7 +61,7 @@ def merged(base: Path, adapter: Path) -> DeepseekForCausalLM:
     ],
     ids=lambda fields: "-".join(map(str, fields)),
 )
-def test_merged_equals_unmerged(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
+def test_merged_equals_unmerged(fields, base, tmp_path):
     adapter = make_adapter(load(base), tmp_path / "adapter", **fields)
     wanted = logits(peft.PeftModel.from_pretrained(load(base), adapter))
     assert (wanted - logits(load(base))).abs().max() > 0.01
@@ -88,9 +80,7 @@ def test_merged_equals_unmerged(fields: dict[str, Any], base: Path, tmp_path: Pa
     ],
     ids=str,
 )
-def test_over_a_quantised_base_merged_is_what_it_computes_with(
-    way: Quantization, widths: tuple[int, int, int], tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_over_a_quantised_base_merged_is_what_it_computes_with(way, widths, tiny_model, tmp_path):
     """Weights without an adapter are quantised too, but not those that are saved whole."""
     base, adapter, dtype = tmp_path / "base", tmp_path / "adapter", getattr(torch, way.dtype)
     sizes = zip(("hidden_size", "moe_intermediate_size", "intermediate_size"), widths, strict=True)
@@ -121,9 +111,6 @@ def test_over_a_quantised_base_merged_is_what_it_computes_with(
         stored = load(base).get_parameter(f"{name}.weight")
         assert tensors[f"{name}.weight"].dtype == (torch.float32 if kept else dtype)
         assert torch.equal(tensors[f"{name}.weight"].float(), stored) == kept
-
-
-# --- what is refused -----------------------------------------------------------------------------
 
 
 def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -159,9 +146,7 @@ def replace_a(tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]
         ({"target_modules": ["no_such"], "target_parameters": None}, "does not fit this base"),
     ],
 )
-def test_broken_adapters_and_those_of_other_kinds_are_refused(
-    change: Any, message: str, base: Path, adapter: Path
-) -> None:
+def test_broken_adapters_and_those_of_other_kinds_are_refused(change, message, base, adapter):
     if callable(change):
         change_tensors(adapter, change)
     else:
@@ -171,9 +156,7 @@ def test_broken_adapters_and_those_of_other_kinds_are_refused(
         merged_tensors(base, adapter)
 
 
-def test_adapter_that_leaves_its_saved_modules_as_they_are_is_refused(
-    base: Path, tmp_path: Path
-) -> None:
+def test_adapter_that_leaves_its_saved_modules_as_they_are_is_refused(base, tmp_path):
     fields = {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     same = make_adapter(load(base), tmp_path / "same", scale=0, **fields)
     with pytest.raises(UserError, match="changes nothing"):
@@ -195,9 +178,7 @@ WITHIN = "inside of a module that was saved whole"
     ],
     ids=str,
 )
-def test_changes_that_no_merge_can_make_are_refused(
-    tied: bool, fields: dict[str, Any], message: str, tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_changes_that_no_merge_can_make_are_refused(tied, fields, message, tiny_model, tmp_path):
     model = tiny_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "base")
     fields = {"r": 3, "target_modules": ["q_proj"]} | fields
@@ -206,9 +187,7 @@ def test_changes_that_no_merge_can_make_are_refused(
         merged_tensors(tmp_path / "base", adapter)
 
 
-def test_tensors_are_read_when_they_are_written(
-    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensors_are_read_when_they_are_written(base, adapter, monkeypatch):
     """No more than one stack of experts is read ahead of what has been handed on."""
     read: list[str] = []
     original = merge.Checkpoint.read

@@ -1,29 +1,19 @@
 """Adapters of transformers 4, with LoRA on the linears of each expert: merged, or refused."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_fixtures import LINEARS, add_tokenizer, load, peft, tensors_in
+from adapter_fixtures import LINEARS, load, peft, tensors_in
 from safetensors.torch import save_file
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.errors import UserError
 from deepseek_moe.model.layout import official_tensors
 from deepseek_moe.training.merge_lora import merged_tensors
 
 RANK, ALPHA = 2, 8
-
-
-@pytest.fixture
-def base(tiny_model: Callable[..., DeepseekForCausalLM], tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    tiny_model().save_pretrained(folder)
-    add_tokenizer(folder)
-    return folder
 
 
 def write_old_adapter(base: Path, folder: Path, **fields: Any) -> dict[str, torch.Tensor]:
@@ -45,9 +35,7 @@ def write_old_adapter(base: Path, folder: Path, **fields: Any) -> dict[str, torc
 
 
 @pytest.mark.parametrize(("fields", "scale"), [({}, 4.0), ({"use_rslora": True}, 8 / 2**0.5)])
-def test_each_expert_gets_its_own_product(
-    fields: dict[str, Any], scale: float, base: Path, tmp_path: Path
-) -> None:
+def test_each_expert_gets_its_own_product(fields, scale, base, tmp_path):
     products = write_old_adapter(base, tmp_path / "old", **fields)
     assert sum(".experts." in name for name in products) == 2 * 8 * 3  # layers, experts, matrices
     before, after = tensors_in(base), dict(merged_tensors(base, tmp_path / "old"))
@@ -57,7 +45,7 @@ def test_each_expert_gets_its_own_product(
         torch.testing.assert_close(after[name], tensor + change, rtol=1e-5, atol=1e-5)
 
 
-def test_an_incomplete_one_is_refused(base: Path, tmp_path: Path) -> None:
+def test_an_incomplete_one_is_refused(base, tmp_path):
     write_old_adapter(base, tmp_path / "old")
     tensors = tensors_in(tmp_path / "old")
     lost = "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_B.weight"
@@ -67,7 +55,7 @@ def test_an_incomplete_one_is_refused(base: Path, tmp_path: Path) -> None:
         merged_tensors(base, tmp_path / "old")
 
 
-def test_peft_and_transformers_do_not_leave_the_experts_out(base: Path, tmp_path: Path) -> None:
+def test_peft_and_transformers_do_not_leave_the_experts_out(base, tmp_path):
     write_old_adapter(base, tmp_path / "old")
     said = "LoRA on the linears of single experts.*deepseek_moe.export"
     with pytest.raises(ValueError, match=said):

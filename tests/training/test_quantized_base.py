@@ -21,12 +21,7 @@ from torch import nn
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.errors import UserError
 from deepseek_moe.training.compute import grouped_experts as experts
-from deepseek_moe.training.quantized_base import (
-    Linear4bit,
-    Quantization,
-    dequantize,
-    full_shape,
-)
+from deepseek_moe.training.quantized_base import Linear4bit, Quantization, dequantize, full_shape
 from deepseek_moe.training.trainable import parameter_table
 
 MakeModel = Callable[..., DeepseekForCausalLM]
@@ -64,9 +59,7 @@ def load(base: Path, way: Quantization | None = None, **options: Any) -> Deepsee
 # wrong by a quarter for some of these shapes.
 @every_way
 @pytest.mark.parametrize("shape", [(8, 128, 64), (5, 24, 8), (4, 96, 80), (33, 112), (46, 33)])
-def test_numbers_come_back_as_well_as_their_bits_allow(
-    shape: tuple[int, ...], way: Quantization
-) -> None:
+def test_numbers_come_back_as_well_as_their_bits_allow(shape, way):
     torch.manual_seed(0)
     weight = torch.randn(shape)
     stored = way.quantize(weight)
@@ -82,7 +75,7 @@ def test_numbers_come_back_as_well_as_their_bits_allow(
     assert not torch.equal(low.float(), have)
 
 
-def test_it_is_kept_beside_the_adapter_and_checked(tmp_path: Path) -> None:
+def test_it_is_kept_beside_the_adapter_and_checked(tmp_path):
     assert Quantization.load(tmp_path) is None
     for way in WAYS.values():
         way.save(tmp_path)
@@ -94,14 +87,9 @@ def test_it_is_kept_beside_the_adapter_and_checked(tmp_path: Path) -> None:
         Quantization(4, "int4")
 
 
-# ---- what is in memory ----
-
-
 @every_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linears_and_experts_are_small_and_all_else_stays_as_loaded(
-    base: Path, way: Quantization, dtype: torch.dtype
-) -> None:
+def test_linears_and_experts_are_small_and_all_else_stays_as_loaded(base, way, dtype):
     way = replace(way, dtype=str(dtype).removeprefix("torch."))
     model, plain = load(base, way, dtype=dtype), load(base, dtype=dtype)
     of_plain = dict(plain.named_parameters())
@@ -122,16 +110,11 @@ def test_linears_and_experts_are_small_and_all_else_stays_as_loaded(
     assert tables[0] == tables[1]
 
 
-# ---- what it computes ----
-
-
 @pytest.mark.parametrize(
     ("way", "hidden", "expert", "dense"),  # none a multiple of 64, and 80 none of 32 either
     [("nf4-double", 48, 80, 96), ("nf4", 80, 96, 48), ("fp4", 96, 48, 80)],
 )
-def test_every_width_computes_what_is_stored(
-    way: str, hidden: int, expert: int, dense: int, tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_every_width_computes_what_is_stored(way, hidden, expert, dense, tiny_model, tmp_path):
     """Forwards and backwards, in evaluation and in training afterwards. On some CPUs, bitsandbytes'
     own 4-bit layer packs its weights anew in the first evaluation and rounds the scales for good.
     """
@@ -166,7 +149,7 @@ def large_floats() -> set[int]:
 
 
 @pytest.mark.parametrize("way", ["bf16", "nf4-double", "8"])
-def test_nothing_dequantised_is_kept_for_the_backward_pass(base: Path, way: str) -> None:
+def test_nothing_dequantised_is_kept_for_the_backward_pass(base, way):
     """Nor are weights copied that are not quantised."""
     dtype = torch.bfloat16 if way == "bf16" else torch.float32
     model = add_random_adapters(load(base, WAYS.get(way), dtype=dtype)).train()
@@ -183,7 +166,7 @@ def test_nothing_dequantised_is_kept_for_the_backward_pass(base: Path, way: str)
     assert not large_floats() - before
 
 
-def test_deepspeed_still_marks_the_parameters_that_it_divides() -> None:
+def test_deepspeed_still_marks_the_parameters_that_it_divides():
     """By the attributes that `is_divided` and `full_shape` read."""
     folder = Path(importlib.util.find_spec("deepspeed").origin).parent
     source = (folder / "runtime" / "zero" / "partition_parameters.py").read_text(encoding="utf-8")

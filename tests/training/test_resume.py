@@ -35,6 +35,15 @@ MODES: dict[str, dict[str, Any]] = {
     "8-bit": {"optim": "adamw_bnb_8bit"},
     # These weights are in fp32 among others in bf16.
     "chosen modules": {"trainable": "self_attn", "bf16": True, "learning_rate": 1e-4},
+    "in the backward pass": {"single_gpu_full": True, "bf16": True, "weight_decay": 0.1},
+    "chosen experts": {"train_experts": "expert_cfg.json"},
+    "chosen experts, in the backward pass": {"train_experts": "expert_cfg.json"}
+    | {"single_gpu_full": True, "bf16": True},
+    "chosen experts over 4 bits": {"train_experts": "expert_cfg.json", "bits": 4, "bf16": True}
+    | {"eval_strategy": "epoch", "eval_fraction": 0.1, "recompute_experts": True}
+    | {"packing": True, "model_max_length": 128, "per_device_train_batch_size": 1}
+    | {"max_steps": 12},
+    "lora of chosen experts": LORA | {"train_experts": "expert_cfg.json"},
 }
 COMMON = {"trainer_state.json", "rng_state.pth", "scheduler.pt", "optimizer.pt"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -42,6 +51,7 @@ FILES = {
     "full": COMMON | {"config.json", "model.safetensors"},
     "lora": COMMON | ADAPTER,
     "qlora": COMMON | ADAPTER | {"base_quantization.json"},
+    "chosen experts": COMMON | {"delta.safetensors"},
 }
 BROKEN: dict[str, Callable[[bytes], bytes | None]] = {
     "missing": lambda content: None,
@@ -74,7 +84,8 @@ def copied(interrupted: Copy, tmp_path: Path) -> Copy:
 
 
 def layout_of(mode: str) -> Layout:
-    return Layout(processes=1, stage=None, adapter="lora" in mode, quantized=mode == "qlora")
+    more = {"adapter": "lora" in mode, "quantized": mode == "qlora", "delta": "chosen" in mode}
+    return Layout(processes=1, stage=None, **more)
 
 
 @contextmanager
@@ -88,11 +99,8 @@ def broken(file: Path, how: Callable[[bytes], bytes | None]) -> Iterator[None]:
     file.write_bytes(before)
 
 
-# --- Checks before anything is loaded
-
-
 @pytest.mark.parametrize("mode", FILES)
-def test_every_file_that_is_read_back_is_checked(mode: str, copied: Copy) -> None:
+def test_every_file_that_is_read_back_is_checked(mode, copied):
     layout, checkpoint = layout_of(mode), copied(mode) / "checkpoint-6"
     assert find_damage(checkpoint, layout) is None
     files = [file for file, _ in layout.checks(checkpoint)]
@@ -148,16 +156,14 @@ def lose_a_weight(file: Path) -> None:
         ("model.safetensors", lose_a_weight, "experts.3.down_proj.weight is missing"),
     ],
 )
-def test_a_file_of_another_checkpoint_or_format_is_damaged(
-    name: str, how: Callable[[Path], Any], found: str, copied: Copy
-) -> None:
+def test_a_file_of_another_checkpoint_or_format_is_damaged(name, how, found, copied):
     checkpoint = copied("full") / "checkpoint-6"
     how(checkpoint / name)
     said = find_damage(checkpoint, layout_of("full"))
     assert said and said.startswith(f"{checkpoint / name} is damaged (") and found in said
 
 
-def test_every_shard_of_the_weights_is_checked(copied: Copy) -> None:
+def test_every_shard_of_the_weights_is_checked(copied):
     checkpoint = copied("full") / "checkpoint-6"
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
@@ -171,7 +177,7 @@ def test_every_shard_of_the_weights_is_checked(copied: Copy) -> None:
                 assert find_damage(checkpoint, layout_of("full"))
 
 
-def test_the_remedy_skips_checkpoints_that_are_broken_too(copied: Copy) -> None:
+def test_the_remedy_skips_checkpoints_that_are_broken_too(copied):
     output, layout = copied("full"), layout_of("full")
     (output / "checkpoint-3" / "scheduler.pt").unlink()
     later = output / "checkpoint-10"  # though before the others in the alphabet
@@ -181,7 +187,7 @@ def test_the_remedy_skips_checkpoints_that_are_broken_too(copied: Copy) -> None:
         refuse_damaged(output / "checkpoint-6", layout)
 
 
-def test_another_number_of_processes_is_refused(copied: Copy) -> None:
+def test_another_number_of_processes_is_refused(copied):
     checkpoint = copied("full") / "checkpoint-6"
     one, two = Layout(1, None, adapter=False), Layout(2, None, adapter=False)
     said = r"by 1 processes, and this run has 2; repeat .* with 1,"
@@ -197,10 +203,7 @@ def test_another_number_of_processes_is_refused(copied: Copy) -> None:
     assert find_damage(checkpoint, two).endswith("rng_state_1.pth is missing")
 
 
-# --- Errors while a checkpoint is loaded
-
-
-def test_an_error_of_loading_becomes_one_line(copied: Copy) -> None:
+def test_an_error_of_loading_becomes_one_line(copied):
     checkpoint, layout = copied("full") / "checkpoint-6", layout_of("full")
 
     def resume(error: Exception, is_read: bool = False) -> None:
@@ -219,7 +222,7 @@ def test_an_error_of_loading_becomes_one_line(copied: Copy) -> None:
         assert caught.value is unchanged
 
 
-def test_states_of_other_weights_are_refused(tmp_path: Path) -> None:
+def test_states_of_other_weights_are_refused(tmp_path):
     file = tmp_path / "optimizer.pt"
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizer = torch.optim.AdamW(weights)
@@ -234,20 +237,15 @@ def test_states_of_other_weights_are_refused(tmp_path: Path) -> None:
         refuse_other_states(torch.optim.AdamW(weights[:1]), file)
 
 
-# --- The script
-
-
 @pytest.mark.parametrize("mode", list(MODES)[2:])
-def test_a_resumed_run_equals_a_whole_one(
-    mode: str, copied: Copy, argv: MakeArgv, tmp_path: Path
-) -> None:
+def test_a_resumed_run_equals_a_whole_one(mode, copied, argv, tmp_path):
     whole, output, log = tmp_path / "whole", copied(mode), tmp_path / "log"
     for folder in (output, whole):
         succeed(argv(folder, **MODES[mode]), log)
     highest = MODES[mode].get("learning_rate", 1e-2)
     rates = [highest * (12 - step) / 12 for step in range(12)]
     assert logged(output, "learning_rate") == pytest.approx(rates)
-    for key in ("learning_rate", "loss", "grad_norm"):
+    for key in ("learning_rate", "loss", "grad_norm", "balance_loss", "load_over_mean"):
         assert logged(output, key) == logged(whole, key)
     for folder in (Path(), Path("checkpoint-12")):
         assert_same(output / folder, whole / folder)
@@ -266,15 +264,7 @@ def flatten_states(content: Any) -> None:
         ("lora", "adapter_model.safetensors", lose_a_weight, "it lacks base_model"),
     ],
 )
-def test_a_whole_file_that_does_not_fit_is_one_line(
-    mode: str,
-    name: str,
-    how: Callable[[Path], Any],
-    found: str,
-    copied: Copy,
-    argv: MakeArgv,
-    tmp_path: Path,
-) -> None:
+def test_a_whole_file_that_does_not_fit_is_one_line(mode, name, how, found, copied, argv, tmp_path):
     output = copied(mode)
     checkpoint = output / "checkpoint-6"
     how(checkpoint / name)

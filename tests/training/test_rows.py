@@ -60,7 +60,7 @@ def contents(rows: datasets.Dataset) -> list[list[dict[str, str]]]:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_same_conversations(name: str, read: Any, tmp_path: Path) -> None:
+def test_every_format_gives_the_same_conversations(name, read, tmp_path):
     rows = [*ROWS, LONG]
     WRITERS[name](tmp_path / name, [row | {"id": str(n)} for n, row in enumerate(rows)])
     found = read(name)
@@ -68,7 +68,7 @@ def test_every_format_gives_the_same_conversations(name: str, read: Any, tmp_pat
     assert found.column_names == ["source", "messages", "problem", "unused"]
 
 
-def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+def test_a_column_that_no_row_has_is_named(tmp_path):
     file, cache = tmp_path / "x.jsonl", str(tmp_path / "cache")
     write_jsonl(file, [GOOD, GOOD | {"context": "c"}, GOOD | {"context": None}])
     assert not any(read_rows([str(file)], cache, {"input": "context"})["problem"])
@@ -78,7 +78,7 @@ def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
         read_rows([str(file)], cache, {"input": "contxt"})
 
 
-def test_a_folder_and_several_paths(read: Any, tmp_path: Path) -> None:
+def test_a_folder_and_several_paths(read, tmp_path):
     folder = tmp_path / "folder"
     (folder / "below").mkdir(parents=True)
     write_jsonl(folder / "b.jsonl", ROWS[2:])
@@ -94,7 +94,7 @@ def test_a_folder_and_several_paths(read: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lines.json", "table.parquet"])
-def test_messages_win_and_null_is_absent(name: str, read: Any, tmp_path: Path) -> None:
+def test_messages_win_and_null_is_absent(name, read, tmp_path):
     """A table has all columns in all rows."""
     talks = [
         [user("a"), assistant("b")],
@@ -110,7 +110,7 @@ def test_messages_win_and_null_is_absent(name: str, read: Any, tmp_path: Path) -
     assert contents(read(name)) == [*talks, [user("x"), assistant("y")]]
 
 
-def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_dataset_of_the_hub(monkeypatch, tmp_path):
     def load_dataset(name: str, split: str, cache_dir: str) -> datasets.Dataset:
         if name != "own/data":
             raise ValueError("two\nlines")
@@ -143,7 +143,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize("form", ["line", "row"])
-def test_each_bad_row_is_named_with_its_place(form: str, tmp_path: Path) -> None:
+def test_each_bad_row_is_named_with_its_place(form, tmp_path):
     bad = [(json.dumps(row).encode(), said) for row, said in BAD_ROWS]
     bad += BAD_LINES if form == "line" else []
     good = (json.dumps(GOOD).encode(), "")
@@ -158,7 +158,7 @@ def test_each_bad_row_is_named_with_its_place(form: str, tmp_path: Path) -> None
     assert contents(good_rows(found, skip_bad_rows=True)) == conversations([GOOD, GOOD])
 
 
-def test_bad_rows_of_tables(read: Any, tmp_path: Path) -> None:
+def test_bad_rows_of_tables(read, tmp_path):
     (tmp_path / "x.csv").write_text(
         'instruction,output\n"two\nlines",b\n\na,b, and c\nq, \na\na,"b, and c"\n'
     )
@@ -172,7 +172,7 @@ def test_bad_rows_of_tables(read: Any, tmp_path: Path) -> None:
     assert read("x.csv", skip_bad_rows=True)["source"][:] == [f"{file} line 2", f"{file} line 8"]
 
 
-def test_the_first_bad_rows_are_named_and_all_counted(read: Any, tmp_path: Path) -> None:
+def test_the_first_bad_rows_are_named_and_all_counted(read, tmp_path):
     def error(**options: Any) -> str:
         with pytest.raises(UserError) as caught:
             read("x.parquet", **options)
@@ -208,9 +208,7 @@ def test_the_first_bad_rows_are_named_and_all_counted(read: Any, tmp_path: Path)
         ("x.txt", b"hello", "is of no known kind; give .json, .jsonl, .csv, .parquet, or"),
     ],
 )
-def test_a_file_that_cannot_be_read(
-    name: str, content: bytes, said: str, read: Any, tmp_path: Path
-) -> None:
+def test_a_file_that_cannot_be_read(name, content, said, read, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         read(name, skip_bad_rows=True)
@@ -218,9 +216,7 @@ def test_a_file_that_cannot_be_read(
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_hold_nothing_and_a_cache_that_cannot_be_written(
-    read: Any, tmp_path: Path
-) -> None:
+def test_paths_that_hold_nothing_and_a_cache_that_cannot_be_written(read, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no data files"):
         read("empty")

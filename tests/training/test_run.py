@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.training.run import RUN_FILE, WRITTEN, Run
 
 
-def test_a_run_is_new_or_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_run_is_new_or_goes_on_from_its_last_checkpoint(tmp_path):
     settings = {"seed": 1, "data": "x"}
     run = Run(str(tmp_path / "a" / "b"), settings)
     assert run.checkpoint is None and not run.finished
@@ -32,9 +31,7 @@ def test_a_run_is_new_or_goes_on_from_its_last_checkpoint(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", [*WRITTEN, "README.md", "runs", "notes.txt", ".lock"])
-def test_a_new_run_refuses_a_folder_whose_files_it_would_overwrite(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_new_run_refuses_a_folder_whose_files_it_would_overwrite(name, tmp_path):
     mine = tmp_path / name.replace("*", "-1")
     mine.write_text("mine")
     if name in WRITTEN:
@@ -45,7 +42,7 @@ def test_a_new_run_refuses_a_folder_whose_files_it_would_overwrite(
     assert mine.read_text() == "mine"
 
 
-def test_a_folder_in_which_another_process_runs_is_refused(tmp_path: Path) -> None:
+def test_a_folder_in_which_another_process_runs_is_refused(tmp_path):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
     hold += "print(flush=True); input()"
     command = [sys.executable, "-c", hold, tmp_path / ".lock"]
@@ -57,20 +54,20 @@ def test_a_folder_in_which_another_process_runs_is_refused(tmp_path: Path) -> No
     Run(str(tmp_path), {}).start()
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / ".lock").mkdir()  # root may write anywhere else
     with pytest.raises(UserError, match="cannot be written to"):
         Run(str(tmp_path), {}).start()
 
 
-def test_a_broken_run_file_is_refused(tmp_path: Path) -> None:
+def test_a_broken_run_file_is_refused(tmp_path):
     for content in ("{", "[]", '{"finished": true}'):
         (tmp_path / RUN_FILE).write_text(content)
         with pytest.raises(UserError, match=RUN_FILE):
             Run(str(tmp_path), {})
 
 
-def test_a_run_of_an_older_version_is_named_as_one(tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_is_named_as_one(tmp_path):
     """It noted its base model by a fingerprint of another kind."""
     for noted, found in (
         ("0123456789abcdef", r"of an older version of this code.*; finish it with"),

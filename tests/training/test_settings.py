@@ -1,13 +1,12 @@
 """Which settings decide the result of a run, and whether a run of before has the same ones."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 from finetune_options import OPTIONS
-from option_fixtures import parse_arguments
+from option_fixtures import parse
 from text_fixtures import BUNDLED
 
 from deepseek_moe.errors import UserError
@@ -36,12 +35,12 @@ BEFORE = {
 
 
 def settings(words: str = "") -> dict[str, Any]:
-    model, data, training = parse_arguments(f"--data_path x --output_dir o {words}".split())
+    model, data, training = parse(words)
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2]], "trained": [[0, 1]]})
     return settings_of(model, data, training, BUNDLED, rows, None)
 
 
-def test_every_option_decides_the_result_but_those_known_not_to() -> None:
+def test_every_option_decides_the_result_but_those_known_not_to():
     known = set(CHANGES_NOTHING.split())
     assert OPTIONS.keys() - known <= settings().keys()
     assert not settings().keys() & known
@@ -49,9 +48,7 @@ def test_every_option_decides_the_result_but_those_known_not_to() -> None:
 
 
 @pytest.mark.parametrize(("words", "noted"), [("", BEFORE), ("--use_lora", BEFORE | LORA)])
-def test_a_run_of_the_code_before_is_known_again(
-    words: str, noted: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_run_of_the_code_before_is_known_again(words, noted, tmp_path):
     now = settings(words)
     found = noted | {"use_lora": bool(words), "model": now["model"], "data": now["data"]}
     content = {"settings": found, "finished": True}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from option_fixtures import parse_arguments
+from option_fixtures import parse
 from text_fixtures import ROOT
 from transformers import TrainingArguments
 
@@ -10,10 +10,6 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.training.arguments import STEP_IN_BACKWARD, FineTuningArguments
 
 SAID = "gradients are not clipped"
-
-
-def parse(words: str) -> FineTuningArguments:
-    return parse_arguments(["--data_path", "x", "--output_dir", "out", *words.split()])[2]
 
 
 def on_gpus(monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> None:
@@ -36,34 +32,30 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> None:
         ("", "2 devices; start it with python"),
     ],
 )
-def test_what_conflicts_is_refused_or_decides_against_it(
-    words: str, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_conflicts_is_refused_or_decides_against_it(words, found, monkeypatch, capsys):
     on_gpus(monkeypatch, processes=1 if words else 2)
     with pytest.raises(UserError) as caught:
         parse(f"--bf16 True --single_gpu_full True {words}")
     assert found in str(caught.value) and "\n" not in str(caught.value)
-    usual = parse(f"--bf16 True {words}")
+    usual = parse(f"--bf16 True {words}")[2]
     assert usual.single_gpu_full is False and usual.optim != STEP_IN_BACKWARD
     assert capsys.readouterr().err == ""
 
 
-def test_it_is_chosen_if_all_weights_train_on_one_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    on_a_cpu = parse("--bf16 True")
+def test_it_is_chosen_if_all_weights_train_on_one_gpu(monkeypatch, capsys):
+    on_a_cpu = parse("--bf16 True")[2]
     assert on_a_cpu.single_gpu_full is False and on_a_cpu.max_grad_norm == 1
     assert SAID not in capsys.readouterr().err
-    assert parse("--bf16 True --single_gpu_full").single_gpu_full is True
+    assert parse("--bf16 True --single_gpu_full")[2].single_gpu_full is True
     on_gpus(monkeypatch)
     # A process uses one of several GPUs; transformers would take torch's DataParallel for them.
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     capsys.readouterr()
     for words in ("--trainable q_proj", "--single_gpu_full False"):
-        assert parse(f"--bf16 True {words}").single_gpu_full is False
+        assert parse(f"--bf16 True {words}")[2].single_gpu_full is False
     assert capsys.readouterr().err == ""
     for words in ("", "--max_grad_norm 0"):
-        chosen = parse(f"--bf16 True --per_device_train_batch_size 3 {words}")
+        chosen = parse(f"--bf16 True --per_device_train_batch_size 3 {words}")[2]
         assert chosen.single_gpu_full is True and chosen.max_grad_norm == 0
         assert chosen.optim == STEP_IN_BACKWARD
         assert chosen.n_gpu == 1 and chosen.train_batch_size == 3

@@ -4,8 +4,7 @@ compute/test_grouped_experts.py compares the adapters of experts with loops over
 """
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -15,7 +14,6 @@ from adapter_fixtures import LINEARS, move_what_trains
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.errors import UserError
 from deepseek_moe.training import expert_lora
 from deepseek_moe.training.arguments import ModelArguments
@@ -28,7 +26,6 @@ from deepseek_moe.training.trainable import (
     parameter_table,
 )
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
 ADAPTED = 3 * 4 + 3 + 2 * (3 + 2)  # attention; dense; shared and routed
 
@@ -65,9 +62,7 @@ def wrappers(model: nn.Module) -> list[ParamWrapper]:
     ],
     ids=str,
 )
-def test_plain_peft_computes_the_same(
-    names: list[str], changes: dict[str, Any], tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_plain_peft_computes_the_same(names, changes, tiny_model, tmp_path):
     """In logits and in merged weights. Both differ from the base."""
     model = trained(tiny_model(experts_implementation=experts.GROUPED), names, **changes)
     model.save_pretrained(tmp_path)
@@ -85,9 +80,7 @@ def test_plain_peft_computes_the_same(
     assert not found
 
 
-def test_new_adapters_change_nothing_and_only_they_and_saved_modules_train(
-    tiny_model: MakeModel,
-) -> None:
+def test_new_adapters_change_nothing_and_only_they_and_saved_modules_train(tiny_model):
     grouped = {"experts_implementation": experts.GROUPED}
     model = adapted(tiny_model(**grouped), dropout=0.2, modules_to_save=["lm_head"]).eval()
     assert torch.equal(logits(model), logits(tiny_model(**grouped)))
@@ -102,7 +95,7 @@ def test_new_adapters_change_nothing_and_only_they_and_saved_modules_train(
     assert len(changed) == 2 * ADAPTED + 1
 
 
-def test_disabled_adapters_leave_the_base(tiny_model: MakeModel) -> None:
+def test_disabled_adapters_leave_the_base(tiny_model):
     model, base = trained(tiny_model()), logits(tiny_model())
     on = logits(model)
     assert (on - base).abs().max() > 0.05
@@ -115,9 +108,7 @@ def test_disabled_adapters_leave_the_base(tiny_model: MakeModel) -> None:
     torch.testing.assert_close(logits(model), on, atol=1e-4, rtol=1e-5)
 
 
-def test_dropout_is_in_a_resumed_run_but_not_in_the_saved_config(
-    tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_dropout_is_in_a_resumed_run_but_not_in_the_saved_config(tiny_model, tmp_path):
     """Trainer loads the saved numbers into a new model. Plain PEFT refuses dropout on experts."""
     model = trained(tiny_model(), dropout=0.25)
     model.save_pretrained(tmp_path)
@@ -131,9 +122,6 @@ def test_dropout_is_in_a_resumed_run_but_not_in_the_saved_config(
     drops = [m.p for m in again.modules() if isinstance(m, nn.Dropout)]
     drops += [one.low_rank().dropout for one in wrappers(again.train())]
     assert drops == [0.25] * ADAPTED
-
-
-# ---- what is named ----
 
 
 @pytest.mark.parametrize(
@@ -153,9 +141,7 @@ def test_dropout_is_in_a_resumed_run_but_not_in_the_saved_config(
     ],
     ids=str,
 )
-def test_chosen_modules_train_and_no_others(
-    names: list[str], count: int, tiny_model: MakeModel
-) -> None:
+def test_chosen_modules_train_and_no_others(names, count, tiny_model):
     model = tiny_model(experts_implementation=experts.GROUPED)
     freeze_all_but(model, names)
     chosen = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -194,22 +180,17 @@ SAVED = "--modules_to_save"
     ],
     ids=str,
 )
-def test_what_cannot_train_is_refused(
-    names: str | None, changes: dict[str, Any], message: str, tiny_model: MakeModel
-) -> None:
+def test_what_cannot_train_is_refused(names, changes, message, tiny_model):
     options = ModelArguments(**({"use_lora": True, "trainable": names} | changes))
     with pytest.raises(UserError, match=message):
         adapt(tiny_model(), options)
-
-
-# ---- the table ----
 
 
 def table_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {kind: (total, trains) for kind, total, trains in parameter_table(model)}
 
 
-def test_the_table_counts_what_there_is_and_what_trains(tiny_model: MakeModel) -> None:
+def test_the_table_counts_what_there_is_and_what_trains(tiny_model):
     model = tiny_model()
     there = {
         "embedding and head": 2 * 96 * 32,

@@ -6,9 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,21 +21,16 @@ from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import CollectiveRunError, RunError, UserError, rank_zero_reports
 from deepseek_moe.training.callbacks import StopAtSignal
 from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
-from deepseek_moe.training.examples import pack
+from deepseek_moe.training.packed_rows import pack
 from deepseek_moe.training.trainable import add_lora, weights_passed
 from deepseek_moe.training.trainer import FineTuner
 
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
-MakeTuner = Callable[..., FineTuner]
-
 
 def curve(trainer: FineTuner, key: str) -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
-
-
-# --- The loss
 
 
 def assert_equal_training(one: FineTuner, other: FineTuner, steps: int) -> None:
@@ -56,22 +49,20 @@ def assert_equal_training(one: FineTuner, other: FineTuner, steps: int) -> None:
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 4), (1, 8)])
-def test_gradient_accumulation_equals_one_big_batch(
-    batch: int, accumulation: int, tuner: MakeTuner, examples: datasets.Dataset
-) -> None:
+def test_gradient_accumulation_equals_one_big_batch(batch, accumulation, tuner, examples):
     assert max(examples["length"]) > 6 * min(examples["length"])
     cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     assert_equal_training(tuner(per_device_train_batch_size=8), tuner(**cut), steps=3)
 
 
-def test_packed_equals_padded(tuner: MakeTuner, examples: datasets.Dataset) -> None:
+def test_packed_equals_padded(tuner, examples):
     rows = pack(examples, 256)
     assert len(rows) < 12
     packed = tuner(rows, per_device_train_batch_size=len(rows), packing=True)
     assert_equal_training(tuner(per_device_train_batch_size=24), packed, steps=1)
 
 
-def test_loss_and_balance_loss_are_logged_apart_as_means_of_steps(tuner: MakeTuner) -> None:
+def test_loss_and_balance_loss_are_logged_apart_as_means_of_steps(tuner):
     each, means = (tuner(max_steps=4, logging_steps=every) for every in (1, 2))
     batch = next(iter(each.get_train_dataloader()))
     del batch["sources"]
@@ -87,25 +78,25 @@ def test_loss_and_balance_loss_are_logged_apart_as_means_of_steps(tuner: MakeTun
         assert curve(means, key) == pytest.approx([(a + b) / 2, (c + d) / 2], rel=1e-6)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient norm"])
-def test_a_number_that_is_not_finite_stops_the_run(where: str, tuner: MakeTuner) -> None:
-    trainer = tuner()
+@pytest.mark.parametrize("where", ["loss", "gradient norm", "evaluation loss"])
+def test_a_number_that_is_not_finite_stops_the_run(where, tuner, examples):
+    trainer = tuner(held=examples)
     weight = trainer.model.lm_head.weight
     with torch.no_grad():
-        if where == "loss":
-            weight[5, 0] = math.nan
-        else:
+        if where == "gradient norm":
             weight.register_hook(lambda grad: grad * math.inf)
+        else:
+            weight[5, 0] = math.nan
     found = rf"step 1: the {where} is (nan|inf), in rows .*json row .*; the last .* none yet"
+    if where == "evaluation loss":
+        found = "step 0: the evaluation loss is nan; the last"
     with pytest.raises(RunError, match=found):
-        trainer.train()
+        trainer.evaluate() if where == "evaluation loss" else trainer.train()
     assert curve(trainer, "loss") == []
-    assert where == "loss" or weight.isfinite().all()  # not stepped
+    assert where != "gradient norm" or weight.isfinite().all()  # not stepped
 
 
-def test_rows_are_named_of_the_process_that_has_the_broken_loss(
-    tuner: MakeTuner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_named_of_the_process_that_has_the_broken_loss(tuner, monkeypatch):
     trainer = tuner()
     trainer.model.lm_head.weight.register_hook(lambda grad: grad * math.nan)
     others = [(math.nan, ["other.json row 7"]), (None, ["other.json row 8"])]
@@ -114,7 +105,7 @@ def test_rows_are_named_of_the_process_that_has_the_broken_loss(
         trainer.train()
 
 
-def test_evaluation_counts_every_token_once(tuner: MakeTuner, examples: datasets.Dataset) -> None:
+def test_evaluation_counts_every_token_once(tuner, examples):
     held = examples.select(range(7))
     trainer = tuner(held=held, per_device_eval_batch_size=3)
     nats, tokens = 0.0, 0
@@ -131,18 +122,6 @@ def test_evaluation_counts_every_token_once(tuner: MakeTuner, examples: datasets
         assert found["eval_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
-def test_an_evaluation_loss_that_is_nan_stops_the_run(
-    tuner: MakeTuner, examples: datasets.Dataset
-) -> None:
-    trainer = tuner(held=examples)
-    with torch.no_grad():
-        trainer.model.lm_head.weight[5, 0] = math.nan
-    with pytest.raises(CollectiveRunError, match="step 0: the evaluation loss is nan; the last"):
-        trainer.evaluate()
-
-
-# --- The order of examples
-
 LENGTHS = [3 + (i * 37) % 91 for i in range(1030)]
 
 
@@ -153,7 +132,7 @@ def order(seed: int = 0, epoch: float = 0.0, step: int = 8) -> list[int]:
     return list(sampler)
 
 
-def test_seed_and_epoch_decide_the_order() -> None:
+def test_seed_and_epoch_decide_the_order():
     different = [order(), order(seed=1), order(epoch=1.0), order(step=1), order(step=2000)]
     assert len({tuple(one) for one in different}) == 5
     assert all(sorted(one) == list(range(len(LENGTHS))) for one in different)
@@ -162,7 +141,7 @@ def test_seed_and_epoch_decide_the_order() -> None:
     assert order(epoch=1.0) == order(epoch=0.99999999) == order(epoch=1.5)
 
 
-def test_a_step_has_similar_lengths_and_the_longest_comes_first() -> None:
+def test_a_step_has_similar_lengths_and_the_longest_comes_first():
     found = order()
     steps = [[LENGTHS[i] for i in found[at : at + 8]] for at in range(0, len(found), 8)]
     assert [len(step) for step in steps[:-1]] == [8] * 128 and len(steps[-1]) == 6
@@ -173,17 +152,8 @@ def test_a_step_has_similar_lengths_and_the_longest_comes_first() -> None:
     assert firsts != sorted(firsts, reverse=True)  # shuffled
 
 
-# --- Reports
-
-
 @pytest.mark.parametrize("fault", ["no folder", "an error in its thread"])
-def test_tensorboard_fails_with_one_warning_and_the_run_goes_on(
-    fault: str,
-    tuner: MakeTuner,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_tensorboard_fails_with_one_warning(fault, tuner, tmp_path, monkeypatch, capfd):
     def write(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -204,9 +174,7 @@ def test_tensorboard_fails_with_one_warning_and_the_run_goes_on(
     assert "Traceback" not in said and "Exception" not in said
 
 
-def test_a_run_goes_on_when_stderr_is_on_a_full_disk(
-    tuner: MakeTuner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_when_stderr_is_on_a_full_disk(tuner, monkeypatch):
     """Progress bars and lines go to stderr, which is often a file."""
     trainer = tuner(max_steps=3, disable_tqdm=False)
     with open("/dev/full", "w", buffering=1) as full:
@@ -220,15 +188,12 @@ def test_a_run_goes_on_when_stderr_is_on_a_full_disk(
     assert len(curve(trainer, "loss")) == 3
 
 
-# --- Small parts
-
-
-def test_an_optimizer_of_a_missing_package_is_one_line(tuner: MakeTuner) -> None:
+def test_an_optimizer_of_a_missing_package_is_one_line(tuner):
     with pytest.raises(UserError, match="--optim lomo cannot be made: "):
         tuner(optim="lomo").train()
 
 
-def test_only_the_first_process_reports_what_all_find(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_process_reports_what_all_find(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     for error, rank, raised in (
         (UserError("x"), "0", UserError),
@@ -242,7 +207,7 @@ def test_only_the_first_process_reports_what_all_find(monkeypatch: pytest.Monkey
         assert getattr(caught.value, "code", error.exit_code) == error.exit_code
 
 
-def test_a_signal_in_the_last_step_does_not_lose_the_result() -> None:
+def test_a_signal_in_the_last_step_does_not_lose_the_result():
     stopper, args = StopAtSignal(), SimpleNamespace(device="cpu", world_size=1)
     stopper.signal = signal.SIGTERM
     for step, stops in ((5, False), (4, True)):
@@ -261,7 +226,7 @@ OVERRIDDEN = {  # private methods of Trainer: their parameters, and how Trainer 
 }
 
 
-def test_the_overridden_private_methods_of_trainer_are_as_in_transformers_5_17_to_5_23() -> None:
+def test_the_overridden_private_methods_of_trainer_are_as_in_transformers_5_17_to_5_23():
     """If this fails, compare the last section of FineTuner with the new version of Trainer."""
     private = {name for name in vars(FineTuner) if name.startswith("_") and name[:2] != "__"}
     assert {name for name in private if hasattr(Trainer, name)} == set(OVERRIDDEN)
@@ -272,7 +237,7 @@ def test_the_overridden_private_methods_of_trainer_are_as_in_transformers_5_17_t
         assert f"self.{name}({call})" in source
 
 
-def test_only_the_experts_that_a_token_picks_are_counted(tuner: MakeTuner) -> None:
+def test_only_the_experts_that_a_token_picks_are_counted(tuner):
     def make_model(**changes: Any) -> DeepseekForCausalLM:
         with torch.device("meta"):
             return DeepseekForCausalLM(DeepseekConfig(**changes))

@@ -72,7 +72,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("of_input", [True, False])
 @pytest.mark.parametrize("bits", [16, 4])
-def test_three_layers_are_one(bits: int, of_input: bool, counts: list[int]) -> None:
+def test_three_layers_are_one(bits, of_input, counts):
     """Plain PEFT computes with the weights that 4 bits stand for."""
     model, plain = make(bits), make()
     if bits == 4:
@@ -83,7 +83,7 @@ def test_three_layers_are_one(bits: int, of_input: bool, counts: list[int]) -> N
     assert counts == [3]
 
 
-def test_the_same_numbers_drop_out_in_both_passes() -> None:
+def test_the_same_numbers_drop_out_in_both_passes():
     model = make(dropout=P)
 
     def written_out(x: torch.Tensor) -> list[torch.Tensor]:
@@ -110,16 +110,14 @@ def test_the_same_numbers_drop_out_in_both_passes() -> None:
         ({"lora_bias": True}, []),
     ],
 )
-def test_only_layers_of_the_same_scale_are_computed_together(
-    changes: dict[str, Any], wanted: list[int], counts: list[int]
-) -> None:
+def test_only_layers_of_the_same_scale_are_computed_together(changes, wanted, counts):
     model = make(**changes)
     agree(run(together(model), model), run(model, model))
     assert counts == wanted
 
 
 @pytest.mark.parametrize("change", ["off", "merged"])
-def test_adapters_that_are_off_or_merged_add_nothing(change: str, counts: list[int]) -> None:
+def test_adapters_that_are_off_or_merged_add_nothing(change, counts):
     model, x = make(), torch.randn(3, WIDTH)
     for layer in model.values():
         layer.enable_adapters(False) if change == "off" else layer.merge()
@@ -127,7 +125,7 @@ def test_adapters_that_are_off_or_merged_add_nothing(change: str, counts: list[i
     assert counts == []
 
 
-def test_the_input_is_kept_once_and_no_weight() -> None:
+def test_the_input_is_kept_once_and_no_weight():
     model, kept = make(4, dropout=P), []
     x = torch.randn(14, WIDTH, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -138,7 +136,7 @@ def test_the_input_is_kept_once_and_no_weight() -> None:
     assert mask.shape == x.shape and any(one.data_ptr() == x.data_ptr() for one in kept)
 
 
-def test_gradients_have_the_dtype_of_the_factors() -> None:
+def test_gradients_have_the_dtype_of_the_factors():
     """DeepSpeed keeps adapters in bf16."""
     model = make(dropout=P).bfloat16()
     outs = together(model)(torch.randn(7, WIDTH, dtype=torch.bfloat16, requires_grad=True))

@@ -7,7 +7,6 @@ are put together.
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,10 +21,8 @@ if torch.cuda.is_available():
 
 from liger_kernel.transformers import functional
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.training.compute.liger import use_fused_forwards
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
 PARTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1, -1]])
 ROPE = functional.liger_rope
@@ -54,9 +51,7 @@ ADAPTED: dict[str, dict[str, Any] | None] = {
 
 @pytest.mark.parametrize("num_items", [None, 9])
 @pytest.mark.parametrize("adapted", ADAPTED)
-def test_loss_and_gradients_stay_the_same(
-    adapted: str, num_items: Any, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_and_gradients_stay_the_same(adapted, num_items, tiny_model, monkeypatch):
     torch.manual_seed(1)
     model = tiny_model(experts_implementation="grouped", aux_loss_alpha=0.01).train()
     if adapted == "all weights" and num_items:
@@ -75,13 +70,13 @@ def test_loss_and_gradients_stay_the_same(
         assert (have_grads[name] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
 
 
-def test_a_head_with_an_adapter_keeps_its_logits(tiny_model: MakeModel) -> None:
+def test_a_head_with_an_adapter_keeps_its_logits(tiny_model):
     model = add_random_adapters(tiny_model().train(), ["lm_head"])
     use_fused_forwards(model)
     assert run(model, IDS)[0].logits is not None
 
 
-def test_a_batch_without_labels_trains_nothing(tiny_model: MakeModel) -> None:
+def test_a_batch_without_labels_trains_nothing(tiny_model):
     model = tiny_model(aux_loss_alpha=0.0).train()
     use_fused_forwards(model)
     out, grads = run(model, torch.full_like(IDS, -100), num_items_in_batch=5)
@@ -89,7 +84,7 @@ def test_a_batch_without_labels_trains_nothing(tiny_model: MakeModel) -> None:
     assert not any(grad.any() for grad in grads.values())
 
 
-def test_evaluation_and_generation_stay_the_same(tiny_model: MakeModel) -> None:
+def test_evaluation_and_generation_stay_the_same(tiny_model):
     model = tiny_model().eval()
     options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "do_sample": False}
     want, made = model(input_ids=IDS, labels=IDS), model.generate(IDS, **options)
@@ -100,7 +95,7 @@ def test_evaluation_and_generation_stay_the_same(tiny_model: MakeModel) -> None:
     assert torch.equal(model.generate(IDS, **options), made)
 
 
-def test_training_and_evaluation_take_turns(tiny_model: MakeModel) -> None:
+def test_training_and_evaluation_take_turns(tiny_model):
     model = add_random_adapters(tiny_model(), dropout=0.5)
     use_fused_forwards(model)
     for mode in (True, False, False, True, True):
@@ -108,7 +103,7 @@ def test_training_and_evaluation_take_turns(tiny_model: MakeModel) -> None:
         assert {module.training for module in model.modules()} == {mode}
 
 
-def test_the_attention_that_is_repeated_here_has_not_changed() -> None:
+def test_the_attention_that_is_repeated_here_has_not_changed():
     """If this fails, compare transformers' forward with `FusedAttention.forward`, mend that, and
     put the new hash here."""
     source = inspect.getsource(LlamaAttention.forward)

@@ -1,17 +1,14 @@
 """Attention in packed rows without a mask, and with one where that is needed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.training.compute import varlen_attention as attention
 
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
-MakeModel = Callable[..., DeepseekForCausalLM]
 
 
 def packed(device: str = "cpu") -> dict[str, Any]:
@@ -26,7 +23,7 @@ def packed(device: str = "cpu") -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_varlen_without_examples_in_a_row_is_sdpa(tiny_model: MakeModel) -> None:
+def test_varlen_without_examples_in_a_row_is_sdpa(tiny_model):
     """So evaluating and generating with a model that trained works, also with padding."""
     mask = torch.ones_like(IDS)
     mask[0, :3] = 0
@@ -44,9 +41,7 @@ def test_varlen_without_examples_in_a_row_is_sdpa(tiny_model: MakeModel) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [None, 2])
-def test_varlen_gets_the_examples_and_makes_no_mask(
-    heads: int | None, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_varlen_gets_the_examples_and_makes_no_mask(heads, tiny_model, monkeypatch):
     """The kernel replaced by loops over the examples; what reaches it must be whole rows."""
 
     def loops(q: Any, k: Any, v: Any, ends: Any, _: Any, longest: int, *args: Any, **options: Any):
@@ -72,7 +67,7 @@ def test_varlen_gets_the_examples_and_makes_no_mask(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention needs an NVIDIA GPU")
-def test_varlen_equals_the_block_mask(tiny_model: MakeModel) -> None:
+def test_varlen_equals_the_block_mask(tiny_model):
     batch, found = packed("cuda"), []
     ways = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), (attention.VARLEN, torch.bfloat16)]
     for name, dtype in ways:
