@@ -231,6 +231,17 @@ def test_experts(experts, base, monkeypatch):
         experts("--seeds 3 --minutes 0")
 
 
+@slow
+def test_experts_for_real(experts: Callable[..., dict[str, Any]]) -> None:
+    """Trains, measures the experts, prunes to half and trains again."""
+    whole = import_module("experts").WAYS["all weights"]._replace(rates=(1e-3,))
+    report = experts("--parts prune --seeds 1", WAYS={"all weights": whole})
+    before, after, recovered = report["prune"]
+    assert before["perplexity"] == pytest.approx(math.exp(report["rates"][0]["task_loss"]), 1e-3)
+    assert after["perplexity"] != before["perplexity"] != recovered["perplexity"]
+    assert after["text_loss"] != before["text_loss"] != recovered["text_loss"]
+
+
 def test_multi_gpu_trains_what_fits_and_compares_rates(run, base, monkeypatch):
     """The dry run says 2 GB, and a GPU has as much, but the whole of it cannot be used."""
     monkeypatch.setattr("finetune_runs.finetune", lambda *_, **__: PRINTED)

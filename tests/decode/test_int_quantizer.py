@@ -1,6 +1,7 @@
 """Weights in int8 and int4: the layout that kernels read, how near they are, and that a model has
 them and computes what the dequantised ones would."""
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from text_fixtures import BUNDLED
+from text_fixtures import BUNDLED, ROOT
 from torch import nn
+from torch.nn import functional as F
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode import int_quantizer
@@ -219,3 +221,21 @@ def test_memory_that_suffices_when_quantised():
     assert dtype(8_000_000, "int4") == torch.float32
     with pytest.raises(UserError, match="GB as int4"):
         dtype(5_000_000, "int4")
+
+
+@torch.inference_mode()
+def test_loss_of_the_bundled_model() -> None:
+    """Nats a token (int4: 0.018 with a head of 4 bits). On more of its own kind of text int8 costs
+    0.0004 and int4 0.018."""
+    rows = json.loads((ROOT / "examples/data/sample.json").read_text(encoding="utf-8"))
+    text = "\n\n".join(row["output"] for row in rows)
+
+    def loss(quantization: str | None) -> float:
+        model, tokenizer = load_checkpoint(str(BUNDLED), "bfloat16", "cpu", quantization)
+        ids = torch.tensor([tokenizer(text, verbose=False).input_ids[:1024]])
+        logits = model(ids).logits[:, :-1].float()
+        return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item()
+
+    original = loss(None)
+    for quantization, most in (("int8", 0.003), ("int4", 0.012)):
+        assert 1e-5 < abs(loss(quantization) - original) < most, quantization
