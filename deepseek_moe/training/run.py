@@ -179,7 +179,8 @@ class Run:
                 self._publish(adapter)
                 return
             kept = self.folder / "adapter"  # It stays if the merge is refused.
-            shutil.rmtree(kept, ignore_errors=True)
+            if kept.exists():  # What is half removed must not have its name.
+                os.replace(kept, aside / "adapter-before")
             os.replace(adapter, kept)
             tensors = merged_tensors(base, kept)
         elif has_chosen_experts(trainer.model):
