@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accident_fixtures import die_after, die_at_touch, die_in_file
+from accident_fixtures import die_after, die_at_touch, die_before_renaming_to, die_in_file
 from finetune_fixtures import SCRIPT, Ended, assert_same, checkpoints, options, run, run_ranks
 
 from deepseek_moe.training.resume import Layout, find_damage
@@ -30,16 +30,30 @@ TWO = {"per_device_train_batch_size": 2}
 CONFIGS = SCRIPT.parent / "configs"
 
 
+RENAMES = [
+    partial(die_before_renaming_to, f"out/{name}")
+    for name in ("checkpoint-4", "tokenizer_config.json")
+]
+WEIGHTS = partial(die_in_file, 2, weights=True)  # the first ones after those of the rehearsal
+
+
 class Mode(NamedTuple):
     kills: int
     changes: dict[str, Any]
     layout: Layout
+    critical: list[partial] = RENAMES  # the last kills; the others are drawn
 
 
 MODES = {
-    "full": Mode(8, {}, Layout(1, None, adapter=False)),
+    "full": Mode(8, {}, Layout(1, None, adapter=False), [WEIGHTS, *RENAMES]),
     "lora": Mode(6, LORA, Layout(1, None, adapter=True)),
-    "merge": Mode(8, LORA | {"merge_on_save": True}, Layout(1, None, adapter=True)),
+    "merge": Mode(
+        8,
+        LORA | {"merge_on_save": True},
+        Layout(1, None, adapter=True),
+        # The weights are the merged ones: PEFT writes those of adapters.
+        [RENAMES[0], WEIGHTS, partial(die_before_renaming_to, "out/adapter"), RENAMES[1]],
+    ),
     "zero2": Mode(
         7,
         TWO | {"deepspeed": CONFIGS / "ds_config_zero2_no_offload.json"},
@@ -114,16 +128,16 @@ def test_runs(name: str, argv: Callable[..., list[str]], tmp_path: Path) -> None
     gone = {name for name in files_of(whole) if name.startswith("checkpoint-2")}
     killed, accident = 0, None
     while accident or not killed:
-        accident = draw(chance, output, 3, 60) if killed < mode.kills else None
-        touches = accident is not None and accident.func is die_at_touch
-        rank = 0 if touches else chance.randrange(mode.layout.processes)
+        accident = None
+        if killed < mode.kills:
+            at = killed - (mode.kills - len(mode.critical))
+            accident = mode.critical[at] if at >= 0 else draw(chance, output, 3, 60)
+        both = accident and accident.func in (die_after, die_in_file)
+        rank = chance.randrange(mode.layout.processes) if both else 0
         ended = go(command(output, save_total_limit=2), log, mode, accident, rank)
         assert_nothing_is_half(output, whole, mode.layout)
         if any(done.code < 0 for done in ended):
             killed += 1
-            print(
-                "KILL", name, killed, accident.func.__name__, accident.args[:1], checkpoints(output)
-            )
             continue
         assert [done.code for done in ended] == [0] * len(ended), ended
         assert files_of(output) == sorted(set(files_of(whole)) - gone)
