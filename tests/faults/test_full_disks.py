@@ -74,17 +74,8 @@ def whole(place: Path, argv: Callable[..., list[str]]) -> Callable[..., Path]:
     ids=["rehearsal", "weights", "optimizer", "result", "merge"],
 )
 def test_a_run_is_one_line_and_its_repeat_goes_on(
-    changes: dict[str, Any],
-    owner: str,
-    name: str,
-    count: int,
-    left: int,
-    there: list[int],
-    disk: Path,
-    whole: Callable[..., Path],
-    argv: Callable[..., list[str]],
-    tmp_path: Path,
-) -> None:
+    changes, owner, name, count, left, there, disk, whole, argv, tmp_path
+):
     output, log = disk / "out", tmp_path / "log"
     words = argv(output, **changes, max_steps=4, save_steps=2)
     full = run(words, log, partial(fill_before, owner, name, count, disk, left))
@@ -99,9 +90,7 @@ def test_a_run_is_one_line_and_its_repeat_goes_on(
     assert_same(output, whole(**changes))
 
 
-def test_tensorboard_is_one_warning(
-    disk: Path, whole: Callable[..., Path], argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_tensorboard_is_one_warning(disk, whole, argv, tmp_path):
     """Its folder is on a disk that is full from the start, and that of the run is not."""
     output = tmp_path / "out"
     output.mkdir()
@@ -114,15 +103,13 @@ def test_tensorboard_is_one_warning(
     assert_same(output, whole())
 
 
-def test_the_cache_is_one_line(disk: Path, argv: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_the_cache_is_one_line(disk, argv, tmp_path):
     fill(disk, 0)
     done = run(argv(tmp_path / "out", cache_dir=disk / "cache"), tmp_path / "log")
     assert "--cache_dir" in done.refusal
 
 
-def test_an_export_leaves_nothing(
-    disk: Path, place: Path, whole: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_export_leaves_nothing(disk, place, whole, tmp_path):
     script, log = tmp_path / "export.py", tmp_path / "log"
     script.write_text("import runpy; runpy.run_module('deepseek_moe.export', run_name='__main__')")
     words = options(model=place / "base", adapter=whole(**LORA), output=disk / "out")

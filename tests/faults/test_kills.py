@@ -9,7 +9,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +116,7 @@ def assert_nothing_is_half(output: Path, whole: Path, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_runs(name: str, argv: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_runs(name, argv, tmp_path):
     mode, chance = MODES[name], random.Random(name)
     whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
 
@@ -145,7 +145,7 @@ def test_runs(name: str, argv: Callable[..., list[str]], tmp_path: Path) -> None
         shutil.rmtree(output)
 
 
-def test_exports(place: Path, argv: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_exports(place, argv, tmp_path):
     """An export that merges. Its folder is absent until it is complete."""
     chance, mode, log = random.Random("exports"), MODES["lora"], tmp_path / "log"
     script, folder = tmp_path / "export.py", tmp_path / "exports"

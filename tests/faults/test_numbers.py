@@ -6,9 +6,7 @@ Infinite and missing numbers in the rows are refused before a run: tests/trainin
 import math
 import os
 import re
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,13 +48,7 @@ def inject(where: str, value: float, trainer: FineTuner, *_: Any) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", SAID)
-def test_one_process(
-    where: str,
-    value: float,
-    tuner: Callable[..., FineTuner],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_process(where, value, tuner, tmp_path, monkeypatch):
     trainer = tuner(optim="adamw_torch", save_strategy="steps", save_steps=1, max_steps=3)
     original = trainer.compute_loss
 
@@ -71,7 +63,7 @@ def test_one_process(
     assert checkpoints(tmp_path / "out") == [1]
 
 
-def test_a_division_by_zero_in_the_optimizer(tuner: Callable[..., FineTuner]) -> None:
+def test_a_division_by_zero_in_the_optimizer(tuner):
     """Rows of the embedding that no token has used yet have averages of 0."""
     trainer = tuner(optim="adamw_torch", adam_epsilon=0, save_strategy="steps", save_steps=1)
     with pytest.raises(CollectiveRunError, match=r"^step 1: NaN or inf in model\.embed_tok"):
@@ -95,9 +87,7 @@ def inject_in_second_process(where: str, value: float) -> None:
         ("zero3", "exp_avg", math.nan),
     ],
 )
-def test_two_processes(
-    zero: str, where: str, value: float, argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_two_processes(zero, where, value, argv, tmp_path):
     """Both stop. Only one of them has met the number."""
     output, config = tmp_path / "out", SCRIPT.parent / "configs" / f"ds_config_{zero}.json"
     words = argv(output, deepspeed=config, per_device_train_batch_size=2, max_steps=3, save_steps=1)

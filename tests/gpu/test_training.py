@@ -134,7 +134,7 @@ def test_chosen_experts_step_inside_of_the_frozen_stack(device):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_found(value: float, device: torch.device) -> None:
+def test_numbers_that_are_not_finite_are_found(value, device):
     """Both ways of finding them: after a step, and in the kernel that takes it."""
     weight = torch.nn.Parameter(torch.ones(3000, 5, dtype=torch.bfloat16, device=device))
     model = torch.nn.ParameterList([weight, torch.nn.Parameter(torch.ones(7, device=device))])
