@@ -106,6 +106,13 @@ def write_aside(file: Path, content: str | bytes, overwrite: bool = True) -> Non
         aside.unlink(missing_ok=True)
 
 
+def remove_unfinished(file: Path) -> None:
+    """Removes what `write_aside` left of `file` when its process was killed. Nobody else may be
+    writing the file."""
+    for aside in file.parent.glob(f"{glob.escape(file.name[:40])}.*.tmp"):
+        aside.unlink()
+
+
 def _rename_to_new(aside: Path, file: Path) -> None:
     try:
         os.link(aside, file)  # fails if the name exists

@@ -7,10 +7,13 @@ import os
 import pkgutil
 import resource
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 TUNER = "deepseek_moe.training.trainer.FineTuner"
 
@@ -53,15 +56,44 @@ def stop_in_step(number: int, kind: int = signal.SIGTERM) -> None:
     before_call(TUNER, "compute_loss", number, raise_twice)
 
 
-def die_in_file(number: int) -> None:
-    """Dies when half of the file `number` of those that torch.save writes is written."""
+def die_in_file(number: int, weights: bool = False) -> None:
+    """Dies when half of the file `number` of those that torch.save writes, or of those that hold
+    weights, is written."""
+    where = ("deepseek_moe.checkpoint_writer", "save_file") if weights else ("torch", "save")
+    save = save_file if weights else torch.serialization.save
 
     def write_half(content: Any, file: str, *_: Any) -> None:
-        torch.serialization.save(content, file)
+        save(content, file)
         os.truncate(file, os.path.getsize(file) // 2)
         die()
 
-    before_call("torch", "save", number, write_half)
+    before_call(*where, number, write_half)
+
+
+def die_after(seconds: float) -> None:
+    """Dies when this process has computed for so long, wherever it is then."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends it
+
+
+TOUCHES = {"open", "shutil.rmtree"}
+TOUCHES |= {f"os.{name}" for name in ("rename", "remove", "mkdir", "rmdir", "chmod", "link")}
+
+
+def die_at_touch(number: int, folder: Path) -> None:
+    """Dies before `folder`, or what is in or beside it, is changed for the `number`-th time."""
+    touched = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal touched
+        if event not in TOUCHES or (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        in_removal = event in ("os.remove", "os.rmdir") and args[1] != -1  # by shutil.rmtree
+        if in_removal or any(str(arg).startswith(str(folder)) for arg in args[:2]):
+            touched += 1
+            if touched == number:
+                die()
+
+    sys.addaudithook(hook)
 
 
 def die_before_renaming_to(tail: str) -> None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,7 +139,10 @@ def succeed(argv: Sequence[str], log: Path, before: Before = None) -> Ended:
 
 
 def run_ranks(argv: Sequence[str], log: Path, count: int, before: Before = None) -> list[Ended]:
-    """Runs the script in `count` processes that find each other as a launcher's do."""
+    """Runs the script in `count` processes that find each other as a launcher's do.
+
+    When one is killed, the others are too, as by a launcher.
+    """
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = free_port()
     shared["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
@@ -146,6 +150,10 @@ def run_ranks(argv: Sequence[str], log: Path, count: int, before: Before = None)
     ranks = [partial(_be_rank, rank, shared, before) for rank in range(count)]
     started = [start(argv, log, rank) for log, rank in zip(logs, ranks, strict=True)]
     try:
+        wait([process.sentinel for process in started], timeout=240)
+        if any((process.exitcode or 0) < 0 for process in started):
+            for process in started:
+                kill_group(process)
         return [end(process, log) for process, log in zip(started, logs, strict=True)]
     finally:
         for process in started:

@@ -1,4 +1,4 @@
-"""What a run shows and reports, whose errors never end it, and when it stops."""
+"""What a run shows and reports, whose errors never end it, and when all processes stop."""
 
 import os
 import signal
@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import distributed
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import first_words
+from ..errors import CollectiveRunError, first_words
+from ..model.layout import first_few
+from .finite import broken_names, has_broken
 
 
 class Progress(ProgressCallback):
@@ -103,11 +107,12 @@ def silent_writer_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-class StopAtSignal(TrainerCallback):
-    """Saves and stops at the end of the step when SIGTERM or Ctrl-C comes to any process.
+class StopTogether(TrainerCallback):
+    """Stops all processes at the end of a step for what any of them has met.
 
-    Nothing is evaluated after the signal, since whoever stops a run may not wait for long. A second
-    signal, more than 5 s later, ends the process at once.
+    At SIGTERM or Ctrl-C they save and stop. Nothing is evaluated after the signal, since whoever
+    stops a run may not wait for long. A second signal, more than 5 s later, ends the process at
+    once. At weights or optimizer states that are not finite they stop without a save.
     """
 
     def __init__(self) -> None:
@@ -126,12 +131,29 @@ class StopAtSignal(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop = torch.tensor(self.signal, device=args.device)
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any
+    ) -> None:
+        """Waits for the device once. With --single_gpu_full the gradient norm tells what breaks.
+
+        Raises:
+            CollectiveRunError: weights or states are not finite. It names them and the step.
+        """
+        broken = torch.tensor(0) if args.single_gpu_full else has_broken(model, optimizer)
+        met = torch.tensor([self.signal, 0], device=args.device)
+        met[1] = broken
         if args.world_size > 1:  # The signal may reach other processes a step later.
-            distributed.all_reduce(stop, distributed.ReduceOp.MAX)
-        if int(stop) and state.global_step < state.max_steps:
-            self.stopped = int(stop)
+            distributed.all_reduce(met, distributed.ReduceOp.MAX)
+        stop, is_broken = met.tolist()
+        if is_broken:
+            names = sorted(set(gather_object(broken_names(model, optimizer))))
+            raise CollectiveRunError(
+                f"step {state.global_step}: NaN or inf in {first_few(names)}; the last good "
+                f"checkpoint is {get_last_checkpoint(args.output_dir) or 'none yet'}: repeat the "
+                "command to go on from it, or lower --learning_rate"
+            )
+        if stop and state.global_step < state.max_steps:
+            self.stopped = stop
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 

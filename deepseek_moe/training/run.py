@@ -23,7 +23,7 @@ from ..checkpoint_writer import write_checkpoint
 from ..delta import DELTA_FILE, whole_tensors, write_delta
 from ..errors import UserError
 from ..experts.choose import CHOICE_FILE
-from ..files import describe_differences, lock, write_aside
+from ..files import describe_differences, lock, remove_unfinished, write_aside
 from ..model.layout import first_few
 from . import examples
 from .adapter_config import hash_adapter
@@ -138,6 +138,7 @@ class Run:
                 f"{self.folder} cannot be written to ({error.strerror}); give another --output_dir"
             ) from error
         shutil.rmtree(self.folder / INCOMPLETE, ignore_errors=True)
+        remove_unfinished(self.folder / RUN_FILE)
         with report_failed_write(self.folder, main=True):
             self._write(finished=False)
 
@@ -179,7 +180,8 @@ class Run:
                 self._publish(adapter)
                 return
             kept = self.folder / "adapter"  # It stays if the merge is refused.
-            shutil.rmtree(kept, ignore_errors=True)
+            if kept.exists():  # What is half removed must not have its name.
+                os.replace(kept, aside / "adapter-before")
             os.replace(adapter, kept)
             tensors = merged_tensors(base, kept)
         elif has_chosen_experts(trainer.model):

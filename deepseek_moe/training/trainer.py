@@ -2,7 +2,8 @@
 
 - The balance loss weighs as much as in one big batch, however the batch is cut up, and is logged,
   with how evenly the experts are used.
-- A loss or gradient norm that is not a finite number stops the run before it spoils a checkpoint.
+- A loss, gradient norm, weight or optimizer state that is not a finite number stops the run in its
+  step, before it spoils a checkpoint.
 - With --single_gpu_full, the optimizer steps inside the backward pass.
 - Evaluation counts every token once, on any number of processes.
 - A resumed run sees the same order of examples.
@@ -60,7 +61,7 @@ class FineTuner(Trainer):
         self.expert_load = ExpertLoad(self.model.config, self.args.device)
         if "tensorboard" in reporters:
             reporters["tensorboard"] = ExpertBoard(self.expert_load)
-        self.stopper = callbacks.StopAtSignal()
+        self.stopper = callbacks.StopTogether()
         self.add_callback(self.stopper)
         self.add_callback(callbacks.StopAfterLastStep())
         self.add_callback(callbacks.GuardedReporters(reporters))
@@ -292,7 +293,8 @@ class FineTuner(Trainer):
         else:
             norm = super()._get_grad_norm(*args, **kwargs)
         if norm is not None and not 0 <= float(norm) < math.inf:  # DeepSpeed's may be -1.
-            self._refuse("gradient norm", float(norm))
+            stepped = ", a weight or a state of AdamW" if self.args.single_gpu_full else ""
+            self._refuse(f"gradient norm{stepped}", float(norm))
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -18,6 +18,7 @@ from deepseek_moe.training.chosen_experts import read_trained
 from deepseek_moe.training.compute import grouped_experts
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 from deepseek_moe.training.compute.liger import use_fused_forwards
+from deepseek_moe.training.finite import has_broken
 from deepseek_moe.training.quantized_base import Quantization
 from deepseek_moe.training.trainable import adapt, add_lora
 
@@ -130,3 +131,28 @@ def test_chosen_experts_step_inside_of_the_frozen_stack(device):
         assert torch.equal(after[: len(CHOSEN)], chosen) and chosen.grad is None
         assert torch.equal(after[len(CHOSEN) :], stack[len(CHOSEN) :])
         assert not torch.equal(chosen, stack[: len(CHOSEN)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_found(value, device):
+    """Both ways of finding them: after a step, and in the kernel that takes it."""
+    weight = torch.nn.Parameter(torch.ones(3000, 5, dtype=torch.bfloat16, device=device))
+    model = torch.nn.ParameterList([weight, torch.nn.Parameter(torch.ones(7, device=device))])
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(one.float().sum() for one in model).backward()
+    optimizer.step()
+    assert has_broken(model, optimizer).item() == 0
+    for numbers in (*model, *(state["exp_avg_sq"] for state in optimizer.state.values())):
+        for at in (0, numbers.numel() - 1):
+            before = numbers.detach().view(-1)[at].clone()
+            numbers.detach().view(-1)[at] = value
+            assert has_broken(model, optimizer).item() == 1
+            numbers.detach().view(-1)[at] = before
+    weight.grad = None
+    stepper = StepInBackward([weight], lr=1e-3)
+    for block, breaks in ((0, False), (-1, True)):
+        if breaks:
+            stepper.state[weight]["v_scale"][block] = value
+        weight.float().sum().backward()
+        assert bool(stepper.grad_norm().isfinite()) != breaks
+        stepper.step()

@@ -56,6 +56,18 @@ def test_a_choice_among_scores_that_are_no_numbers_shows(norm_topk, value):
     torch.testing.assert_close(weights_TK[::2], want[1][::2])
 
 
+@pytest.mark.parametrize("name", ["m_scale", "v_scale"])
+def test_a_step_that_breaks_a_number_shows(name):
+    """In what stands for the gradients' norm, which is the only number that is looked at."""
+    for make in (fused.adamw, plain.adamw):
+        for seed in (0, 1):  # blocks that are whole, and a shorter one at the end
+            weight, grad, state, options, seed = CASES["adamw"](Case("adamw", tokens=3, seed=seed))
+            state["m"][-1, -1] = 100  # no zero
+            assert make(weight, grad, state, options | {"eps": 0.0}, seed).isfinite()
+            state[name][-1] = float("inf")
+            assert not make(weight, grad, state, options, seed).isfinite()
+
+
 def test_dropout_of_an_adapter():
     """What is dropped is zero, the rest larger; the backward pass drops the same."""
     gate_up, weights, p = torch.randn(40, 128), torch.rand(40), 0.25

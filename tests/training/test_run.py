@@ -15,12 +15,13 @@ def test_a_run_is_new_or_goes_on_from_its_last_checkpoint(tmp_path):
     assert run.checkpoint is None and not run.finished
     run.start()
     (run.folder / "incomplete" / "checkpoint-9").mkdir(parents=True)
+    (run.folder / "run.json.0123456789ab.tmp").write_text("{")
     (run.folder / "checkpoint-5").mkdir()
     (run.folder / "checkpoint-10").mkdir()
     again = Run(str(run.folder), dict(reversed(settings.items())))
     assert again.checkpoint == str(run.folder / "checkpoint-10")
     again.start()
-    assert not (run.folder / "incomplete").exists()
+    assert not (run.folder / "incomplete").exists() and not [*run.folder.glob("*.tmp")]
     with pytest.raises(UserError, match=r"other settings \(other data\)"):
         Run(str(run.folder), settings | {"data": "y"})
     with pytest.raises(UserError, match="extra: None there, 1 now"):

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import CollectiveRunError, RunError, UserError, rank_zero_reports
-from deepseek_moe.training.callbacks import StopAtSignal
+from deepseek_moe.training.callbacks import StopTogether
 from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
 from deepseek_moe.training.packed_rows import pack
 from deepseek_moe.training.trainable import add_lora, weights_passed
@@ -208,12 +208,14 @@ def test_only_the_first_process_reports_what_all_find(monkeypatch):
 
 
 def test_a_signal_in_the_last_step_does_not_lose_the_result():
-    stopper, args = StopAtSignal(), SimpleNamespace(device="cpu", world_size=1)
+    args = SimpleNamespace(device="cpu", world_size=1, single_gpu_full=False)
+    stopper, model = StopTogether(), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
     stopper.signal = signal.SIGTERM
     for step, stops in ((5, False), (4, True)):
         control = SimpleNamespace(should_save=False, should_training_stop=False)
         state = SimpleNamespace(global_step=step, max_steps=5)
-        stopper.on_step_end(args, state, control)
+        stopper.on_step_end(args, state, control, model=model, optimizer=optimizer)
         assert control.should_save == control.should_training_stop == stops
         assert bool(stopper.stopped) == stops
 

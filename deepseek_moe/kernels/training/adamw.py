@@ -49,7 +49,7 @@ def _adamw(
     v_ptr,
     m_scale_ptr,  # [numel / 256], fp32
     v_scale_ptr,
-    squares_ptr,  # [programs], fp32: the sum of the squared gradients of each
+    squares_ptr,  # [programs], fp32: the sum of the squared gradients of each; NaN if it broke one
     numel,
     rate,  # of learning
     decay,  # 1 - rate * weight decay
@@ -89,7 +89,9 @@ def _adamw(
     rounded_RB = ((bits_RB >> 16) << 16).to(tl.float32, bitcast=True)
     rounded_RB = tl.where(weight_RB == weight_RB, rounded_RB, weight_RB)  # a NaN would overflow
     tl.store(weight_ptr + at_RB, rounded_RB, mask=ok_RB)
-    tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.sum(grad_RB * grad_RB, 1), 0))
+    broken_RB = (weight_RB - weight_RB) + (v_RB - v_RB)  # 0 if both are finite, else NaN
+    squares_RB = grad_RB * grad_RB + tl.where(ok_RB, broken_RB, 0.0)
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.sum(squares_RB, 1), 0))
 
     m_scale_R, v_scale_R = tl.max(tl.abs(m_RB), 1), tl.max(v_RB, 1)
     more_RB = (random_RB * 0x9E3779B1) >> 12

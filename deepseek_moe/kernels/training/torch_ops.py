@@ -112,7 +112,8 @@ def adamw(
     `weight` is bf16. `state` has the number of this step, from 1, and the averages: `m` and `v`,
     one byte a weight, with a scale for each ADAMW_BLOCK in `m_scale` and `v_scale`. All are rounded
     stochastically by `seed`, 31 random bits. `options` are those of torch's AdamW: lr, betas, eps
-    and weight_decay. Returns the sum of the squared gradients in fp32.
+    and weight_decay. Returns the sum of the squared gradients in fp32, which is NaN if a weight or
+    an average has become NaN or inf.
     """
     rate, step, (beta1, beta2) = options["lr"], int(state["step"]), options["betas"]
     m, v = read_averages(state)
@@ -133,7 +134,8 @@ def adamw(
     rounded = torch.where(x.isnan(), x, _float(bits))
     for place, new in ((weight, rounded), (state["m"], m_code), (state["v"], v_code)):
         place.copy_(new.flatten()[: place.numel()].view(place.shape))
-    return g.square().sum()
+    broken = ((x - x) + (v - v)).flatten()[: weight.numel()]  # 0 where both are finite, else NaN
+    return g.square().sum() + broken.sum()
 
 
 def read_averages(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

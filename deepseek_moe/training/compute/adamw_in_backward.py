@@ -65,7 +65,8 @@ class StepInBackward(Optimizer):
         self._squares = []
 
     def grad_norm(self) -> torch.Tensor:
-        """The norm of all gradients since the last `step`, as one fp32 number on their device."""
+        """The norm of all gradients since the last `step`, as one fp32 number on their device. It
+        is NaN or inf too if a weight or state has become so."""
         return torch.stack(self._squares).sum().sqrt()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

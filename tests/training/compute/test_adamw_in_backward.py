@@ -190,12 +190,21 @@ def test_a_loss_that_is_not_a_number_stops_before_any_weight_is_touched(tuner):
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_gradient_that_is_not_a_number_stops_before_the_next_checkpoint(tuner, tmp_path):
+@pytest.mark.parametrize("where", ["gradient", "m_scale", "v_scale"])
+def test_a_number_that_is_not_finite_stops_before_the_next_checkpoint(where, tuner, tmp_path):
     trainer = tuner(**OURS, save_strategy="steps", save_steps=1)
-    trainer.model.lm_head.weight.register_hook(
-        lambda grad: grad * (math.inf if trainer.state.global_step == 2 else 1)
-    )
-    said = r"step 3: the gradient norm is (nan|inf), in rows .*out/checkpoint-2:"
+    weight = trainer.model.lm_head.weight
+
+    def break_in_third_step(grad):
+        if trainer.state.global_step < 2:
+            return grad
+        if where == "gradient":
+            return grad * math.inf
+        trainer.own_optimizer.state[weight][where][0] = math.inf
+        return grad
+
+    weight.register_hook(break_in_third_step)
+    said = r"step 3: the gradient norm, a weight or a state .* (nan|inf), in .*out/checkpoint-2:"
     with pytest.raises(RunError, match=said):
         trainer.train()
     assert checkpoints(tmp_path / "out") == [1, 2]
