@@ -9,11 +9,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import Environment, TemplateError
+from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .errors import UserError, first_words
+from .errors import UserError, as_user_error
 
 Span = tuple[int, int]
 """The characters from the first number to the one before the second."""
@@ -135,7 +135,8 @@ def _write(
     add_generation_prompt: bool,
     marks: bool = False,
 ) -> tuple[str, list[Span]]:
-    try:
+    what = "the checkpoint's chat template refuses the conversation"
+    with as_user_error(what, "change its roles or their order"):
         (text,), spans = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             chat_template=template_of(tokenizer),
@@ -144,11 +145,7 @@ def _write(
             **tokenizer.special_tokens_map,
             additional_special_tokens=tokenizer.extra_special_tokens,
         )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the checkpoint's chat template refuses the conversation: {first_words(error)}; "
-            "change its roles or their order"
-        ) from error
+        text.encode()  # a template may write half a character
     return text, [tuple(span) for span in spans[0]] if marks else []
 
 

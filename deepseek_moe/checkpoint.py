@@ -5,25 +5,38 @@ Nothing in a checkpoint is executed or unpickled.
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
+from transformers import GenerationConfig
 
 from .errors import UserError, as_user_error
+from .json_file import read_object
 from .model.configuration_deepseek import DeepseekConfig
-from .model.layout import official_parts, official_tensors, refuse_wrong_tensors, weight_files
+from .model.layout import (
+    official_parts,
+    official_tensors,
+    refuse_other_sizes,
+    refuse_wrong_tensors,
+    weight_files,
+)
 from .model.modeling_deepseek import DeepseekForCausalLM
 from .model.tokenization_deepseek import DeepseekTokenizer
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# What transformers reads beside config.json and tokenizer.json.
+OTHER_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+OTHER_OBJECTS += ("chat_template.json", "model.safetensors.index.json")
+GENERATION_NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_length")
+GENERATION_NUMBERS += ("max_new_tokens", "bos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,16 +67,18 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
         raise UserError(f"{folder} has no config.json; give a folder in Hugging Face layout")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in OTHER_OBJECTS:
         if (folder / name).is_file():
-            _read_object(folder / name)
-    fields = _read_object(folder / "config.json")
-    kind = fields.get("model_type") or ", ".join(fields.get("architectures") or []) or None
+            read_object(folder / name)
+    fields = read_object(folder / "config.json")
+    kind = fields.get("model_type") or fields.get("architectures")
     if kind != DeepseekConfig.model_type:
         raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
-    read_config(folder)
-    _refuse_broken_generation_config(folder / "generation_config.json")
+    config = read_config(folder)
+    _refuse_broken_generation_config(folder)
     _refuse_incomplete_weights(folder)
+    with as_user_error("the weights cannot be used", "get the checkpoint anew"):
+        refuse_other_sizes(folder, config)
     return folder
 
 
@@ -75,7 +90,10 @@ def read_config(folder: Path) -> DeepseekConfig:
     """
     remedy = "use a checkpoint of this architecture, or mend the field"
     with as_user_error(f"{folder / 'config.json'} cannot be used", remedy):
-        return DeepseekConfig.from_pretrained(folder)
+        config = DeepseekConfig.from_pretrained(folder)
+        if getattr(config, "return_dict", True) is False:
+            raise ValueError("return_dict is false, but this code reads outputs by their names")
+        return config
 
 
 def own_tokenizer(folder: Path) -> DeepseekTokenizer:
@@ -84,13 +102,14 @@ def own_tokenizer(folder: Path) -> DeepseekTokenizer:
     Raises:
         UserError: its files are broken, or it has ids that the model's vocabulary lacks.
     """
-    fields = _read_object(folder / "config.json")
+    size = read_config(folder).vocab_size
     file = folder / "tokenizer.json"
     with as_user_error(f"{file} cannot be used", "get the tokenizer's files anew"):
         tokenizer = DeepseekTokenizer.from_pretrained(folder)
         highest = max(tokenizer.get_vocab().values())
-    size = fields.get("vocab_size", DeepseekConfig.vocab_size)
-    if isinstance(size, int) and highest >= size:
+        batch = tokenizer(["a", "a b"], padding=True)  # what is wrong shows when it is used
+        tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True)
+    if highest >= size:
         raise UserError(
             f"{file} has ids up to {highest}, but the model's vocabulary ends at {size - 1} "
             "(vocab_size in config.json); get both files of one checkpoint"
@@ -98,31 +117,27 @@ def own_tokenizer(folder: Path) -> DeepseekTokenizer:
     return tokenizer
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); get it anew") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds {type(content).__name__}, no JSON object; get it anew")
-    return content
-
-
-def _refuse_broken_generation_config(file: Path) -> None:
+def _refuse_broken_generation_config(folder: Path) -> None:
     """transformers would go on without a file that is no JSON, and without the ends of texts."""
+    file = folder / "generation_config.json"
     if not file.is_file():
         return
-    ends = _read_object(file).get("eos_token_id")
+    fields = read_object(file)
+    ends = fields.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [ends]:
         if end is not None and type(end) is not int:
             raise UserError(f"{file} has eos_token_id {ends!r}; give an id, or a list of ids")
+    for name in GENERATION_NUMBERS:
+        value = fields.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"{file} has {name} {value!r}; give a number")
+    with as_user_error(f"{file} cannot be used", "mend the field, or get it anew"):
+        GenerationConfig.from_pretrained(folder)
 
 
 def _refuse_incomplete_weights(folder: Path) -> None:
-    try:
+    with as_user_error("the weights cannot be used", "get the index of their files anew"):
         files = weight_files(folder)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{folder} has a broken index of weight files; get it anew") from error
     missing = [file.name for file in files if not file.is_file()]
     pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
     if missing and pickles:
@@ -151,13 +166,12 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
+        with as_user_error(f"{folder} cannot be read", "give a whole model"):
             self.config = DeepseekConfig.from_pretrained(folder)
+            refuse_other_sizes(folder, self.config)  # before a model of any size is laid out
             self._lay_out()
             refuse_wrong_tensors(folder, self.model)
             opened = [safe_open(file, framework="pt") for file in weight_files(folder)]
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise UserError(f"{folder} cannot be read: {error}; give a whole model") from error
         # `refuse_wrong_tensors` accepts a bare DeepseekModel too. It has no head.
         self.places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         if not self.official.keys() <= self.places.keys():
@@ -249,10 +263,10 @@ def refuse_other_base(folder: Path, base: Path) -> None:
     whole = folder.resolve()  # "." and links have another parent by name
     for file in (whole / "run.json", whole.parent / "run.json"):
         if file.is_file():
-            try:
-                trained_over = json.loads(file.read_text(encoding="utf-8"))["settings"]["model"]
-            except (ValueError, KeyError, TypeError):
+            settings = read_object(file, "get it anew, or remove it").get("settings")
+            if not isinstance(settings, dict) or "model" not in settings:
                 continue  # a run.json of another program
+            trained_over = settings["model"]
             if is_outdated(trained_over):
                 print(
                     f"{file} is of an older version of this code, so it was not checked that "

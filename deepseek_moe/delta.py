@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from .checkpoint import Checkpoint, fingerprint, refuse_other_base
 from .checkpoint_writer import cast_finite, write_shards
-from .errors import UserError
+from .errors import UserError, as_user_error
 from .files import write_aside
+from .json_file import read_object
 from .model.layout import weight_files
 
 STEM = "delta"
@@ -30,13 +31,9 @@ def delta_tensors(folder: Path) -> Tensors:
     Raises:
         UserError: there is none in `folder`, or a file of it is missing or broken.
     """
-    try:
+    remedy = "give a folder that finetune.py --train_experts wrote"
+    with as_user_error(f"{folder} holds no delta that can be read", remedy):
         opened = [safe_open(file, framework="pt") for file in weight_files(folder, STEM)]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} holds no delta that can be read ({error}); give a folder that "
-            "finetune.py --train_experts wrote"
-        ) from error
     return ((name, file.get_tensor(name)) for file in opened for name in file.keys())  # noqa: SIM118
 
 
@@ -69,9 +66,6 @@ def refuse_delta_of_another(folder: Path, base: Path) -> None:
     file = folder / DELTA_FILE
     if not file.is_file():  # a checkpoint of a run
         return refuse_other_base(folder, base)
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))["base"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not what finetune.py writes; get the delta anew") from error
+    recorded = read_object(file, "get the delta anew").get("base")
     if recorded != fingerprint(base):
         raise UserError(f"{folder} is a delta over another model than {base}; give its own --model")

@@ -12,6 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+WRONG_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.EISDIR)
+LONGEST = 4000  # characters of a message; a damaged file may put any text into it
+
 
 class UserError(ValueError):
     """Something that the user can mend. The message is one line: what was found; the remedy."""
@@ -34,7 +37,8 @@ def exit_on_user_error() -> Iterator[None]:
     """Ends the process after an error that is the user's to mend, without a traceback.
 
     A `UserError` is printed as one line and gives its exit code. Memory that ran out counts as
-    wrong use (2). Ctrl-C gives 130. A reader that has closed the output (`| head`) is no error.
+    wrong use (2), as does a path that the system does not take. Ctrl-C gives 130. A reader that has
+    closed the output (`| head`) is no error.
     """
     try:
         yield
@@ -51,13 +55,18 @@ def exit_on_user_error() -> Iterator[None]:
         _drop_output()
         sys.exit(0)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+        if error.filename is not None and error.errno in WRONG_PATHS:
+            name = str(error.filename)
+            name = name if len(name) < 200 else f"{name[:80]}... ({len(name)} characters)"
+            message, exit_code = f"{name} cannot be used: {error.strerror}; give another path", 2
+        elif error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            _drop_output()
+            message, exit_code = f"the output cannot be written: {error.strerror}; make room", 1
+        else:
             raise
-        _drop_output()
-        message, exit_code = f"the output cannot be written: {error.strerror}; make room", 1
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())[:LONGEST]}", file=sys.stderr)
     sys.exit(exit_code)
 
 
@@ -118,7 +127,9 @@ def as_user_error(what: str, remedy: str) -> Iterator[None]:
     """Turns any error of a library, but for memory that ran out, into a UserError."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise  # Ctrl-C and the like; a panic is what libraries in Rust raise
         if isinstance(error, UserError) or is_memory_error(error):
             raise
         if isinstance(error, ImportError):

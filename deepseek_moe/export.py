@@ -25,7 +25,7 @@ from .checkpoint_writer import write_checkpoint
 from .delta import STEM, delta_tensors, refuse_delta_of_another, whole_tensors
 from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
-from .model.layout import first_few, official_parts, weight_files
+from .model.layout import first_few, official_parts
 from .training.adapter_config import ADAPTER_FILE
 from .training.merge_lora import merged_tensors
 
@@ -98,7 +98,7 @@ def consolidated_tensors(base: Path, folder: Path) -> Iterator[tuple[str, torch.
     """
     if (folder / ADAPTER_FILE).is_file():
         raise UserError(f"{folder} is a checkpoint of a LoRA run; pass it as --adapter instead")
-    if weight_files(folder, STEM)[0].is_file():
+    if any(folder.glob(f"{STEM}*.safetensors")):
         raise UserError(f"{folder} is a checkpoint of chosen experts; pass it as --delta instead")
     if not (folder / "latest").is_file():
         raise UserError(

@@ -124,6 +124,15 @@ def test_what_the_template_refuses_is_said_in_one_line():
         render(tokenizer, TALK)
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{{ '\\ud800' }}", "{{ messages.x.y }}", "{% if %}", "{{ 2.0 ** 9999 }}"],
+)
+def test_a_template_may_fail_in_any_way(template):
+    with pytest.raises(UserError, match=r"chat template refuses the conversation: .*; change its"):
+        render(with_template(template), TALK)
+
+
 @pytest.mark.parametrize("ask", [render, render_within])
 def test_several_templates_need_a_default(ask):
     tokenizer = with_template({"default": MARKED, "tool_use": "x"})

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from text_fixtures import BUNDLED
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from deepseek_moe import DeepseekForCausalLM, DeepseekTokenizer, checkpoint
-from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer
+from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekTokenizer, checkpoint
+from deepseek_moe.checkpoint import Checkpoint, find_checkpoint, own_tokenizer
 from deepseek_moe.checkpoint_writer import AUTO_MAP
 from deepseek_moe.decode.load import load
 from deepseek_moe.errors import UserError
@@ -74,7 +74,8 @@ def test_auto_on_a_cpu_is_float32(monkeypatch):
 @pytest.mark.parametrize(
     "content",
     [
-        *("{", "", "[]", '"a"', "\xff"),
+        *("{", "", "[]", '"a"', "\xff", "[" * 10**5, '{"temperature": "hot"}'),
+        *('{"watermarking_config": 5}', '{"compile_config": [1]}', '{"cache_implementation": "x"}'),
         *(f'{{"eos_token_id": {value}}}' for value in ('"x"', "[1, 1.5]", "true", '{"id": 1}')),
     ],
 )
@@ -158,21 +159,56 @@ def index(content: Any) -> Change:
     return write_index
 
 
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth else []
+
+
+NO_TOKENIZER = (
+    b"",
+    b"{}",
+    b"[]",
+    b"[" * 10**5,
+    b'{"model": {"type": "BPE", "vocab": [], "merges": 5}}',
+)
+SIZES = ("num_hidden_layers", "n_routed_experts", "vocab_size", "hidden_size", "intermediate_size")
+SIZES += ("moe_intermediate_size", "n_shared_experts")
 WEIGHTS = "model.safetensors"
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
-CORRUPT = (f"{WEIGHTS} is truncated or corrupt", "get it anew")
+CORRUPT = (f"{WEIGHTS} is truncated or corrupt", "get the checkpoint anew")
 BROKEN: list[tuple[Change, tuple[str, ...]]] = [
     (remove("config.json"), ("no config.json", "Hugging Face layout")),
     *(
         (write("config.json", content), ("config.json is not JSON", "get it anew"))
-        for content in (b"", b"{", b"\xff\xfe")
+        for content in (b"", b"{", b"\xff\xfe", b"[" * 10**5)
     ),
     *((write("config.json", content), ("config.json holds",)) for content in (b"[1]", b"null")),
     (write("config.json", b"{}"), ("holds a None model", "type deepseek")),
     (fields(model_type="other"), ("holds a other model", "type deepseek")),
     (fields(scoring_func="sigmoid"), ("scoring_func",)),
     (fields(hidden_size="wide"), ("hidden_size",)),
-    (fields(num_attention_heads=0), ("num_attention_heads",)),
+    (fields(a="\ud800"), ("config.json is not JSON", "surrogates", "get it anew")),
+    (fields(a=nested(100)), ("config.json is not JSON", "nested", "get it anew")),
+    (fields(model_type=None, architectures=[5]), ("holds a [5] model", "type deepseek")),
+    *(
+        (fields(**{name: value}), ("config.json", name))
+        for values, names in (
+            ((0, -1, 10**30), ("vocab_size", "hidden_size", "num_attention_heads")),
+            ((0, -1, 10**30), ("num_hidden_layers", "num_key_value_heads", "moe_layer_freq")),
+            ((-1, float("nan"), 10**30), ("rms_norm_eps", "aux_loss_alpha", "initializer_range")),
+            ((-1, float("nan"), 2), ("attention_dropout",)),
+            (("x", 0, float("inf"), 10**30), ("rope_theta",)),
+            ((10**9, -1, "x"), ("num_labels",)),
+            (("int8", 5), ("dtype",)),
+            (("x", 5), ("output_hidden_states", "output_attentions", "text_config")),
+            ((False,), ("return_dict",)),
+        )
+        for name in names
+        for value in values
+    ),
+    *((fields(rope_scaling={"type": "linear", "factor": x}), ("factor",)) for x in (0, "x", -1)),
+    (fields(num_experts=float("inf")), ("n_routed_experts",)),
+    # No file can hold these; a model would be built for ever.
+    *((fields(**{name: 6 * 10**8}), ("does not hold this model",)) for name in SIZES),
     (fields(quantization_config={"quant_method": "gptq", "bits": 4}), ("stored as gptq",)),
     # transformers would read these weights unchecked, and a pickle too, if it has such a name.
     (fields(transformers_weights="adapter_model.bin"), ("take transformers_weights out",)),
@@ -186,9 +222,18 @@ BROKEN: list[tuple[Change, tuple[str, ...]]] = [
         (*SHARDS[1:], "2 of 3 weight files", "finish the download"),
     ),
     *((index(wrong), ("index", "anew")) for wrong in ([], {}, {"weight_map": {"a": 1}})),
+    (index({"weight_map": {"a": "../a.safetensors"}}), ("names '../a.safetensors'", "anew")),
     (remove("tokenizer.json"), ("no tokenizer.json", "original checkpoint")),
-    *((write("tokenizer.json", content), ("tokenizer.json",)) for content in (b"", b"{}", b"[]")),
-    *((write("tokenizer_config.json", x), ("tokenizer_config.json",)) for x in (b"", b"[]")),
+    *((write("tokenizer.json", content), ("tokenizer.json",)) for content in NO_TOKENIZER),
+    *(
+        (write(name, content), (name,))
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        for content in (b"", b"[]", b"[" * 10**5)
+    ),
+    *(
+        (write("tokenizer_config.json", content), ("tokenizer.json cannot be used",))
+        for content in (b'{"model_max_length": "x"}', b'{"padding_side": 5}', b'{"bos_token": 5}')
+    ),
 ]
 
 
@@ -207,6 +252,22 @@ def test_a_file_or_a_part_of_one_is_refused(folder):
     refused(folder, f"{expert} is missing")
     file.write_bytes(file.read_bytes()[:-100])
     refused(folder, *CORRUPT)
+
+
+def test_a_config_beside_other_weights_is_refused_before_a_model_is_built(folder, monkeypatch):
+    monkeypatch.setattr(DeepseekForCausalLM, "__init__", None)
+    DeepseekConfig().save_pretrained(folder)  # of the 16B model
+    refused(folder, "does not hold this model", "the config wants [102400, 2048]")
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_experts_implementation"])
+def test_a_config_does_not_say_how_the_model_is_computed(name, folder):
+    """transformers would load code of that name from the hub. Methods stay, too."""
+    set_fields(folder, **{name: "owner/kernel"}, is_moe_layer=5, base_model_tp_plan="x")
+    config = DeepseekConfig.from_pretrained(folder)
+    assert (config._attn_implementation, config._experts_implementation) == (None, None)
+    assert Checkpoint(folder).config.moe_layers == [1, 2, 3, 4, 5]
+    assert load(str(folder))[0].config._attn_implementation == "sdpa"
 
 
 def test_a_tokenizer_with_ids_that_the_model_has_not(folder, monkeypatch):

@@ -46,6 +46,36 @@ def error(refusal: Callable[..., str]) -> Callable[..., str]:
     return lambda *args: refusal(*words(*args))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            ("config.json", {field: value})
+            for field in ("num_key_value_heads", "rope_scaling", "rms_norm_eps", "dtype")
+            for value in (-1, "x", [1])
+        ),
+        ("config.json", {"scoring_func": "sigmoid"}),
+        ("config.json", {"num_hidden_layers": 10**9}),
+        ("generation_config.json", {"temperature": "hot"}),
+        ("generation_config.json", {"eos_token_id": ["x"]}),
+        *((name, "[" * 10**5) for name in ("config.json", "generation_config.json")),
+        *((name, "[" * 10**5) for name in ("tokenizer.json", "tokenizer_config.json")),
+    ],
+)
+def test_a_damaged_file_is_neither_used_nor_copied(name, content, base, tmp_path, error):
+    file = base / name
+    if isinstance(content, dict):
+        content = json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | content)
+    file.write_text(content)
+    assert str(base) in error(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--adapter", "--delta", "--deepspeed_checkpoint", "--output"])
+def test_a_name_that_no_file_can_have(option, base, tmp_path, error):
+    assert "x" * 40 in error(base, tmp_path / "out", option, "x" * 5000)
+
+
 def test_a_merged_model_is_written_in_shards(base, adapter, tmp_path, capsys, run):
     merged = tmp_path / "new" / "merged"
     options = ["--dtype", "bfloat16", "--max_shard_size", "20KB"]
@@ -98,17 +128,24 @@ def test_an_adapter_of_another_base_is_refused(base, adapter, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[broken", ""),
         ('{"settings": 3}', ""),
         ('{"settings": {"model": "0123456789abcdef"}}', "it was not checked that"),
     ],
-    ids=["no JSON", "another program's", "an older version's"],
+    ids=["another program's", "an older version's"],
 )
 def test_a_run_json_that_tells_no_base(content, said, base, adapter, tmp_path, capsys, run):
     (adapter / "run.json").write_text(content)
     run(base, tmp_path / "merged", "--adapter", adapter)
     assert said in capsys.readouterr().err
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_a_run_json_that_is_damaged_is_named(base, adapter, tmp_path, error):
+    """It may be that of the adapter's own run, which says what the base must be."""
+    file = adapter / "run.json"
+    for content in ("[broken", "[" * 10**5, '"x"'):
+        file.write_text(content)
+        assert f"error: {file} " in error(base, tmp_path / "out", "--adapter", adapter)
 
 
 def test_without_adapter_the_base_is_written_as_it_is(base, tmp_path, run):

@@ -16,6 +16,7 @@ from typing import IO, Any
 from ..checkpoint import find_checkpoint, fingerprint
 from ..errors import RunError, UserError
 from ..files import check_writable, describe_differences, lock, write_aside
+from ..json_file import read_object
 
 HASHED = ("model", "tokenizer", "prompts")
 
@@ -145,8 +146,8 @@ class CompletionFile:
 
     def _read_note(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.note.read_text(encoding="utf-8"))["settings"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return dict(read_object(self.note)["settings"])
+        except (ValueError, TypeError, KeyError) as error:
             here = self.note if self.note.exists() else self.file
             raise UserError(
                 f"{here} is there already, and is not of an interrupted run; give another "
@@ -168,5 +169,5 @@ class CompletionFile:
             row = json.loads(line)
             same = row["prompt"] == self.prompts[number]
             return same and isinstance(row["completion"], str) and len(row) == 2
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, RecursionError):
             return False

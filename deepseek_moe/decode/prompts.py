@@ -43,7 +43,7 @@ def _parse(line: str, where: str) -> str:
         return line
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if line[0] == '"':  # plain text may begin with a quotation mark
             return line
         raise UserError(f'{where} is no JSON ({error}); write {{"prompt": "..."}}') from error

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoint import fingerprint
 from ..errors import UserError
+from ..json_file import read_object
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import first_few
 from .profile import Profile, read_profile, refuse_other_model
@@ -95,7 +96,7 @@ def read_choice(
     layers = config.moe_layers
     if not layers:
         raise UserError(f"{checkpoint} has no routed experts to choose from; leave out {file}")
-    fields = _read_object(Path(file))
+    fields = _read_choice(Path(file))
     if "experts" not in fields:
         profile = read_profile(file)
         refuse_other_model(profile, file, fingerprint(checkpoint), layers, config.n_routed_experts)
@@ -129,15 +130,10 @@ def _reaching(ranked: list[Fraction], wanted: Fraction) -> int:
     return count
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def _read_choice(file: Path) -> dict[str, Any]:
     remedy = f"give a profile.json of examples/experts.py, or an {CHOICE_FILE} of ESFT"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}); {remedy}") from error
-    if not isinstance(fields, dict) or not {"experts", "layers"} & fields.keys():
+    fields = read_object(file, remedy)
+    if not {"experts", "layers"} & fields.keys():
         raise UserError(f"{file} chooses no experts; {remedy}")
     return fields
 

@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..files import write_text
+from ..json_file import read_object
 
 STARVED = 0.1
 """An expert with less than this part of the mean number of picks is starved."""
@@ -99,8 +100,8 @@ def read_profile(file: str | Path) -> Profile:
     """
     wrong = f"{file} is no profile of experts"
     remedy = "make one with examples/experts.py"
-    try:
-        fields = json.loads(Path(file).read_text(encoding="utf-8"))
+    fields = read_object(file, remedy)
+    with as_user_error(wrong, remedy):
         layers = {
             int(number): LayerProfile(*(_numbers(layer[name]) for name in SCORES))
             for number, layer in fields["layers"].items()
@@ -112,10 +113,6 @@ def read_profile(file: str | Path) -> Profile:
             str(fields["data"]),
             dict(fields["settings"]),
         )
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{wrong} ({type(error).__name__}: {error}); {remedy}") from error
     sizes = {len(getattr(layer, name)) for layer in layers.values() for name in SCORES}
     if len(sizes) != 1 or 0 in sizes:
         raise UserError(f"{wrong}: its lists have {sorted(sizes)} numbers; {remedy}")

@@ -1,11 +1,13 @@
 """Every field of a DeepSeekMoE config.json, and a refusal of what the code does not implement."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from importlib.util import find_spec
 from types import NoneType
 from typing import Any, get_args
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -22,6 +24,9 @@ else:
 
 logger = logging.get_logger(__name__)
 
+DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LIMIT = 2**40  # of numbers in a config
+MOST_LABELS = 2**20  # transformers makes a name for each of them
 ROPE_TYPES = ("default", "linear", "dynamic")
 
 # Fields of other models: the values at which they change nothing, and what this model has instead.
@@ -36,6 +41,10 @@ FOREIGN_FIELDS = {
     "topk_group": ((None, 1), "experts in one group"),
     "routed_scaling_factor": ((None, 1), "weights of experts that are not scaled"),
     "use_mla": ((None, False), "no latent attention (MLA), as DeepSeek-V2 and V3 have it"),
+    **dict.fromkeys(
+        ("text_config", "decoder", "generator", "text_encoder"),
+        ((None,), "one config for the whole model"),
+    ),
     "mlp_bias": ((None, False), "no biases in its MLPs"),
     "sliding_window": ((None,), "attention to the whole context"),
     **dict.fromkeys(
@@ -162,6 +171,12 @@ class DeepseekConfig(PreTrainedConfig):
         # Other engines look for pad_token_id; this family pads with the end-of-sentence token.
         if self.pad_token_id is None and isinstance(self.eos_token_id, int):
             self.pad_token_id = self.eos_token_id
+        labels = kwargs.get("num_labels")
+        if labels is not None and (type(labels) is not int or not 0 <= labels <= MOST_LABELS):
+            raise ValueError(
+                f"config field num_labels is {labels!r}, but this model implements numbers up to "
+                f"{MOST_LABELS}"
+            )
         super().__post_init__(**kwargs)
         self._refuse_what_is_not_implemented(head_dim)
 
@@ -170,11 +185,19 @@ class DeepseekConfig(PreTrainedConfig):
         """As transformers' own, but warns if AutoTokenizer would take a class without BOS.
 
         AutoTokenizer calls this through AutoConfig, which passes `name_or_path`. AutoModel sets
-        `return_unused_kwargs`, and needs no warning.
+        `return_unused_kwargs`, and needs no warning. How the model is computed is not for a file to
+        say: it could name code of the hub.
         """
         if "name_or_path" in kwargs and not kwargs.get("return_unused_kwargs"):
             _warn_of_other_tokenizer(str(kwargs["name_or_path"]))
-        return super().from_dict(config_dict, **kwargs)
+        kept = {n: value for n, value in config_dict.items() if not cls._is_of_code(n)}
+        return super().from_dict(kept, **kwargs)
+
+    @classmethod
+    def _is_of_code(cls, name: str) -> bool:
+        """Whether a field of a file would replace a method, or say how the model is computed."""
+        code = name.lstrip("_").startswith(("attn_implementation", "experts_implementation"))
+        return code or name.startswith(("__", "base_model_")) or callable(getattr(cls, name, None))
 
     @property
     def head_dim(self) -> int:
@@ -228,20 +251,44 @@ class DeepseekConfig(PreTrainedConfig):
         rope_type = rope.get("rope_type", "default")
         rotated = rope.get("partial_rotary_factor", 1)
         rope_types = f"{', '.join(ROPE_TYPES)} only"
+        self._refuse_numbers(rope, need)
         need("scoring_func", self.scoring_func == "softmax", "'softmax' only")
         need("rope_scaling type", rope_type in ROPE_TYPES, rope_types, rope_type)
         need("partial_rotary_factor", rotated == 1, "the rotation of whole heads", rotated)
         need("hidden_act", self.hidden_act in ACT2FN, "the activations of transformers only")
-        need("num_attention_heads", heads >= 1, "1 and above")
         need("hidden_size", self.hidden_size % heads == 0, f"multiples of {heads} heads")
         equal = head_dim in (None, self.head_dim)
         need("head_dim", equal, f"hidden_size / num_attention_heads ({self.head_dim})", head_dim)
+        even = self.head_dim % 2 == 0
+        need("head_dim", even, "even sizes, whose halves rotate", self.head_dim)
         divides = heads % self.num_key_value_heads == 0
         need("num_key_value_heads", divides, f"divisors of num_attention_heads ({heads})")
         if experts:
-            need("moe_layer_freq", self.moe_layer_freq >= 1, "1 and above")
             enough = 1 <= (self.num_experts_per_tok or 0) <= experts
             need("num_experts_per_tok", enough, f"1 to n_routed_experts ({experts})")
+
+    def _refuse_numbers(self, rope: dict[str, Any], need: Callable[..., None]) -> None:
+        """Refuses numbers that no computation can be done with. The types are right already."""
+        experts = self.n_routed_experts  # num_experts, its other name, may be of any type
+        need("n_routed_experts", experts is None or type(experts) is int, "whole numbers")
+        counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+        counts += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+        if experts:
+            counts += ["moe_intermediate_size", "moe_layer_freq"]
+        for field in counts:
+            need(field, 1 <= getattr(self, field) < LIMIT, f"1 to below {LIMIT}")
+        need("n_shared_experts", 0 <= (self.n_shared_experts or 0) < LIMIT, f"0 to below {LIMIT}")
+        for field in ("output_hidden_states", "output_attentions", "return_dict"):
+            value = getattr(self, field, None)
+            need(field, value is None or type(value) is bool, "true or false", value)
+        for field in ("initializer_range", "rms_norm_eps", "aux_loss_alpha"):
+            need(field, 0 <= getattr(self, field) < LIMIT, f"0 to below {LIMIT}")
+        need("dtype", self.dtype in DTYPES, "bf16, fp16, fp32 and fp64", str(self.dtype))
+        need("attention_dropout", 0 <= self.attention_dropout <= 1, "0 to 1")
+        for field in ("rope_theta", "factor"):
+            value = rope.get(field, 1)
+            number = isinstance(value, (int, float)) and 0 < value < LIMIT
+            need(field, number, f"numbers above 0 and below {LIMIT}", value)
 
 
 def _warn_of_other_tokenizer(checkpoint: str) -> None:
@@ -256,8 +303,8 @@ def _warn_of_other_tokenizer(checkpoint: str) -> None:
     try:
         fields = get_tokenizer_config(checkpoint, local_files_only=True)
         code, named = fields.get("auto_map"), fields.get("tokenizer_class")
-    except (OSError, ValueError, AttributeError):  # AutoTokenizer says what is wrong with it
-        return
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # AutoTokenizer says what is wrong with it
     if code and named and not named.startswith("DeepseekTokenizer"):
         logger.warning_once(
             f"{checkpoint}: tokenizer_config.json has an auto_map, so AutoTokenizer takes the "

@@ -4,11 +4,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -32,6 +32,9 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
+
+FIRST_FEW = 4
+"""So many findings are named in one line."""
 
 # How a weight may be stored, in the words of safetensors headers. transformers would cast anything
 # else without a warning: integers and booleans become zeros and ones.
@@ -144,13 +147,26 @@ def official_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     """The safetensors files that transformers would read from `folder`; some may be missing.
 
-    Their names begin with `stem`.
+    Their names begin with `stem`. A file may be a link to anywhere, as in the hub's cache.
+
+    Raises:
+        ValueError: the index is broken, or names what is no safetensors file inside of `folder`.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").is_file() or not index.is_file():
         return [folder / f"{stem}.safetensors"]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weight files") from error
+    for name in names:
+        path = PureWindowsPath(str(name))  # it knows the separators of all systems
+        named = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
+        if not named or path.anchor or ".." in path.parts or path.suffix != ".safetensors":
+            raise ValueError(f"{index} names {str(name)[:80]!r}, no weight file in its folder")
+    if not names:
+        raise ValueError(f"{index} names no weight file")
+    return [folder / name for name in sorted(names)]
 
 
 def refuse_wrong_checkpoint(
@@ -175,9 +191,67 @@ def refuse_wrong_checkpoint(
             f"{found} names weights of its own ({config.transformers_weights}), which may be a "
             "pickle; take transformers_weights out"
         )
+    refuse_other_sizes(Path(found).parent, config)
     with torch.device("meta"):
         wanted = model_class(config)
     refuse_wrong_tensors(Path(found).parent, wanted, free)
+
+
+def refuse_other_sizes(folder: Path, config: Any) -> None:
+    """Compares `config` with the headers of the safetensors files in `folder`, but for the head.
+
+    No model is built. Whatever sizes the config claims, the first few tensors that are not as it
+    says end the comparison.
+
+    Raises:
+        ValueError: names tensors that are missing or of another shape.
+    """
+    stored = _stored_tensors(folder)
+    if not stored:
+        return  # transformers says what it looked for
+    _refuse_8_bit_floats(folder, stored)
+    prefix = "model." if any(name.startswith("model.") for name in stored) else ""
+    wrong = []
+    for name, shape in _trunk_tensors(config):
+        _, found = stored.get(prefix + name, ("", None))
+        if found != shape:
+            is_there = "is missing" if found is None else f"has shape {list(found)}"
+            wrong.append(f"{prefix}{name} {is_there}, the config wants {list(shape)}")
+            if len(wrong) == FIRST_FEW:
+                break
+    if wrong:
+        raise ValueError(f"{folder} does not hold this model: {first_few(wrong)}")
+
+
+def _trunk_tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names in a `DeepseekModel` and shapes of its tensors on disk, by the sizes in `config`."""
+    D, head_dim = config.hidden_size, config.head_dim
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    heads |= {"v": heads["k"]}
+    yield "embed_tokens.weight", (config.vocab_size, D)
+    for number in range(config.num_hidden_layers):
+        layer = f"layers.{number}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{layer}{norm}.weight", (D,)
+        for name, count in heads.items():
+            yield f"{layer}self_attn.{name}_proj.weight", (count * head_dim, D)
+        yield f"{layer}self_attn.o_proj.weight", (D, heads["q"] * head_dim)
+        if not config.is_moe_layer(number):
+            yield from _mlp_tensors(f"{layer}mlp.", D, config.intermediate_size)
+            continue
+        F = config.moe_intermediate_size
+        yield f"{layer}mlp.gate.weight", (config.n_routed_experts, D)
+        if config.n_shared_experts:
+            shared = f"{layer}mlp.shared_experts."
+            yield from _mlp_tensors(shared, D, config.n_shared_experts * F)
+        for expert in range(config.n_routed_experts):
+            yield from _mlp_tensors(f"{layer}mlp.experts.{expert}.", D, F)
+    yield "norm.weight", (D,)
+
+
+def _mlp_tensors(prefix: str, D: int, F: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
+        yield f"{prefix}{name}_proj.weight", shape
 
 
 def refuse_wrong_tensors(folder: Path, model: PreTrainedModel, free: tuple[str, ...] = ()) -> None:
@@ -217,10 +291,13 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if not all(file.is_file() for file in files):
         return {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                header = tensors.get_slice(name)
-                stored[name] = (header.get_dtype(), tuple(header.get_shape()))
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    header = tensors.get_slice(name)
+                    stored[name] = (header.get_dtype(), tuple(header.get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} is truncated or corrupt ({error})") from error
     return stored
 
 
@@ -238,7 +315,7 @@ def dtype_fault(dtype: str) -> str:
     return "" if dtype in FLOATS else f"is stored as {dtype}, not as one of {', '.join(FLOATS)}"
 
 
-def first_few(findings: list[str], most: int = 4) -> str:
+def first_few(findings: list[str], most: int = FIRST_FEW) -> str:
     """The first few of `findings` in one line, and how many more there are."""
     more = f" and {len(findings) - most} more" if len(findings) > most else ""
     return "; ".join(findings[:most]) + more

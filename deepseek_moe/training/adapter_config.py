@@ -1,15 +1,19 @@
 """A LoRA adapter's config and what it changes: what can be trained on and merged, or an error."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import peft
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import safe_open
 
 from ..errors import UserError, as_user_error
+from ..json_file import read_object
 from ..model.layout import first_few
 
+CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 # The fields of PEFT's config that may differ from their defaults, because they change nothing but
@@ -21,6 +25,8 @@ MERGEABLE = {
     *("target_modules", "target_parameters", "exclude_modules"),
     *("layers_to_transform", "layers_pattern"),
 }
+NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
+NAMES += ("layers_pattern", "rank_pattern", "alpha_pattern")
 INITS = (True, False, "gaussian", "orthogonal")  # all others change the base, too
 
 
@@ -30,16 +36,15 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
     Raises:
         UserError: there is no adapter, or one of another kind.
     """
-    file = folder / "adapter_config.json"
+    file = folder / CONFIG_FILE
     for needed in (file, folder / ADAPTER_FILE):
         if not needed.is_file():
             inside = folder / "adapter"  # where a run with --merge_on_save puts it
             there = inside if (inside / ADAPTER_FILE).is_file() else "the folder of a PEFT adapter"
             raise UserError(f"{needed} does not exist; give {there}")
-    try:
+    _refuse_wrong_fields(file)
+    with as_user_error(f"{file} cannot be used", "get the adapter anew"):
         config = peft.PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} cannot be used: {error!r}; get the adapter anew") from error
     if type(config) is not peft.LoraConfig:
         raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
     plain = peft.LoraConfig().to_dict()
@@ -52,6 +57,54 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
     config.init_lora_weights = False
     config.lora_dropout = 0.0  # matters while training only, and PEFT refuses it on experts
     return config
+
+
+def _refuse_wrong_fields(file: Path) -> None:
+    """Refuses what PEFT would fail on, or would take for a regular expression, which may run for
+    ever on a name."""
+    fields = read_object(file, "get the adapter anew")
+    for name in NAMES:
+        value = fields.get(name) or ()
+        for one in value if isinstance(value, (list, dict, tuple)) else [value]:
+            if not (isinstance(one, str) and re.fullmatch(r"[\w.-]{1,200}", one)):
+                raise UserError(
+                    f"{file} has {str(one)[:80]!r} in {name}, which is no name; write the names of "
+                    "modules one by one"
+                )
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        value = fields.get(name)
+        for one in value.values() if isinstance(value, dict) else [value]:
+            if one is not None and not (type(one) in (int, float) and 0 < abs(one) < 2**31):
+                raise UserError(f"{file} has {one!r} in {name}; give a number that is not 0")
+
+
+def refuse_other_tensors(wrapped: peft.PeftModel, folder: Path) -> None:
+    """Compares the headers of the adapter in `folder` with what `wrapped`, a base with adapters by
+    its config, may be on meta, has of them.
+
+    Raises:
+        UserError: names the tensors that are missing, surplus or of another shape.
+    """
+    state = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    # PEFT also saves the frozen weight of a module that is both adapted and saved whole.
+    frozen = ".base_layer.weight"
+    wanted = {name: list(x.shape) for name, x in state.items() if not name.endswith(frozen)}
+    with (
+        as_user_error(f"{folder / ADAPTER_FILE} cannot be read", "get the adapter anew"),
+        safe_open(folder / ADAPTER_FILE, framework="pt") as file,
+    ):
+        names = [name for name in file.keys() if not name.endswith(frozen)]  # noqa: SIM118
+        shapes = {name: file.get_slice(name).get_shape() for name in names}
+    wrong = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
+    wrong += [f"{name} is surplus" for name in sorted(shapes.keys() - wanted.keys())]
+    for name in sorted(shapes.keys() & wanted.keys()):
+        if shapes[name] != wanted[name]:
+            wrong.append(f"{name} is {shapes[name]} where {wanted[name]} is wanted")
+    if wrong:
+        raise UserError(
+            f"{folder} does not fit this base: {first_few(wrong)}; give the base that the adapter "
+            "was trained on"
+        )
 
 
 def find_changes(

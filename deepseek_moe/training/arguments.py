@@ -3,7 +3,6 @@
 `finetune/finetune_options.py` reads them from a command line and says what each of them means.
 """
 
-import json
 import math
 import sys
 import warnings
@@ -20,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..bundled import BUNDLED_MODEL
 from ..errors import UserError, as_user_error, first_words
+from ..json_file import read_object
 from .compute.varlen_attention import VARLEN
 from .deepspeed_file import check_deepspeed_file, zero_stage
 
@@ -147,8 +147,9 @@ def _take_adapter(model: ModelArguments, given: Mapping[str, Any]) -> None:
         if name in given:
             raise UserError(f"--{name} is that of --adapter {model.adapter}; leave one of them out")
     file = Path(model.adapter) / "adapter_config.json"
-    with as_user_error(f"--adapter: {file} cannot be read", "give the folder of a LoRA adapter"):
-        config = json.loads(file.read_text(encoding="utf-8"))
+    remedy = "give the folder of a LoRA adapter"
+    config = read_object(file, remedy)
+    with as_user_error(f"--adapter: {file} cannot be used", remedy):
         model.lora_rank, model.lora_alpha = int(config["r"]), float(config["lora_alpha"])
 
 

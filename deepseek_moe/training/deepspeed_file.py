@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..errors import UserError
+from ..json_file import read_object
 
 
 def check_deepspeed_file(file: str) -> None:
@@ -17,18 +18,9 @@ def check_deepspeed_file(file: str) -> None:
         UserError: it cannot be read, or has a block that would silently replace options.
     """
     example = "configs/ds_config_zero2_no_offload.json"
-    try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-        stage = settings["zero_optimization"]["stage"]
-    except OSError as error:
-        raise UserError(
-            f"--deepspeed {file} cannot be read: {error.strerror}; give a file such as {example}"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"--deepspeed {file} is not JSON ({error}); mend it") from error
-    except (TypeError, KeyError):
-        settings, stage = {}, None
-    if not isinstance(stage, int):
+    settings = read_object(file, f"give --deepspeed a file such as {example}")
+    zero = settings.get("zero_optimization")
+    if not isinstance(zero, dict) or type(zero.get("stage")) is not int:
         raise UserError(
             f"--deepspeed {file} has no number as the stage of zero_optimization; give it one, as "
             f"{example} does"

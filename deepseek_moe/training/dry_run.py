@@ -24,9 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import as_user_error
 from ..files import readable_size
 from ..kernels.training.torch_ops import ADAMW_BLOCK
 from ..model.configuration_deepseek import DeepseekConfig
+from ..model.layout import refuse_wrong_tensors
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import FineTuningArguments, ModelArguments, optimizer_name
 from .chosen_experts import is_of_chosen
@@ -59,10 +61,13 @@ def meta_model(folder: Path, options: ModelArguments) -> nn.Module:
     """The model that would train, with its adapters, on the meta device.
 
     Raises:
-        UserError: `options` name what cannot train.
+        UserError: `options` name what cannot train, or the weights are of another model.
     """
     with torch.device("meta"):
-        return adapt(DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder)), options)
+        model = DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder))
+        with as_user_error("the weights cannot be used", "get the checkpoint anew"):
+            refuse_wrong_tensors(folder, model)
+        return adapt(model, options)
 
 
 def estimate(

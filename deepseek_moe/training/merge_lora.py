@@ -18,9 +18,14 @@ from tqdm import tqdm
 from ..checkpoint import Checkpoint, refuse_other_base
 from ..errors import UserError, as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
-from ..model.layout import dtype_fault, first_few, official_parts
+from ..model.layout import dtype_fault, official_parts
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
-from .adapter_config import ADAPTER_FILE, find_changes, read_adapter_config
+from .adapter_config import (
+    ADAPTER_FILE,
+    find_changes,
+    read_adapter_config,
+    refuse_other_tensors,
+)
 from .quantized_base import Quantization
 
 
@@ -93,7 +98,7 @@ class _Adapter:
             self.file = safe_open(folder / ADAPTER_FILE, framework="pt")
         apart = any(re.search(r"\.experts\.\d+\.", name) for name in self.file.keys())  # noqa: SIM118
         wrapped = _wrap(folder, config, checkpoint.config, apart)
-        self._refuse_other_tensors(wrapped)
+        refuse_other_tensors(wrapped, folder)
         self.low_rank, self.replaced = find_changes(wrapped, folder)
         self._refuse_bad_numbers()
 
@@ -113,24 +118,6 @@ class _Adapter:
             a = a.unflatten(0, (shape[0], -1))
             b = b.unflatten(1, (-1, shape[0])).permute(2, 0, 1)
         return a, b, scaling
-
-    def _refuse_other_tensors(self, wrapped: peft.PeftModel) -> None:
-        state = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        # PEFT also saves the frozen weight of a module that is both adapted and saved whole.
-        frozen = ".base_layer.weight"
-        wanted = {name: list(x.shape) for name, x in state.items() if not name.endswith(frozen)}
-        names = {name for name in self.file.keys() if not name.endswith(frozen)}  # noqa: SIM118
-        wrong = [f"{name} is missing" for name in sorted(wanted.keys() - names)]
-        wrong += [f"{name} is surplus" for name in sorted(names - wanted.keys())]
-        for name in sorted(names & wanted.keys()):
-            shape = self.file.get_slice(name).get_shape()
-            if shape != wanted[name]:
-                wrong.append(f"{name} is {shape} where {wanted[name]} is wanted")
-        if wrong:
-            raise UserError(
-                f"{self.folder} does not fit this base: {first_few(wrong)}; give the base that the "
-                "adapter was trained on"
-            )
 
     def _refuse_bad_numbers(self) -> None:
         changes = False

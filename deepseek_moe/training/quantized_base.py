@@ -20,7 +20,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-from ..errors import UserError
+from ..errors import UserError, first_words
+from ..json_file import read_object
 from ..kernels.training import ops_for, torch_ops
 from ..model.layout import EXPERT_STACKS
 
@@ -46,12 +47,22 @@ class Quantization:
             raise UserError(f"bits is {self.bits}; use 4, 8, or 16 for none")
         if self.quant_type not in ("nf4", "fp4"):
             raise UserError(f"quant_type is {self.quant_type!r}; use nf4 or fp4")
+        is_dtype = self.dtype in ("float32", "bfloat16", "float16")
+        if not is_dtype or type(self.double_quant) is not bool:
+            raise ValueError(f"it has dtype {self.dtype!r} and double_quant {self.double_quant!r}")
 
     @classmethod
     def load(cls, folder: Path) -> "Quantization | None":
         """How the base of the adapter in `folder` is quantised, or None if it is not."""
         file = folder / QUANTIZATION_FILE
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        if not file.is_file():
+            return None
+        fields = read_object(file, "get the adapter anew")
+        try:
+            return cls(**fields)
+        except (ValueError, TypeError) as error:
+            found = first_words(error).partition(";")[0]
+            raise UserError(f"{file} cannot be used: {found}; get the adapter anew") from error
 
     def save(self, folder: Path) -> None:
         (folder / QUANTIZATION_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")

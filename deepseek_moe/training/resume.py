@@ -6,7 +6,6 @@ checked first: whether it is there, whether its structure is whole, and whether 
 checkpoint's step. Large files are not read in full, so changed numbers in them go unseen.
 """
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from transformers import TrainerState
 from ..checkpoint import Checkpoint
 from ..delta import STEM
 from ..errors import CollectiveRunError, RunError, UserError, first_words
+from ..json_file import read_object
 from ..model.layout import weight_files
 from .adapter_config import ADAPTER_FILE
 from .arguments import FineTuningArguments
@@ -269,13 +269,11 @@ def _check_latest(file: Path) -> None:
 
 
 def _check_object(file: Path) -> None:
-    if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-        raise ValueError("it holds no JSON object")
+    read_object(file)
 
 
 def _check_index(file: Path) -> None:
-    if not json.loads(file.read_text(encoding="utf-8"))["weight_map"].values():
-        raise ValueError("it names no weights")
+    weight_files(file.parent, file.name.partition(".")[0])
 
 
 def _check_safetensors(file: Path) -> None:

@@ -139,7 +139,8 @@ def _checked_rows(
                 "source": f"{name} {place}",
                 "messages": json.dumps(messages, ensure_ascii=False),
                 "problem": problem,
-                "unused": "\n".join(unused),
+                # A name may have half a character, which is no text.
+                "unused": "\n".join(unused).encode(errors="backslashreplace").decode(),
             }
         if place is None:
             raise UserError(f"{name} has no rows; give a file with some")

@@ -7,6 +7,7 @@ checkpoint if these are the same, or says that the run is finished.
 import json
 import os
 import shutil
+import stat
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..delta import DELTA_FILE, whole_tensors, write_delta
 from ..errors import UserError
 from ..experts.choose import CHOICE_FILE
 from ..files import describe_differences, lock, remove_unfinished, write_aside
+from ..json_file import read_object
 from ..model.layout import first_few
 from . import examples
 from .adapter_config import hash_adapter
@@ -36,6 +38,7 @@ from .saving import INCOMPLETE, report_failed_write, tensors_on_host, trained_on
 from .trainer import FineTuner
 
 RUN_FILE = "run.json"
+LOCK = ".lock"
 
 WRITTEN = ("checkpoint-*", INCOMPLETE, "config.json", "generation_config.json")
 WRITTEN += ("model*.safetensors", "model.safetensors.index.json")
@@ -80,14 +83,12 @@ class Run:
         self.checkpoint = get_last_checkpoint(output_dir) if self.folder.is_dir() else None
         self.finished = False
         if (self.folder / RUN_FILE).is_file():
-            try:
-                found = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
-                settings, self.finished = dict(found["settings"]), bool(found["finished"])
-            except (ValueError, TypeError, KeyError) as error:
+            found = read_object(self.folder / RUN_FILE, "give another --output_dir")
+            settings, self.finished = found.get("settings"), found.get("finished")
+            if not isinstance(settings, dict) or not isinstance(self.finished, bool):
                 raise UserError(
-                    f"{self.folder / RUN_FILE} is not what a run writes ({error!r}); give another "
-                    "--output_dir"
-                ) from error
+                    f"{self.folder / RUN_FILE} is not what a run writes; give another --output_dir"
+                )
             if self.checkpoint or self.finished:  # Else there is nothing to go on from.
                 self._refuse_others(settings)
         elif there := [file.name for pattern in WRITTEN for file in self.folder.glob(pattern)]:
@@ -95,6 +96,10 @@ class Run:
                 f"{self.folder} holds {first_few(there)}, which a run writes too, but no "
                 f"{RUN_FILE} that says of which run; give another --output_dir"
             )
+        for file in (self.folder / name for name in (LOCK, RUN_FILE, INCOMPLETE)):
+            kind = stat.S_ISDIR if file.name == INCOMPLETE else stat.S_ISREG
+            if os.path.lexists(file) and not kind(file.lstat().st_mode):
+                raise UserError(f"{file} is not what a run makes there; give another --output_dir")
 
     @property
     def steps(self) -> int:
@@ -126,7 +131,7 @@ class Run:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("a")
+            self._lock = (self.folder / LOCK).open("a")
             lock(self._lock)
         except BlockingIOError as error:
             raise UserError(

@@ -101,7 +101,8 @@ def save_trained(
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    # `save_pretrained` would refuse, hours later, what transformers had loaded with a warning.
+    model.generation_config.to_json_file(folder / "generation_config.json")
     write_shards(tensors_on_host(model, state), folder, shard_bytes)
 
 

@@ -15,7 +15,12 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError, as_user_error
 from ..model.layout import EXPERT_STACKS, first_few
-from .adapter_config import ADAPTER_FILE, find_changes, read_adapter_config
+from .adapter_config import (
+    ADAPTER_FILE,
+    find_changes,
+    read_adapter_config,
+    refuse_other_tensors,
+)
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
 from .chosen_experts import is_of_chosen, train_chosen_experts
 from .expert_lora import keep_experts, register_expert_lora
@@ -127,6 +132,8 @@ def continue_adapter(
     register_expert_lora(config)
     with as_user_error(f"{folder} does not fit this base", "give the base it was trained on"):
         adapted = get_peft_model(model, config)
+        if model.device.type == "meta":  # comes first, so that the config claims no more than fits
+            refuse_other_tensors(adapted, folder)
         if chosen:
             keep_experts(adapted, chosen)
         if model.device.type == "meta":

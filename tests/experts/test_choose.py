@@ -123,7 +123,7 @@ def test_a_profile_and_a_file_of_esft_are_read(base, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ([1], "chooses no experts; give a profile.json"),
+        ([1], "no JSON object; give a profile.json"),
         ({"weights": 1}, "chooses no experts; give a profile.json"),
         (cfg(experts={}), "chooses no expert; name some"),
         (cfg(experts={"1": [], "2": []}), "chooses no expert; name some"),

@@ -28,8 +28,8 @@ def test_a_profile_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no profile"),
-        ("[" * 100_000, "no profile"),
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("{}", "no profile .*layers"),
         ('{"layers": {}}', "no profile"),
         (lambda p: p["layers"]["1"].update(picks=[1, 2]), "lists have"),

@@ -1,5 +1,6 @@
 """From disk to model and back: the official names, every tensor exactly once, bit for bit."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
 from deepseek_moe.decode.int_quantizer import IntConfig
-from deepseek_moe.model.layout import official_tensors
+from deepseek_moe.model.layout import official_tensors, refuse_other_sizes, weight_files
 
 MakeModel = Callable[..., DeepseekForCausalLM]
 Tensors = dict[str, torch.Tensor]
@@ -59,6 +60,58 @@ def test_the_official_config_wants_the_official_names():
     assert wanted["model.layers.27.mlp.experts.63.gate_proj.weight"] == (1408, 2048)
     assert wanted["model.layers.1.mlp.experts.0.down_proj.weight"] == (2048, 1408)
     assert wanted["model.layers.1.mlp.shared_experts.up_proj.weight"] == (2816, 2048)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 1, "n_shared_experts": None},
+        {"moe_layer_freq": 2, "first_k_dense_replace": 0, "attention_bias": True},
+        {"n_routed_experts": None, "tie_word_embeddings": True},
+    ],
+)
+@pytest.mark.parametrize("bare", [False, True])
+def test_sizes_of_a_config_are_compared_without_a_model(bare, changes, tiny_model, tmp_path):
+    """The oracle is the model itself: it fits, and not with any other size."""
+    model = tiny_model(**changes)
+    (model.model if bare else model).save_pretrained(tmp_path)
+    config = model.config
+    refuse_other_sizes(tmp_path, config)
+    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    if config.moe_layers:
+        sizes += ["n_routed_experts", "moe_intermediate_size"]
+    for name in sizes:
+        for size in (getattr(config, name) * 2, 10**9):
+            changed = copy.deepcopy(config)
+            setattr(changed, name, size)
+            with pytest.raises(ValueError, match=r"does not hold this model: .*, the config wants"):
+                refuse_other_sizes(tmp_path, changed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../elsewhere.safetensors", "/etc/passwd", "/a.safetensors", "a/../../b.safetensors"),
+        *("..\\b.safetensors", "C:\\b.safetensors", "model.bin", "", "..", "a\0b.safetensors"),
+        *("\ud800.safetensors", "x" * 5000 + ".safetensors", 5, None, ["a.safetensors"]),
+    ],
+    ids=lambda name: ascii(name)[:30],
+)
+def test_an_index_names_only_weight_files_in_its_folder(name, tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match=rf"{INDEX} (names|is no index)"):
+        weight_files(tmp_path)
+
+
+def test_a_weight_file_may_be_a_link_out_of_its_folder(saved, tmp_path):
+    """The hub's cache has such links."""
+    files = tmp_path / "snapshot"
+    files.mkdir()
+    (files / "a.safetensors").symlink_to(saved / "model.safetensors")
+    (files / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
+    assert weight_files(files) == [files / "a.safetensors"]
+    refuse_other_sizes(files, DeepseekConfig.from_pretrained(saved))
 
 
 @pytest.mark.parametrize(

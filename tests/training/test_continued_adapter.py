@@ -63,7 +63,7 @@ def test_a_repeated_run_over_another_adapter_is_refused(place, tmp_path):
         ({"lora_rank": 4}, "--lora_rank is that of --adapter"),
         ({"trainable": "q_proj"}, "--trainable is that of --adapter"),
         ({"use_lora": False}, "--adapter has no effect without --use_lora True"),
-        ({"adapter": "nowhere"}, "--adapter: nowhere/adapter_config.json cannot be read"),
+        ({"adapter": "nowhere"}, "nowhere/adapter_config.json cannot be read"),
     ],
 )
 def test_options_against_it_are_refused(more, said, place, tmp_path):
@@ -78,7 +78,7 @@ def test_an_adapter_that_lacks_tensors_is_refused(place, tmp_path):
     save_file(tensors, broken / "adapter_model.safetensors")
     done = run(words(place, tmp_path / "out", adapter=broken), tmp_path / "log")
     assert done.code == 2
-    assert "is missing or surplus; give the base it was trained on" in done.error
+    assert "is missing; give the base that the adapter was trained on" in done.error
 
 
 # test_merge_lora.py has all that no merge could handle.

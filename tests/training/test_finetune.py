@@ -151,6 +151,27 @@ def test_a_finished_run_says_so_and_touches_nothing(finished, argv, tmp_path):
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"scoring_func": "sigmoid"}),
+        ("config.json", {"num_key_value_heads": 0}),
+        ("config.json", {"num_hidden_layers": 10**9}),
+        ("config.json", {"attention_bias": True}),  # its weights are not there
+        ("generation_config.json", {"eos_token_id": "x"}),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused_before_a_file_is_written(
+    name, change, argv, place, tmp_path
+):
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    file = base / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    command = argv(tmp_path / "out", model_name_or_path=base)
+    assert str(base) in run(command, tmp_path / "log").refusal
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_file_of_a_result_is_known_as_one_that_a_run_writes(finished, argv, tmp_path):
     """A new run refuses a folder where the user has a file of such a name."""
     quantised = tmp_path / "quantised"

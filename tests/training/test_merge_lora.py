@@ -144,6 +144,20 @@ def replace_a(tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]
         ({"peft_type": "VERA"}, "only LoRA can be merged"),
         ({"peft_type": "NO_SUCH"}, "cannot be used"),
         ({"target_modules": ["no_such"], "target_parameters": None}, "does not fit this base"),
+        # PEFT takes these for regular expressions, and this one would run for ever.
+        *(
+            ({name: value}, rf"adapter_config.json has '.*' in {name}, which is no name; write")
+            for expression in ("(.*a|.*b)*c", "(x+x+)+y", "q" * 10**4)
+            for name, value in (
+                *(("target_modules", expression), ("exclude_modules", [expression])),
+                *(("layers_pattern", [expression]), ("rank_pattern", {expression: 2})),
+            )
+        ),
+        *(({"target_modules": value}, "in target_modules, which is") for value in (5, [[]], [1])),
+        *(({"r": value}, "in r; give a number") for value in ("x", [], True, 10**30, 0)),
+        ({"lora_alpha": float("nan")}, "nan in lora_alpha; give a number"),
+        ({"alpha_pattern": {"q_proj": None, "k_proj": "x"}}, "'x' in alpha_pattern"),
+        ({"r": 10**9}, r"1000000000, 32\] is wanted"),  # no model is built with it
     ],
 )
 def test_broken_adapters_and_those_of_other_kinds_are_refused(change, message, base, adapter):

@@ -81,6 +81,11 @@ def test_it_is_kept_beside_the_adapter_and_checked(tmp_path):
         way.save(tmp_path)
         assert Quantization.load(tmp_path) == way
     assert json.loads((tmp_path / "base_quantization.json").read_text())["bits"] == 8
+    file = tmp_path / "base_quantization.json"
+    for damaged in ("", "[4]", "{}", '{"bits": 3}', '{"bits": 4, "dtype": "load"}', '{"x": 1}'):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=rf"{file}.*; get the adapter anew"):
+            Quantization.load(tmp_path)
     with pytest.raises(UserError, match="bits is 3; use 4, 8, or 16"):
         Quantization(3)
     with pytest.raises(UserError, match="quant_type is 'int4'; use nf4 or fp4"):

@@ -78,6 +78,11 @@ def test_a_column_that_no_row_has_is_named(tmp_path):
         read_rows([str(file)], cache, {"input": "contxt"})
 
 
+def test_a_field_whose_name_has_half_a_character_is_unused(read, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD | {"\ud800": "a"}))
+    assert read("x.jsonl")["unused"][:] == ["\\ud800"]
+
+
 def test_a_folder_and_several_paths(read, tmp_path):
     folder = tmp_path / "folder"
     (folder / "below").mkdir(parents=True)

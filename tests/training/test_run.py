@@ -1,12 +1,13 @@
 """A run in its folder: new, to be resumed, finished, or in the way of another."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from deepseek_moe.errors import UserError
-from deepseek_moe.training.run import RUN_FILE, WRITTEN, Run
+from deepseek_moe.training.run import INCOMPLETE, RUN_FILE, WRITTEN, Run
 
 
 def test_a_run_is_new_or_goes_on_from_its_last_checkpoint(tmp_path):
@@ -55,17 +56,35 @@ def test_a_folder_in_which_another_process_runs_is_refused(tmp_path):
     Run(str(tmp_path), {}).start()
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
-    (tmp_path / ".lock").mkdir()  # root may write anywhere else
-    with pytest.raises(UserError, match="cannot be written to"):
-        Run(str(tmp_path), {}).start()
+@pytest.mark.parametrize("name", [".lock", RUN_FILE, INCOMPLETE])
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder or file"])
+def test_something_else_under_a_name_of_a_run_is_refused(kind, name, tmp_path):
+    """A pipe would be opened for ever, and what is no folder could not be removed."""
+    file = tmp_path / name
+    if name != RUN_FILE:
+        (tmp_path / RUN_FILE).write_text('{"finished": false, "settings": {}}')
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "link":
+        file.symlink_to(tmp_path)
+    else:
+        file.touch() if name == INCOMPLETE else file.mkdir()
+    with pytest.raises(UserError, match=f"{name} is not what a run makes there; give another"):
+        Run(str(tmp_path), {})
 
 
-def test_a_broken_run_file_is_refused(tmp_path):
-    for content in ("{", "[]", '{"finished": true}'):
-        (tmp_path / RUN_FILE).write_text(content)
-        with pytest.raises(UserError, match=RUN_FILE):
-            Run(str(tmp_path), {})
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"finished": true}', '{"finished": true, "settings": []}', "[" * 10**5),
+        *('{"finished": 1, "settings": {}}', '{"finished": true, "settings": {"a": "\\ud800"}}'),
+    ],
+    ids=lambda content: content[:40],
+)
+def test_a_broken_run_file_is_refused(content, tmp_path):
+    (tmp_path / RUN_FILE).write_text(content)
+    with pytest.raises(UserError, match=rf"{RUN_FILE}.*; give another --output_dir"):
+        Run(str(tmp_path), {})
 
 
 def test_a_run_of_an_older_version_is_named_as_one(tmp_path):
