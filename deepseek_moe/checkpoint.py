@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .checksums import VerifiedFile
 from .errors import UserError, as_user_error
 from .model.configuration_deepseek import DeepseekConfig
 from .model.layout import official_parts, official_tensors, refuse_wrong_tensors, weight_files
@@ -155,7 +156,7 @@ class Checkpoint:
             self.config = DeepseekConfig.from_pretrained(folder)
             self._lay_out()
             refuse_wrong_tensors(folder, self.model)
-            opened = [safe_open(file, framework="pt") for file in weight_files(folder)]
+            opened = [VerifiedFile(file) for file in weight_files(folder)]
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be read: {error}; give a whole model") from error
         # `refuse_wrong_tensors` accepts a bare DeepseekModel too. It has no head.

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from .checkpoint import Checkpoint, fingerprint, refuse_other_base
 from .checkpoint_writer import cast_finite, write_shards
+from .checksums import VerifiedFile
 from .errors import UserError
 from .files import write_aside
 from .model.layout import weight_files
@@ -31,7 +32,7 @@ def delta_tensors(folder: Path) -> Tensors:
         UserError: there is none in `folder`, or a file of it is missing or broken.
     """
     try:
-        opened = [safe_open(file, framework="pt") for file in weight_files(folder, STEM)]
+        opened = [VerifiedFile(file) for file in weight_files(folder, STEM)]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder} holds no delta that can be read ({error}); give a folder that "

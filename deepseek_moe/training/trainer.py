@@ -31,6 +31,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..checksums import write_text_checksums
 from ..delta import STEM
 from ..errors import CollectiveRunError, as_user_error
 from ..model.layout import weight_files
@@ -309,6 +310,7 @@ class FineTuner(Trainer):
         self.accelerator.wait_for_everyone()
         if main:
             name = f"checkpoint-{self.state.global_step}"
+            write_text_checksums(aside / name)
             saving.publish_checkpoint(output, name, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._counted_from += time.perf_counter() - start
