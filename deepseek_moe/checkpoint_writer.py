@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoint import Checkpoint, own_tokenizer
-from .checksums import checksum, metadata
+from .checksums import KEY, checksum
 from .errors import RunError, UserError
 from .files import complete_or_absent, free_bytes_at, readable_size, refuse_occupied, write_aside
 from .model import modeling_deepseek
@@ -152,7 +152,8 @@ def write_shards(
         file = folder / f"{len(shards)}.safetensors"
         file.touch()
         usual = file.stat().st_mode
-        save_file(shard, file, metadata=metadata(sums))
+        digits = {name: future.result() for name, future in sums.items()}
+        save_file(shard, file, metadata={"format": "pt", KEY: json.dumps(digits)})
         file.chmod(usual)  # safetensors lets only the owner read it
         shards.append(list(shard))
         shard.clear()
