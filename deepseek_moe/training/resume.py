@@ -155,7 +155,9 @@ def _find_broken(checkpoint: Path, layout: Layout) -> str | None:
         try:
             check(file)
         except Exception as error:  # Libraries raise errors of any class.
-            return f"{file} is damaged ({first_words(error)})"
+            # The weights do not fit a config.json in which a digit has changed.
+            changed = checksums.find_damage([checkpoint / checksums.CHECKSUMS])
+            return changed or f"{file} is damaged ({first_words(error)})"
     return None
 
 
