@@ -114,11 +114,6 @@ def _pieces(file: Path) -> Iterator[tuple[Path, str, int, int, str | int]]:
 
 def _is_same(file: Path, name: str, start: int, size: int, value: str | int) -> bool:
     hashed = zlib.crc32 if isinstance(value, int) else xxh3_64_hexdigest
-    if not size:  # an empty file cannot be mapped
-        return hashed(b"") == value
-    with (
-        file.open("rb") as content,
-        mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as whole,
-        memoryview(whole)[start : start + size] as part,
-    ):
-        return hashed(part) == value
+    with file.open("rb") as content:  # an empty file cannot be mapped
+        whole = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    return hashed(memoryview(whole)[start : start + size]) == value
