@@ -44,7 +44,7 @@ def written(base: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_checksum_of_a_tensor_is_that_of_its_bytes(written: Path) -> None:
+def test_the_checksum_of_a_tensor_is_that_of_its_bytes(written):
     for file in weight_files(written):
         content = file.read_bytes()
         [length] = struct.unpack("<Q", content[:8])
@@ -57,7 +57,7 @@ def test_the_checksum_of_a_tensor_is_that_of_its_bytes(written: Path) -> None:
         }
 
 
-def test_load_and_export_name_the_file_and_the_tensor(written: Path, tmp_path: Path) -> None:
+def test_load_and_export_name_the_file_and_the_tensor(written, tmp_path):
     load(str(written))
     assert len(weight_files(written)) > 2
     for file in weight_files(written):
@@ -74,9 +74,7 @@ def test_load_and_export_name_the_file_and_the_tensor(written: Path, tmp_path: P
             assert not output.exists()
 
 
-def test_an_adapter_and_a_delta_name_the_tensor(
-    base: Path, tiny_model: MakeModel, tmp_path: Path
-) -> None:
+def test_an_adapter_and_a_delta_name_the_tensor(base, tiny_model, tmp_path):
     adapter, delta = tmp_path / "adapter", tmp_path / "delta"
     save_trained(add_random_adapters(tiny_model()), adapter, None, 10**9)
     write_delta(Checkpoint(base).tensors(), base, delta, 10**9)
@@ -92,7 +90,7 @@ def test_an_adapter_and_a_delta_name_the_tensor(
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_no_bit_of_a_file_flips_unseen(kind: str, written: Path, tmp_path: Path) -> None:
+def test_no_bit_of_a_file_flips_unseen(kind, written, tmp_path):
     """Where no checksum is wrong, the file has the same numbers, or cannot be opened."""
     file, seen = weight_files(written)[0], 0
     whole = load_file(file)
@@ -133,7 +131,7 @@ def save_the_model_again(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [edit_texts, save_weights_again, save_the_model_again])
-def test_what_people_change_is_read(change: Callable[[Path], None], written: Path) -> None:
+def test_what_people_change_is_read(change, written):
     before = load(str(written))[0].lm_head.weight
     change(written)
     after = load(str(written))[0].lm_head.weight
@@ -141,7 +139,7 @@ def test_what_people_change_is_read(change: Callable[[Path], None], written: Pat
     assert list(Checkpoint(written).tensors())
 
 
-def test_a_file_without_checksums_is_read(base: Path) -> None:
+def test_a_file_without_checksums_is_read(base):
     [file] = weight_files(base)
     flip(file)
     load(str(base))

@@ -171,7 +171,7 @@ def test_links_and_pictures_are_there(page):
             assert section in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
 
 
-def test_each_promise_of_security_names_a_test_that_is_there() -> None:
+def test_each_promise_of_security_names_a_test_that_is_there():
     rows = [row for row in SECURITY.splitlines() if row.startswith("| ")][1:]
     assert len(rows) > 5
     for row in rows:

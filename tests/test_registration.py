@@ -140,7 +140,7 @@ def test_classifiers_take_the_experts_as_a_causal_model_does(auto_class):
     torch.testing.assert_close(slow(ids).logits, before, rtol=1e-3, atol=1e-3)
 
 
-def test_transformers_serve_listens_on_this_machine() -> None:
+def test_transformers_serve_listens_on_this_machine():
     from transformers.cli.serve import Serve
 
     assert inspect.signature(Serve.__init__).parameters["host"].default == "localhost"

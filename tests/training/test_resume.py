@@ -159,7 +159,7 @@ def test_a_file_of_another_checkpoint_or_format_is_damaged(name, how, found, cop
 
 
 @pytest.mark.parametrize("mode", FILES)
-def test_a_flipped_bit_of_any_file_is_named(mode: str, copied: Copy) -> None:
+def test_a_flipped_bit_of_any_file_is_named(mode, copied):
     layout, checkpoint = layout_of(mode), copied(mode) / "checkpoint-6"
     files = sorted(set(checkpoint.iterdir()) - {checkpoint / "checksums.json"})
     assert {file.name for file in files} > FILES[mode]
@@ -172,7 +172,7 @@ def test_a_flipped_bit_of_any_file_is_named(mode: str, copied: Copy) -> None:
         assert find_damage(checkpoint, layout) is None
 
 
-def test_a_base_that_is_damaged_is_refused(place: Path, argv: MakeArgv, tmp_path: Path) -> None:
+def test_a_base_that_is_damaged_is_refused(place, argv, tmp_path):
     base = shutil.copytree(place / "base", tmp_path / "base")
     write_shards(iter(load_file(base / "model.safetensors").items()), base, 10**9)
     flip(base / "model.safetensors")
