@@ -303,14 +303,14 @@ class FineTuner(Trainer):
         """
         start, save = time.perf_counter(), partial(super()._save_checkpoint, model, trial)
         output, main = Path(self.args.output_dir), self.is_world_process_zero()
-        aside = output / saving.INCOMPLETE
+        aside, name = output / saving.INCOMPLETE, f"checkpoint-{self.state.global_step}"
         with saving.report_failed_write(output, main), changed(self.args, output_dir=str(aside)):
             self.save_sparingly(save, aside)
+            if main:
+                write_text_checksums(aside / name)
         self.state.best_model_checkpoint = None  # It would name a folder that has been renamed.
         self.accelerator.wait_for_everyone()
         if main:
-            name = f"checkpoint-{self.state.global_step}"
-            write_text_checksums(aside / name)
             saving.publish_checkpoint(output, name, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._counted_from += time.perf_counter() - start
