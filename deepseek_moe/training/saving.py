@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..checkpoint_writer import write_shards
+from ..checksums import write_text_checksums
 from ..delta import STEM
 from ..errors import RunError, UserError, first_words
 from ..experts.choose import CHOICE_FILE, choice_as_text
@@ -111,12 +112,15 @@ def save_trained(
 
 
 def publish_checkpoint(output: Path, name: str, limit: int | None) -> None:
-    """Moves the complete checkpoint `name` from INCOMPLETE into `output`, its run's folder.
+    """Adds the checksums of its texts to the complete checkpoint `name` in INCOMPLETE, and moves it
+    into `output`, its run's folder.
 
     Keeps the newest `limit` checkpoints, or all if that is not positive. Whatever is to be deleted
     is moved to INCOMPLETE first, so that no half-deleted folder has the name of a checkpoint.
     """
     aside = output / INCOMPLETE
+    with report_failed_write(output, main=True):
+        write_text_checksums(aside / name)
     if (output / name).exists():
         os.replace(output / name, aside / f"{name}-before")
     os.replace(aside / name, output / name)

@@ -31,7 +31,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checksums import write_text_checksums
 from ..delta import STEM
 from ..errors import CollectiveRunError, as_user_error
 from ..model.layout import weight_files
@@ -303,14 +302,13 @@ class FineTuner(Trainer):
         """
         start, save = time.perf_counter(), partial(super()._save_checkpoint, model, trial)
         output, main = Path(self.args.output_dir), self.is_world_process_zero()
-        aside, name = output / saving.INCOMPLETE, f"checkpoint-{self.state.global_step}"
+        aside = output / saving.INCOMPLETE
         with saving.report_failed_write(output, main), changed(self.args, output_dir=str(aside)):
             self.save_sparingly(save, aside)
-            if main:
-                write_text_checksums(aside / name)
         self.state.best_model_checkpoint = None  # It would name a folder that has been renamed.
         self.accelerator.wait_for_everyone()
         if main:
+            name = f"checkpoint-{self.state.global_step}"
             saving.publish_checkpoint(output, name, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._counted_from += time.perf_counter() - start
