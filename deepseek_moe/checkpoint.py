@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig
 
+from .checksums import VerifiedFile
 from .errors import UserError, as_user_error
 from .json_file import read_object
 from .model.configuration_deepseek import DeepseekConfig
@@ -171,7 +172,7 @@ class Checkpoint:
             refuse_other_sizes(folder, self.config)  # before a model of any size is laid out
             self._lay_out()
             refuse_wrong_tensors(folder, self.model)
-            opened = [safe_open(file, framework="pt") for file in weight_files(folder)]
+            opened = [VerifiedFile(file) for file in weight_files(folder)]
         # `refuse_wrong_tensors` accepts a bare DeepseekModel too. It has no head.
         self.places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         if not self.official.keys() <= self.places.keys():

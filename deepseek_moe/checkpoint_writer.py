@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoint import Checkpoint, own_tokenizer
+from .checksums import KEY, checksum
 from .errors import RunError, UserError
 from .files import complete_or_absent, free_bytes_at, readable_size, refuse_occupied, write_aside
 from .model import modeling_deepseek
@@ -138,29 +140,34 @@ def write_shards(
     """Writes files of up to `limit` bytes in the order of the tensors; 0 gives each its own file.
 
     At most the tensors of one file and the next one are in memory. (The planner of huggingface_hub
-    needs all tensors at once.) The names of the files begin with `stem`.
+    needs all tensors at once.) The names of the files begin with `stem`. Threads compute checksums
+    while the next tensors are made.
     """
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
+    sums: dict[str, Future[str]] = {}
     size = total = 0
 
     def flush() -> None:
         file = folder / f"{len(shards)}.safetensors"
         file.touch()
         usual = file.stat().st_mode
-        save_file(shard, file, metadata={"format": "pt"})
+        digits = {name: future.result() for name, future in sums.items()}
+        save_file(shard, file, metadata={"format": "pt", KEY: json.dumps(digits)})
         file.chmod(usual)  # safetensors lets only the owner read it
         shards.append(list(shard))
         shard.clear()
+        sums.clear()
 
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            flush()
-            size = 0
-        shard[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
+    with ThreadPoolExecutor() as pool:
+        for name, tensor in tensors:
+            if shard and size + tensor.nbytes > limit:
+                flush()
+                size = 0
+            shard[name], sums[name] = tensor, pool.submit(checksum, tensor)
+            size += tensor.nbytes
+            total += tensor.nbytes
+        flush()
     if len(shards) == 1:
         os.replace(folder / "0.safetensors", folder / f"{stem}.safetensors")
         return

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from .checkpoint import Checkpoint, fingerprint, refuse_other_base
 from .checkpoint_writer import cast_finite, write_shards
+from .checksums import VerifiedFile
 from .errors import UserError, as_user_error
 from .files import write_aside
 from .json_file import read_object
@@ -33,7 +33,7 @@ def delta_tensors(folder: Path) -> Tensors:
     """
     remedy = "give a folder that finetune.py --train_experts wrote"
     with as_user_error(f"{folder} holds no delta that can be read", remedy):
-        opened = [safe_open(file, framework="pt") for file in weight_files(folder, STEM)]
+        opened = [VerifiedFile(file) for file in weight_files(folder, STEM)]
     return ((name, file.get_tensor(name)) for file in opened for name in file.keys())  # noqa: SIM118
 
 

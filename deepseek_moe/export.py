@@ -22,6 +22,7 @@ import torch
 
 from .checkpoint import DTYPES, Checkpoint, find_checkpoint, refuse_other_base
 from .checkpoint_writer import write_checkpoint
+from .checksums import CHECKSUMS, find_damage
 from .delta import STEM, delta_tensors, refuse_delta_of_another, whole_tensors
 from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
@@ -39,6 +40,9 @@ def main() -> None:
         base = find_checkpoint(args.model)
         for folder in filter(None, (args.adapter, args.deepspeed_checkpoint)):
             refuse_other_base(folder, base)
+        for folder in filter(None, (args.adapter, args.delta, args.deepspeed_checkpoint)):
+            if damage := find_damage([folder / CHECKSUMS, *folder.glob("global_step*/*.pt")]):
+                raise UserError(f"{damage}; give another checkpoint")
         checkpoint = Checkpoint(base)
         if args.adapter:
             tensors = merged_tensors(base, args.adapter)

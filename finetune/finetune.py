@@ -34,7 +34,10 @@ with quiet_interrupt():
 
     from deepseek_moe import DeepseekConfig, DeepseekTokenizer, errors
     from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer, refuse_other_base
+    from deepseek_moe.checksums import verified_meanwhile
+    from deepseek_moe.model.layout import weight_files
     from deepseek_moe.training import arguments, dry_run, examples, packed_rows
+    from deepseek_moe.training.adapter_config import ADAPTER_FILE
     from deepseek_moe.training.build import build_model, quantization_of
     from deepseek_moe.training.callbacks import leave_together
     from deepseek_moe.training.disk_need import disk_need
@@ -152,7 +155,9 @@ def fine_tune(
         layout = Layout.of(args, adapter=options.use_lora, quantized=quantized, delta=delta)
         refuse_damaged(Path(run.checkpoint), layout)
         say(f"going on from {run.checkpoint}")
-    model = build_model(folder, options, args)
+    added = [Path(options.adapter) / ADAPTER_FILE] if options.adapter else []
+    with verified_meanwhile([*weight_files(folder), *added]):
+        model = build_model(folder, options, args)
     with errors.as_user_error("the trainer cannot be set up", "change that option"):
         trainer = FineTuner(
             model=model,

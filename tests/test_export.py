@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapter_fixtures import ADAPTED, add_tokenizer, load, make_adapter, peft, tensors_in
 from finetune_fixtures import free_port
+from flip_fixtures import flipped
 from safetensors.torch import load_file, save_file
 from stranger_fixtures import run_as_stranger
 from text_fixtures import BUNDLED
@@ -205,7 +206,11 @@ def test_a_deepspeed_checkpoint_is_what_was_trained(stage, base, tiny_model, tmp
     add_tokenizer(tmp_path / "narrow")
     found = error(tmp_path / "narrow", tmp_path / "no", "--deepspeed_checkpoint", folder)
     assert "is of another model: model.layers.1.mlp.experts.gate_up_proj" in found
-    next(folder.glob("global_step*/*optim_states.pt")).unlink()
+    states = next(folder.glob("global_step*/*optim_states.pt"))
+    with flipped(states):
+        found = error(base, tmp_path / "no", "--deepspeed_checkpoint", folder)
+        assert f"{states} is damaged (the checksum of" in found
+    states.unlink()
     found = error(base, tmp_path / "no", "--deepspeed_checkpoint", folder)
     assert "cannot be put together" in found
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS_README = ROOT / "models" / "README.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
+SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 EVERYTHING = "\n".join(PAGE.values())
 
 
@@ -168,6 +169,18 @@ def test_links_and_pictures_are_there(page):
         if section:
             titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert section in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+def test_each_promise_of_security_names_a_test_that_is_there():
+    rows = [row for row in SECURITY.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 5
+    for row in rows:
+        file = ""
+        named = re.findall(r"`([\w/.]*)::(\w+)`", row)
+        assert named, row
+        for path, test in named:
+            file = path or file
+            assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
 
 
 def test_a_figure_stands_once_and_is_the_measured_one():

@@ -1,5 +1,6 @@
 """transformers knows the model: by its Auto classes, by name, and in the processes of others."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -137,3 +138,9 @@ def test_classifiers_take_the_experts_as_a_causal_model_does(auto_class):
     before = slow.eval()(ids).logits
     slow.set_experts_implementation(wanted)
     torch.testing.assert_close(slow(ids).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_transformers_serve_listens_on_this_machine():
+    from transformers.cli.serve import Serve
+
+    assert inspect.signature(Serve.__init__).parameters["host"].default == "localhost"

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint import DTYPES, find_checkpoint, own_tokenizer, read_config
+from ..checksums import verified_meanwhile
 from ..errors import UserError, as_user_error
 from ..kernels.int_weights import BITS
 from ..model.configuration_deepseek import DeepseekConfig
@@ -47,7 +48,8 @@ def load(
     config = read_config(folder)
     tokenizer = own_tokenizer(folder)  # first, since the weights take longer
     number_type = _choose_dtype(dtype, place, config, numbers, quantization)
-    with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):
+    unread = as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew")
+    with unread, verified_meanwhile(weight_files(folder)):
         network = DeepseekForCausalLM.from_pretrained(
             folder,
             config=config,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoint, refuse_other_base
+from ..checksums import VerifiedFile
 from ..errors import UserError, as_user_error
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import dtype_fault, official_parts
@@ -95,7 +95,7 @@ class _Adapter:
         self.folder, self.checkpoint = folder, checkpoint
         config = read_adapter_config(folder)
         with as_user_error(f"{folder / ADAPTER_FILE}", "get the adapter anew"):
-            self.file = safe_open(folder / ADAPTER_FILE, framework="pt")
+            self.file = VerifiedFile(folder / ADAPTER_FILE)
         apart = any(re.search(r"\.experts\.\d+\.", name) for name in self.file.keys())  # noqa: SIM118
         wrapped = _wrap(folder, config, checkpoint.config, apart)
         refuse_other_tensors(wrapped, folder)

@@ -2,10 +2,11 @@
 
 If a file is missing, Trainer goes on without it: with a fresh optimizer, or at another learning
 rate. If a file is damaged, a library raises an error that does not name the file. So every file is
-checked first: whether it is there, whether its structure is whole, and whether it is of the
-checkpoint's step. Large files are not read in full, so changed numbers in them go unseen.
+checked first: whether it is there, whether its structure is whole, whether it is of the
+checkpoint's step, and whether it has the checksums with which it was written.
 """
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
+from tqdm import tqdm
 from transformers import TrainerState
 
+from .. import checksums
 from ..checkpoint import Checkpoint
 from ..delta import STEM
 from ..errors import CollectiveRunError, RunError, UserError, first_words
@@ -35,8 +38,6 @@ from .saving import is_out_of_memory
 
 Check = Callable[[Path], None]
 """Raises any exception if the file is damaged."""
-SMALL = 2**26
-"""Bytes. The checksums of a file's content are compared too if it is no larger."""
 OF_A_WEIGHT = ("exp_avg", "exp_avg_sq", "m", "v")
 """The states of AdamW (torch's or ours) that have the shape of their weight."""
 
@@ -110,13 +111,17 @@ class Layout:
 
 
 def refuse_damaged(checkpoint: Path, layout: Layout) -> None:
-    """Checks a checkpoint before anything of it is loaded. All processes call this.
+    """Checks a checkpoint before anything of it is loaded. All processes call this, and share the
+    checksums among themselves.
 
     Raises:
         CollectiveRunError: names the first file that is missing or damaged, what is wrong with it,
             and what to remove to go on from the last checkpoint before it that is whole.
+        RunError: the same, of a checksum, which only this process has compared.
     """
-    if not (damage := find_damage(checkpoint, layout)):
+    if not (damage := _find_broken(checkpoint, layout)):
+        if changed := _find_changed(checkpoint, layout, int(os.environ.get("RANK", 0))):
+            raise RunError(f"{changed}; {_remedy(checkpoint, layout)}")
         return
     # One process saves its random states to rng_state.pth, each of several to rng_state_N.pth.
     ranks = [int(file.stem[10:] or 0) for file in checkpoint.glob("rng_state*.pth")]
@@ -130,7 +135,18 @@ def refuse_damaged(checkpoint: Path, layout: Layout) -> None:
 
 
 def find_damage(checkpoint: Path, layout: Layout) -> str | None:
-    """Names the first file of the checkpoint that is not whole, and what is wrong with it."""
+    """Names a file of the checkpoint that is not whole, and what is wrong with it."""
+    return _find_broken(checkpoint, layout) or _find_changed(checkpoint, layout)
+
+
+def _find_changed(checkpoint: Path, layout: Layout, rank: int | None = None) -> str | None:
+    """Compares the checksums of the share of `rank`, or of all files."""
+    files = [checkpoint / checksums.CHECKSUMS, *(file for file, _ in layout.checks(checkpoint))]
+    share = files if rank is None else files[rank :: layout.processes]
+    return checksums.find_damage(tqdm(share, "verify", unit="file", delay=3, leave=False))
+
+
+def _find_broken(checkpoint: Path, layout: Layout) -> str | None:
     for file, check in layout.checks(checkpoint):
         if not file.is_file():
             return f"{file} is missing"
@@ -139,7 +155,9 @@ def find_damage(checkpoint: Path, layout: Layout) -> str | None:
         try:
             check(file)
         except Exception as error:  # Libraries raise errors of any class.
-            return f"{file} is damaged ({first_words(error)})"
+            # The weights do not fit a config.json in which a digit has changed.
+            changed = checksums.find_damage([checkpoint / checksums.CHECKSUMS])
+            return changed or f"{file} is damaged ({first_words(error)})"
     return None
 
 
@@ -239,8 +257,6 @@ def _check_archive(file: Path) -> None:
             raise ValueError("torch did not save it")
         for part in parts:
             archive.open(part).close()  # reads the header of each
-        if file.stat().st_size <= SMALL and (broken := archive.testzip()):
-            raise ValueError(f"the checksum of {broken} in it is wrong")
 
 
 def _load(file: Path) -> Any:

@@ -179,8 +179,6 @@ class Run:
             return
         if adapts:
             (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
-            for file in adapter.glob("*.safetensors"):
-                file.chmod(0o644)
             if not merge:
                 self._publish(adapter)
                 return

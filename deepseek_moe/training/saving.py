@@ -8,6 +8,7 @@ import copy
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,18 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..checkpoint_writer import write_shards
+from ..checksums import write_text_checksums
 from ..delta import STEM
 from ..errors import RunError, UserError, first_words
 from ..experts.choose import CHOICE_FILE, choice_as_text
 from ..model.layout import official_parts
+from .adapter_config import ADAPTER_FILE
 from .chosen_experts import has_chosen_experts, trained_parts
 from .expert_lora import chosen_in, with_all_experts
 
@@ -92,6 +96,8 @@ def save_trained(
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         on_host = {n: p.detach().cpu() for n, p in (state or trained).items()}
         model.save_pretrained(str(folder), state_dict=with_all_experts(model, on_host))
+        saved = load_file(folder / ADAPTER_FILE)  # PEFT wrote it without checksums
+        write_shards(iter(saved.items()), folder, sys.maxsize, Path(ADAPTER_FILE).stem)
         if chosen := chosen_in(model):
             (folder / CHOICE_FILE).write_text(choice_as_text(chosen), encoding="utf-8")
         return
@@ -107,12 +113,15 @@ def save_trained(
 
 
 def publish_checkpoint(output: Path, name: str, limit: int | None) -> None:
-    """Moves the complete checkpoint `name` from INCOMPLETE into `output`, its run's folder.
+    """Adds the checksums of its texts to the complete checkpoint `name` in INCOMPLETE, and moves it
+    into `output`, its run's folder.
 
     Keeps the newest `limit` checkpoints, or all if that is not positive. Whatever is to be deleted
     is moved to INCOMPLETE first, so that no half-deleted folder has the name of a checkpoint.
     """
     aside = output / INCOMPLETE
+    with report_failed_write(output, main=True):
+        write_text_checksums(aside / name)
     if (output / name).exists():
         os.replace(output / name, aside / f"{name}-before")
     os.replace(aside / name, output / name)

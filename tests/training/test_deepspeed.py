@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ from finetune_fixtures import (
     weights,
     write_base,
 )
+from flip_fixtures import flip, flipped
 from transformers import AutoModelForCausalLM
 
 from deepseek_moe.training.resume import Layout, find_damage
@@ -285,12 +287,19 @@ def test_a_run_killed_in_a_save_goes_on_or_names_the_file(
                 file.write_bytes(other)
             assert find_damage(checkpoint, layout).startswith(f"{file} is ")
         file.write_bytes(content)
+        with flipped(file):
+            assert find_damage(checkpoint, layout).startswith(f"{file} is damaged (")
 
     last = files[-1].rename(tmp_path / "aside")
     first, second = run_ranks(argv, log, 2)
     remedy = f"remove {checkpoint} to go on from {output / 'checkpoint-1'}"
     assert first.error == f"{files[-1]} is missing; {remedy}"
     assert (first.code, second.code) == (1, 1) and "error" not in second.err
+    shutil.copyfile(last, files[-1])
+    flip(files[-1])
+    found = run_ranks(argv, log, 2)  # One of them has compared the checksums of this file.
+    assert all(done.code != 0 for done in found)
+    assert any(f"error: {files[-1]} is damaged (the checksum of" in done.err for done in found)
     torch.save({"nothing": 0}, files[-1])  # The same structure: only DeepSpeed finds it wrong.
     found = run_ranks(argv, log, 2)
     assert all(done.code != 0 for done in found)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accident_fixtures import die_in_step
 from finetune_fixtures import assert_same, checkpoints, logged, run, succeed
+from flip_fixtures import flip, flipped
 from safetensors.torch import load_file, save_file
 
 from deepseek_moe.checkpoint_writer import write_shards
@@ -126,13 +127,6 @@ def set_step_5(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"global_step": 5}))
 
 
-def flip_a_bit(file: Path) -> None:
-    """Changes a number, so that the structure stays whole."""
-    content = bytearray(file.read_bytes())
-    content[content.index(b"/data/0") + 200] ^= 1
-    file.write_bytes(content)
-
-
 def lose_a_weight(file: Path) -> None:
     tensors = load_file(file)
     del tensors[min(name for name in tensors if "experts.3." in name or "lora" in name)]
@@ -150,7 +144,7 @@ def lose_a_weight(file: Path) -> None:
         ("scheduler.pt", lambda file: torch.save(Path("x"), file), "Weights only load failed"),
         ("optimizer.pt", lambda file: torch.save(Path("x"), file), "Weights only load failed"),
         ("optimizer.pt", lambda file: torch.save({"state": {}}, file), "damaged"),
-        ("optimizer.pt", flip_a_bit, "the checksum of"),
+        ("optimizer.pt", flip, "the checksum of"),
         ("rng_state.pth", lambda file: file.write_bytes(b"PK\x05\x06" + bytes(18)), "torch did"),
         ("config.json", lambda file: file.write_text("[]"), "no JSON object"),
         ("model.safetensors", lose_a_weight, "experts.3.down_proj.weight is missing"),
@@ -159,8 +153,31 @@ def lose_a_weight(file: Path) -> None:
 def test_a_file_of_another_checkpoint_or_format_is_damaged(name, how, found, copied):
     checkpoint = copied("full") / "checkpoint-6"
     how(checkpoint / name)
+    (checkpoint / "checksums.json").unlink()
     said = find_damage(checkpoint, layout_of("full"))
     assert said and said.startswith(f"{checkpoint / name} is damaged (") and found in said
+
+
+@pytest.mark.parametrize("mode", FILES)
+def test_a_flipped_bit_of_any_file_is_named(mode, copied):
+    layout, checkpoint = layout_of(mode), copied(mode) / "checkpoint-6"
+    files = sorted(set(checkpoint.iterdir()) - {checkpoint / "checksums.json"})
+    assert {file.name for file in files} > FILES[mode]
+    for file in files:
+        with flipped(file):
+            said = find_damage(checkpoint, layout)
+            assert said and said.startswith(f"{file} is damaged ("), said
+    (checkpoint / "checksums.json").unlink()  # as an older version of this code left it
+    with flipped(checkpoint / "tokenizer.json"):
+        assert find_damage(checkpoint, layout) is None
+
+
+def test_a_base_that_is_damaged_is_refused(place, argv, tmp_path):
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    write_shards(iter(load_file(base / "model.safetensors").items()), base, 10**9)
+    flip(base / "model.safetensors")
+    done = run(argv(tmp_path / "out", model_name_or_path=base), tmp_path / "log")
+    assert done.refusal.startswith(f"{base / 'model.safetensors'} is damaged (the checksum of ")
 
 
 def test_every_shard_of_the_weights_is_checked(copied):
