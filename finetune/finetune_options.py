@@ -195,6 +195,8 @@ def parse_options(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     parser = _parser()
     words = sys.argv[1:] if argv is None else argv
+    if empty := next((word for word in words if word.endswith("=--")), None):
+        parser.error(f"{empty} has no value")  # argparse would take it for an empty list, or True
     found, unknown = parser.parse_known_args([_today(word) for word in words])
     given = vars(found)
     if unknown:
@@ -277,7 +279,7 @@ def _refuse_other_values(parser: "_Parser", given: dict[str, Any]) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line by the first process; the launcher ends the others when one has left."""
-        message = message.removeprefix("argument ")
+        message = " ".join(message.removeprefix("argument ").split())
         hint = "" if ";" in message else "; --help lists the options"
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {message}{hint}", file=sys.stderr)

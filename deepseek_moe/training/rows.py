@@ -136,11 +136,10 @@ def _checked_rows(
             except BadRow as error:
                 problem = str(error)
             yield {
-                "source": f"{name} {place}",
+                "source": _writable(f"{name} {place}"),
                 "messages": json.dumps(messages, ensure_ascii=False),
-                "problem": problem,
-                # A name may have half a character, which is no text.
-                "unused": "\n".join(unused).encode(errors="backslashreplace").decode(),
+                "problem": _writable(problem),
+                "unused": _writable("\n".join(unused)),
             }
         if place is None:
             raise UserError(f"{name} has no rows; give a file with some")
@@ -151,6 +150,11 @@ def _checked_rows(
                 f"no row has {theirs}, which --columns gives for {ours}, but {fields}; "
                 "mend the name"
             )
+
+
+def _writable(text: str) -> str:
+    """`text`, with halves of characters in names of files or fields escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _rows_of(name: str, source: Path | Dataset) -> Rows:

@@ -167,6 +167,7 @@ def test_parsing_starts_nothing(monkeypatch):
         ("--neftune_noise_alpha 5", "no option --neftune_noise_alpha; --help lists"),
         ("--use_liger_kernel", "--use_liger_kernel True is not supported; the kernels are used"),
         ("--do_train False", "this trains; for a look, --dry_run True"),
+        ("--max_steps=--", "--max_steps=-- has no value"),
         ("--bits 3", "--bits is 3; use one of 16, 8, 4"),
         ("--bits 4", "--use_lora True"),
         (f"--bits 4 --use_lora True --deepspeed {CONFIGS}/ds_config_zero3.json", "ZeRO-3"),

@@ -232,3 +232,12 @@ def test_paths_that_hold_nothing_and_a_cache_that_cannot_be_written(read, tmp_pa
     (tmp_path / "taken").write_text("a file where a folder should be")
     with pytest.raises(UserError, match=r"cannot be written to the cache: .*--cache_dir"):
         read("x.jsonl", cache="taken")
+
+
+def test_a_name_may_hold_half_a_character(read: Any, tmp_path: Path) -> None:
+    """Names of fields and files go into messages, and with the rows into a file of UTF-8."""
+    odd = "\udcff"
+    (tmp_path / f"{odd}.json").write_text(json.dumps([GOOD | {odd: 1}, {odd: 1}]))
+    with pytest.raises(UserError, match=r"\\udcff\.json row 2: found \\udcff; wanted"):
+        read(f"{odd}.json")
+    assert read(f"{odd}.json", skip_bad_rows=True)["unused"] == [r"\udcff"]
