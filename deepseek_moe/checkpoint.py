@@ -73,6 +73,7 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
             read_object(folder / name)
     fields = read_object(folder / "config.json")
     kind = fields.get("model_type") or fields.get("architectures")
+    kind = ", ".join(map(str, kind)) if isinstance(kind, list) else kind
     if kind != DeepseekConfig.model_type:
         raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
     config = read_config(folder)
