@@ -99,7 +99,8 @@ def test_a_field_of_the_config(field: str, value: Any, place: Path, tmp_path: Pa
         "export": lambda: run_program(export, "--model", base, "--output", tmp_path / "export"),
         "prune": lambda: run_prune(base, tmp_path / "prune"),
     }
-    model, *_ = [keeps_the_rule(command, "config.json") for command in commands.values()]
+    names = ("config.json", "give one of type deepseek")
+    model, *_ = [keeps_the_rule(command, *names) for command in commands.values()]
     assert {file.name for file in tmp_path.iterdir()} <= {"profile.json", *commands}
     if model is not None:
         assert equal({"logits": logits(model)}, {"logits": checkpoint_says(base)["logits"]})
