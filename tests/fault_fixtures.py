@@ -258,9 +258,13 @@ Result = dict[str, Any]
 def checkpoint_says(folder: Path) -> Result:
     """Logits, ids of TEXT, and the ids that end a text, read in another way than by `load`."""
     fields = json.loads((folder / "config.json").read_bytes())
-    model = DeepseekForCausalLM(DeepseekConfig(**fields)).eval()
+    how = {name: None for name in fields if name.endswith("_implementation")}
+    model = DeepseekForCausalLM(DeepseekConfig(**(fields | how))).eval()
     for file in weight_files(folder):
-        model.load_state_dict(load_file(file), strict=False)
+        tensors = load_file(file)
+        if model.config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        model.load_state_dict(tensors, strict=False)
     generation = folder / "generation_config.json"
     ends = json.loads(generation.read_bytes()) if generation.is_file() else fields
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
