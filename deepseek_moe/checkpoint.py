@@ -5,7 +5,6 @@ Nothing in a checkpoint is executed or unpickled.
 
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -106,7 +105,8 @@ def own_tokenizer(folder: Path) -> DeepseekTokenizer:
     """
     size = read_config(folder).vocab_size
     file = folder / "tokenizer.json"
-    with as_user_error(f"{file} cannot be used", "get the tokenizer's files anew"):
+    found = f"{file}, tokenizer_config.json or chat_template.jinja cannot be used"
+    with as_user_error(found, "get the tokenizer's files anew"):
         tokenizer = DeepseekTokenizer.from_pretrained(folder)
         highest = max(tokenizer.get_vocab().values())
         batch = tokenizer(["a", "a b"], padding=True)  # what is wrong shows when it is used
@@ -131,7 +131,7 @@ def _refuse_broken_generation_config(folder: Path) -> None:
             raise UserError(f"{file} has eos_token_id {ends!r}; give an id, or a list of ids")
     for name in GENERATION_NUMBERS:
         value = fields.get(name)
-        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+        if value is not None and not (type(value) in (int, float) and abs(value) < 2**63):
             raise UserError(f"{file} has {name} {value!r}; give a number")
     with as_user_error(f"{file} cannot be used", "mend the field, or get it anew"):
         GenerationConfig.from_pretrained(folder)

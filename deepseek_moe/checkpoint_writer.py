@@ -19,7 +19,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoint import Checkpoint, own_tokenizer
 from .checksums import KEY, checksum
-from .errors import RunError, UserError
+from .errors import RunError, UserError, as_user_error
 from .files import complete_or_absent, free_bytes_at, readable_size, refuse_occupied, write_aside
 from .model import modeling_deepseek
 from .model.layout import first_few
@@ -63,6 +63,8 @@ def write_checkpoint(
     config = base.config
     config.architectures = [DeepseekForCausalLM.__name__]
     config.dtype = dtype or config.dtype
+    with as_user_error(f"{base.folder / 'config.json'} cannot be used", "mend the field"):
+        config.validate()  # as `save_pretrained` does
     tokenizer = own_tokenizer(base.folder)
     generation_config = base.folder / "generation_config.json"
     _refuse_full_disk(base, folder, dtype)

@@ -231,7 +231,10 @@ BROKEN: list[tuple[Change, tuple[str, ...]]] = [
         for content in (b"", b"[]", b"[" * 10**5)
     ),
     *(
-        (write("tokenizer_config.json", content), ("tokenizer.json cannot be used",))
+        (
+            write("tokenizer_config.json", content),
+            ("tokenizer_config.json or ",),
+        )
         for content in (b'{"model_max_length": "x"}', b'{"padding_side": 5}', b'{"bos_token": 5}')
     ),
 ]

@@ -239,7 +239,7 @@ class DeepseekConfig(PreTrainedConfig):
 
         for field, (harmless, wanted) in FOREIGN_FIELDS.items():
             need(field, getattr(self, field, None) in harmless, wanted)
-        if stored := getattr(self, "quantization_config", None):
+        if (stored := getattr(self, "quantization_config", None)) is not None:
             method = stored.get("quant_method") if isinstance(stored, dict) else None
             raise ValueError(
                 f"config field quantization_config says that the weights are stored as {method}, "

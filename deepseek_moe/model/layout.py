@@ -186,7 +186,7 @@ def refuse_wrong_checkpoint(
     config = kwargs.get("config")
     if config is None or isinstance(config, (str, Path)):
         config = model_class.config_class.from_pretrained(config or Path(found).parent)
-    if getattr(config, "transformers_weights", None):
+    if getattr(config, "transformers_weights", None) is not None:
         raise ValueError(
             f"{found} names weights of its own ({config.transformers_weights}), which may be a "
             "pickle; take transformers_weights out"

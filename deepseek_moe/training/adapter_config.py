@@ -53,7 +53,7 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
         other["init_lora_weights"] = config.init_lora_weights
     if other:
         found = first_few([f"{name}={value!r}" for name, value in other.items()])
-        raise UserError(f"{folder} has {found}; only plain LoRA can be merged here: use PEFT's own")
+        raise UserError(f"{file} has {found}; only plain LoRA can be merged here: use PEFT's own")
     config.init_lora_weights = False
     config.lora_dropout = 0.0  # matters while training only, and PEFT refuses it on experts
     return config

@@ -56,9 +56,12 @@ class Quantization:
         """How the base of the adapter in `folder` is quantised, or None if it is not."""
         file = folder / QUANTIZATION_FILE
         if not file.is_file():
+            _refuse_lost(file)
             return None
         fields = read_object(file, "get the adapter anew")
         try:
+            if lost := sorted(cls.__annotations__.keys() - fields.keys()):
+                raise ValueError(f"it lacks {', '.join(lost)}")
             return cls(**fields)
         except (ValueError, TypeError) as error:
             found = first_words(error).partition(";")[0]
@@ -101,6 +104,15 @@ class Quantization:
         """What a quantised module computes with instead of `weight`, in `dtype`."""
         dtype = getattr(torch, self.dtype)
         return dequantize(self.quantize(weight.to(dtype)), dtype)
+
+
+def _refuse_lost(file: Path) -> None:
+    """Refuses an adapter without its `file` if a run.json says that its base was quantised."""
+    folder = file.parent.resolve()
+    for note in (folder / "run.json", folder.parent / "run.json"):
+        settings = read_object(note).get("settings") if note.is_file() else None
+        if isinstance(settings, dict) and settings.get("bits") in (4, 8):
+            raise UserError(f"{file} is missing, and by {note} there was one; get it anew")
 
 
 def dequantize(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -223,7 +223,7 @@ def test_a_delta_of_another_base_or_no_delta_is_refused(base, delta, tmp_path, e
     for folder in (delta, delta / "checkpoint-4"):
         with pytest.raises(UserError, match=r"over another model|was not trained over"):
             export_delta(other, folder, tmp_path / "out")
-    with pytest.raises(UserError, match="holds no delta that can be read"):
+    with pytest.raises(UserError, match="is no delta that can be read"):
         export_delta(base, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
