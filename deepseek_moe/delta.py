@@ -31,9 +31,11 @@ def delta_tensors(folder: Path) -> Tensors:
     Raises:
         UserError: there is none in `folder`, or a file of it is missing or broken.
     """
+    remedy = "give a folder that finetune.py --train_experts wrote"
+    with as_user_error(f"{folder} holds no delta that can be read", remedy):
+        files = weight_files(folder, STEM)
     opened = []
-    for file in weight_files(folder, STEM):
-        remedy = "give a folder that finetune.py --train_experts wrote"
+    for file in files:
         with as_user_error(f"{file} is no delta that can be read", remedy):
             opened.append(VerifiedFile(file))
     return ((name, file.get_tensor(name)) for file in opened for name in file.keys())  # noqa: SIM118
