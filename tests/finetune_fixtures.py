@@ -73,6 +73,15 @@ def write_base(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def forbid_loading() -> None:
+    """Lets a run that loads weights fail."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    DeepseekForCausalLM.from_pretrained = load
+
+
 def write_rows(file: Path, count: int = 24) -> Path:
     """Writes JSON lines with answers of 1 to 37 words."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,13 @@
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from example_fixtures import LONG, assert_error, run
+from finetune_fixtures import write_base
 from row_fixtures import ROWS, write_jsonl
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
@@ -187,10 +187,7 @@ def test_what_is_refused_before_weights_are_loaded(data, text, tmp_path):
         ("--text", text, "--quantization", "int8"): "there is no option --quantization",
         ("--data_path", data, "--columns", "x"): "--columns 'x' is no name",
     }
-    dense = tmp_path / "dense"
-    shutil.copytree(BUNDLED, dense)
-    config = json.loads((BUNDLED / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(config | {"n_routed_experts": None}))
+    write_base(tmp_path / "dense", n_routed_experts=None)
     loaded = AssertionError("weights are loaded")
     with patch("deepseek_moe.DeepseekForCausalLM.from_pretrained", side_effect=loaded):
         for words, said in cases.items():

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from adapter_fixtures import IDS, add_random_adapters, load, tensors_in
-from finetune_fixtures import assert_same, logged, run, succeed, weights
+from finetune_fixtures import assert_same, forbid_loading, logged, run, succeed, weights
 from peft import PeftModel
-from safetensors.torch import save_file
 
 from deepseek_moe.errors import UserError
 from deepseek_moe.experts.choose import CHOICE_FILE, choice_as_text
@@ -239,10 +238,8 @@ def test_the_dry_run_counts_the_chosen_experts(command, tmp_path):
         ({"train_experts": "nowhere.json"}, "nowhere.json cannot be read: No such file"),
     ],
 )
-def test_a_wrong_choice_is_refused(changes, said, place, command, tmp_path):
-    """Before weights are loaded, which are those of nothing here."""
-    base = shutil.copytree(place / "base", tmp_path / "base")
-    save_file({"other": torch.zeros(1)}, base / "model.safetensors")
-    words = command(tmp_path / "out", model_name_or_path=base, **changes)
-    assert said in run(words, tmp_path / "log").refusal
+def test_a_wrong_choice_is_refused(changes, said, command, tmp_path):
+    """Before weights are loaded."""
+    words = command(tmp_path / "out", **changes)
+    assert said in run(words, tmp_path / "log", forbid_loading).refusal
     assert not (tmp_path / "out").exists()
