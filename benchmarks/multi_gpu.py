@@ -131,13 +131,17 @@ def fitting_rows(model: Path, name: str, gpus: int, data: Path) -> tuple[int, fl
 
     0 rows if none fit.
     """
-    room = RESERVE * torch.cuda.get_device_properties(0).total_memory / 1e9
     for rows in ROWS:
         command = runs.command_of(model, data, rows, LENGTH, SETTINGS[name], runs.STEPS)
         foretold = runs.dry_run_gigabytes(command, gpus)
-        if "full" not in name or (foretold is not None and foretold < room):
+        if "full" not in name or _has_room(foretold):
             return rows, foretold
     return 0, foretold
+
+
+def _has_room(gigabytes: float | None) -> bool:
+    room = RESERVE * torch.cuda.get_device_properties(0).total_memory / 1e9
+    return gigabytes is not None and gigabytes < room
 
 
 def killed(args: argparse.Namespace, model: Path, name: str) -> Row:

@@ -74,7 +74,7 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
     kind = fields.get("model_type") or fields.get("architectures")
     kind = ", ".join(map(str, kind)) if isinstance(kind, list) else kind
     if kind != DeepseekConfig.model_type:
-        raise UserError(f"{folder} holds a {kind} model; give one of type deepseek")
+        raise UserError(f"{folder} holds a {kind} model; give one of type deepseek (config.json)")
     config = read_config(folder)
     _refuse_broken_generation_config(folder)
     _refuse_incomplete_weights(folder)
@@ -150,7 +150,7 @@ def _refuse_incomplete_weights(folder: Path) -> None:
     if missing:
         raise UserError(
             f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(files)} weight "
-            "files); finish the download"
+            "files); finish the download, of model.safetensors.index.json too if there is one"
         )
 
 

@@ -156,7 +156,9 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     if (folder / f"{stem}.safetensors").is_file() or not index.is_file():
         return [folder / f"{stem}.safetensors"]
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        fields = json.loads(index.read_text(encoding="utf-8"))
+        names = set(fields["weight_map"].values())
+        dict(fields.get("metadata") or {})  # which transformers fills
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of weight files") from error
     for name in names:
