@@ -33,8 +33,7 @@ from .model.tokenization_deepseek import DeepseekTokenizer
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # What transformers reads beside config.json and tokenizer.json.
-OTHER_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-OTHER_OBJECTS += ("chat_template.json", "model.safetensors.index.json")
+OTHERS = "tokenizer_config special_tokens_map added_tokens chat_template model.safetensors.index"
 GENERATION_NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_length")
 GENERATION_NUMBERS += ("max_new_tokens", "bos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,18 +66,18 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
         raise UserError(f"{folder} has no config.json; give a folder in Hugging Face layout")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
-    for name in OTHER_OBJECTS:
-        if (folder / name).is_file():
-            read_object(folder / name)
+    for file in (folder / f"{name}.json" for name in OTHERS.split()):
+        if file.is_file():
+            read_object(file)
     fields = read_object(folder / "config.json")
     kind = fields.get("model_type") or fields.get("architectures")
     kind = ", ".join(map(str, kind)) if isinstance(kind, list) else kind
     if kind != DeepseekConfig.model_type:
-        raise UserError(f"{folder} holds a {kind} model; give one of type deepseek (config.json)")
+        raise UserError(f"by config.json {folder} holds a {kind} model; give one of type deepseek")
     config = read_config(folder)
     _refuse_broken_generation_config(folder)
-    _refuse_incomplete_weights(folder)
     with as_user_error("the weights cannot be used", "get the checkpoint anew"):
+        _refuse_incomplete_weights(folder)
         refuse_other_sizes(folder, config)
     return folder
 
@@ -138,8 +137,7 @@ def _refuse_broken_generation_config(folder: Path) -> None:
 
 
 def _refuse_incomplete_weights(folder: Path) -> None:
-    with as_user_error("the weights cannot be used", "get the index of their files anew"):
-        files = weight_files(folder)
+    files = weight_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
     if missing and pickles:
@@ -150,7 +148,7 @@ def _refuse_incomplete_weights(folder: Path) -> None:
     if missing:
         raise UserError(
             f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(files)} weight "
-            "files); finish the download, of model.safetensors.index.json too if there is one"
+            "files); finish the download (of several files, model.safetensors.index.json too)"
         )
 
 

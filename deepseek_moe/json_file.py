@@ -7,11 +7,8 @@ from typing import Any
 
 from .errors import UserError, first_words
 
-LARGEST = 2**28
-"""Bytes of a JSON file that is read. The index of the 16B model's weights has half a million."""
-DEEPEST = 64
-"""Lists and objects inside of each other in such a file. Libraries walk through them by recursion.
-"""
+LARGEST = 2**28  # bytes of a file; the index of the 16B model's weights has half a million
+DEEPEST = 64  # lists and objects inside of each other, which libraries walk through by recursion
 
 
 def read_object(file: str | Path, remedy: str = "get it anew") -> dict[str, Any]:

@@ -259,8 +259,7 @@ class DeepseekConfig(PreTrainedConfig):
         need("hidden_size", self.hidden_size % heads == 0, f"multiples of {heads} heads")
         equal = head_dim in (None, self.head_dim)
         need("head_dim", equal, f"hidden_size / num_attention_heads ({self.head_dim})", head_dim)
-        even = self.head_dim % 2 == 0
-        need("head_dim", even, "even sizes, whose halves rotate", self.head_dim)
+        need("head_dim", self.head_dim % 2 == 0, "even sizes, whose halves rotate", self.head_dim)
         divides = heads % self.num_key_value_heads == 0
         need("num_key_value_heads", divides, f"divisors of num_attention_heads ({heads})")
         if experts:
@@ -273,16 +272,13 @@ class DeepseekConfig(PreTrainedConfig):
         need("n_routed_experts", experts is None or type(experts) is int, "whole numbers")
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
         counts += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
-        if experts:
-            counts += ["moe_intermediate_size", "moe_layer_freq"]
+        counts += ["moe_intermediate_size", "moe_layer_freq"] if experts else []
         for field in counts:
             need(field, 1 <= getattr(self, field) < LIMIT, f"1 to below {LIMIT}")
-        need("n_shared_experts", 0 <= (self.n_shared_experts or 0) < LIMIT, f"0 to below {LIMIT}")
         for field in ("output_hidden_states", "output_attentions", "return_dict"):
-            value = getattr(self, field, None)
-            need(field, value is None or type(value) is bool, "true or false", value)
-        for field in ("initializer_range", "rms_norm_eps", "aux_loss_alpha"):
-            need(field, 0 <= getattr(self, field) < LIMIT, f"0 to below {LIMIT}")
+            need(field, isinstance(getattr(self, field, None), bool | NoneType), "true or false")
+        for field in ("n_shared_experts", "initializer_range", "rms_norm_eps", "aux_loss_alpha"):
+            need(field, 0 <= (getattr(self, field) or 0) < LIMIT, f"0 to below {LIMIT}")
         need("dtype", self.dtype in DTYPES, "bf16, fp16, fp32 and fp64", str(self.dtype))
         need("attention_dropout", 0 <= self.attention_dropout <= 1, "0 to 1")
         for field in ("rope_theta", "factor"):

@@ -33,8 +33,7 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-FIRST_FEW = 4
-"""So many findings are named in one line."""
+FIRST_FEW = 4  # findings are named in one line
 
 # How a weight may be stored, in the words of safetensors headers. transformers would cast anything
 # else without a warning: integers and booleans become zeros and ones.
@@ -227,25 +226,22 @@ def refuse_other_sizes(folder: Path, config: Any) -> None:
 
 def _trunk_tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names in a `DeepseekModel` and shapes of its tensors on disk, by the sizes in `config`."""
-    D, head_dim = config.hidden_size, config.head_dim
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    heads |= {"v": heads["k"]}
+    D, width = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * width, config.num_key_value_heads * width
     yield "embed_tokens.weight", (config.vocab_size, D)
     for number in range(config.num_hidden_layers):
         layer = f"layers.{number}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{layer}{norm}.weight", (D,)
-        for name, count in heads.items():
-            yield f"{layer}self_attn.{name}_proj.weight", (count * head_dim, D)
-        yield f"{layer}self_attn.o_proj.weight", (D, heads["q"] * head_dim)
+        for name, shape in (("q", (q, D)), ("k", (kv, D)), ("v", (kv, D)), ("o", (D, q))):
+            yield f"{layer}self_attn.{name}_proj.weight", shape
         if not config.is_moe_layer(number):
             yield from _mlp_tensors(f"{layer}mlp.", D, config.intermediate_size)
             continue
         F = config.moe_intermediate_size
         yield f"{layer}mlp.gate.weight", (config.n_routed_experts, D)
         if config.n_shared_experts:
-            shared = f"{layer}mlp.shared_experts."
-            yield from _mlp_tensors(shared, D, config.n_shared_experts * F)
+            yield from _mlp_tensors(f"{layer}mlp.shared_experts.", D, config.n_shared_experts * F)
         for expert in range(config.n_routed_experts):
             yield from _mlp_tensors(f"{layer}mlp.experts.{expert}.", D, F)
     yield "norm.weight", (D,)
@@ -283,8 +279,20 @@ def refuse_wrong_tensors(folder: Path, model: PreTrainedModel, free: tuple[str, 
         tied_head = model.config.tie_word_embeddings and name == "lm_head.weight"
         if name not in wanted and not tied_head and "rotary_emb.inv_freq" not in name:
             wrong.append(f"{name} is not of this model")
+    if model.config.tie_word_embeddings and not wrong and not _is_tied(folder):
+        wrong.append("lm_head.weight is not the embedding, though config.json ties them")
     if wrong:
         raise ValueError(f"{folder} does not hold this model: {first_few(wrong)}")
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether the files hold no head but the embedding. Another one would be lost in a save."""
+    ends: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            names = {"lm_head.weight", "model.embed_tokens.weight"} & set(tensors.keys())
+            ends |= {name: tensors.get_tensor(name).float() for name in names}
+    return len(ends) < 2 or torch.equal(*ends.values())
 
 
 def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

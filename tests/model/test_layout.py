@@ -249,3 +249,6 @@ def test_a_tied_head_may_be_stored_or_not(tiny_model, tmp_path):
     for head in ({}, {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}):
         rewrite(tmp_path, tensors | head)
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, want)
+    rewrite(tmp_path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * 2})
+    with pytest.raises(ValueError, match=r"is not the embedding, though config\.json ties them"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
