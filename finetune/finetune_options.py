@@ -74,6 +74,7 @@ GROUPS = {
         Option("bits", int, 16, "of the frozen base of LoRA or chosen experts", (16, 8, 4)),
         Option("quant_type", str, "nf4", "of 4 bits", ("nf4", "fp4")),
         Option("double_quant", bool, True, "quantise the scales of the 4 bits too"),
+        Option("offload_experts", bool, False, "with --bits 4: keep the experts in host memory"),
         Option("save_delta", bool, False, "chosen experts: save only what changed, for export"),
         Option("merge_on_save", bool, False, "LoRA: write the whole merged model at the end too"),
         Option("single_gpu_full", bool, None, "all weights on one GPU, 4 bytes each, if possible"),

@@ -45,6 +45,7 @@ class ModelArguments:
     bits: int = 16
     quant_type: str = "nf4"
     double_quant: bool = True
+    offload_experts: bool = False
     recompute_experts: bool = False
     merge_on_save: bool = False
     train_experts: str | None = None
@@ -182,7 +183,7 @@ def _refuse_unneeded(
     experts = ("expert_score", "expert_threshold", "expert_share", "save_delta")
     for options, is_used, wanted in (
         (lora, model.use_lora, "--use_lora True"),
-        (("quant_type", "double_quant"), model.bits == 4, "--bits 4"),
+        (("quant_type", "double_quant", "offload_experts"), model.bits == 4, "--bits 4"),
         (("recompute_experts",), training.bf16, "--bf16 True"),
         (experts, bool(model.train_experts), "--train_experts FILE"),
     ):
@@ -203,6 +204,15 @@ def _check_model(model: ModelArguments, training: FineTuningArguments) -> None:
         raise UserError(
             "ZeRO-3 cannot divide quantised weights among GPUs; "
             "use --deepspeed configs/ds_config_zero2_no_offload.json with --bits 4 or 8"
+        )
+    if model.offload_experts and not model.use_lora:
+        raise UserError(
+            "--offload_experts True keeps all experts frozen in host memory; train adapters on "
+            "them: --use_lora True"
+        )
+    if model.offload_experts and (training.deepspeed or training.world_size > 1):
+        raise UserError(
+            "--offload_experts True is for one GPU; start it with python and without --deepspeed"
         )
     known = {"auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
     if model.attn_implementation not in known and "/" not in model.attn_implementation:

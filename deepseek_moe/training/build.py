@@ -15,6 +15,7 @@ from .chosen_experts import order_of_experts, read_trained
 from .compute.grouped_experts import GROUPED, RECOMPUTED
 from .compute.liger import use_fused_forwards
 from .deepspeed_file import zero_stage
+from .offload import refuse_small_host, stream_experts
 from .quantized_base import Quantization
 from .trainable import adapt, freeze_all_but, saved_whole
 
@@ -27,9 +28,13 @@ def build_model(
     Weights that train are fp32 and computed with in bf16 if asked; bf16 where DeepSpeed keeps fp32
     copies of its own, or with --single_gpu_full. Frozen ones are bf16 where --bf16, or quantised.
     """
+    if options.offload_experts:
+        refuse_small_host(DeepseekConfig.from_pretrained(folder))
     model = _load_base(folder, options, training)
     model.config.use_cache = False
     model = adapt(model, options)
+    if options.offload_experts:
+        stream_experts(model, training.device)
     for parameter in model.parameters():  # PEFT casts adapters only, not --modules_to_save.
         if parameter.requires_grad and training.keeps_fp32:
             parameter.data = parameter.data.float()
@@ -70,7 +75,7 @@ def _load_base(
     }
     if quantization := quantization_of(options, training):
         skip, order = _left_alone(folder, options), order_of_stacks(folder, options)
-        wanted["quantization_config"] = quantization.config(skip, order)
+        wanted["quantization_config"] = quantization.config(skip, order, options.offload_experts)
     if zero_stage(training) != 3:  # Stage 3 places the weights by itself.
         wanted["device_map"] = {"": training.device}
     with as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew"):

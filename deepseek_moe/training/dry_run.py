@@ -17,6 +17,7 @@ size, F expert width. Tokens are those of a device and micro-batch.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ from .arguments import FineTuningArguments, ModelArguments, optimizer_name
 from .chosen_experts import is_of_chosen
 from .deepspeed_file import zero_settings, zero_stage
 from .expert_lora import zeros_left_out
+from .offload import BUFFERS
 from .quantized_base import full_shape
 from .trainable import adapt, parameter_table
 
+CUDA = 0.5e9  # bytes beside PyTorch's
 LOGITS = 0.5  # bytes a logit: the fused loss has only a part of them at a time
 IN_BACKWARD = 2 * (1 + 4 / ADAMW_BLOCK)  # bytes a weight: two averages in 8 bits, and their scales
 HEAD = 10  # bytes a weight of the head: the loss computes its gradient
@@ -45,12 +48,14 @@ HEAD = 10  # bytes a weight of the head: the loss computes its gradient
 @dataclass
 class Memory:
     """Bytes of a device at the highest peak. CUDA itself takes about 0.5 GB more. `activations` are
-    all that comes and goes, ZeRO's buckets and dequantised weights included."""
+    all that comes and goes: ZeRO's buckets, dequantised weights, and buffers of offloaded experts,
+    which are in pinned `host` memory."""
 
     weights: float
     optimizer: float
     gradients: float
     activations: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -81,6 +86,9 @@ def estimate(
     weights = sum(_stored(name, p, options, training) for name, p in model.named_parameters())
     optimizer, gradients, stepping = optimizer_bytes(training) * trained, 4 * trained, 0
     copies = _computing_copies(model, options, training)
+    offloaded = [p.numel() / 2 for name, p in model.named_parameters() if _off(name, p, options)]
+    layers = len(offloaded) / 2  # each has two stacks
+    copies += BUFFERS * sum(offloaded) / layers if offloaded else 0
     zero = zero_settings(training)
     stage, ranks = zero.get("stage", 0), max(1, training.world_size)
     if stage:  # The ranks divide the bf16 gradients and the fp32 weights and states.
@@ -114,7 +122,7 @@ def estimate(
         peaks = {at_evaluation: 0, at_loss: 0, at_start: 0, at_end: gradients}
         peaks[gradients + stepping] = gradients
     peak = max(peaks)
-    return Memory(weights, optimizer, peaks[peak], peak - peaks[peak])
+    return Memory(weights, optimizer, peaks[peak], peak - peaks[peak], sum(offloaded))
 
 
 def optimizer_bytes(training: FineTuningArguments) -> float:
@@ -203,8 +211,15 @@ def _stored(
     elif options.bits == 8:
         each = 1 + 4 / parameter.shape[-1]
     else:  # 64 numbers share a scale.
-        each = 0.5 + (1 + 4 / 256 if options.double_quant else 4) / 64
+        each = 0.0 if _off(name, parameter, options) else 0.5
+        each += (1 + 4 / 256 if options.double_quant else 4) / 64
     return parameter.numel() * each
+
+
+def _off(name: str, parameter: nn.Parameter, options: ModelArguments) -> bool:
+    """Whether the parameter is a stack of experts that --offload_experts keeps in host memory."""
+    stack = name.endswith(("gate_up_proj", "down_proj")) and "original_module" not in name
+    return options.offload_experts and stack and not parameter.requires_grad
 
 
 def print_dry_run(
@@ -230,12 +245,46 @@ def print_dry_run(
     tokens = training.per_device_train_batch_size * max(lengths)
     memory = estimate(model, options, training, tokens)
     print(f"memory a device at its peak (estimated), its parts then; {tokens:,} tokens at a time")
-    for part, size in (vars(memory) | {"in all": memory.total}).items():
+    parts = {name: size for name, size in vars(memory).items() if name != "host"}
+    for part, size in (parts | {"in all": memory.total}).items():
         print(f"{part.replace('activations', 'activations, buffers'):24}{readable_size(size)}")
+    if memory.host:
+        print(f"and in pinned host memory, the experts: {readable_size(memory.host)}")
     if torch.cuda.is_available():
         free, there = torch.cuda.mem_get_info()
-        fits = "fits" if memory.total + 0.5e9 < free else "does not fit"
-        print(f"it {fits} the GPU here: {free / 1e9:.1f} of {there / 1e9:.1f} GB are free")
+        fits = memory.total + CUDA < free
+        print(
+            f"it {'fits' if fits else 'does not fit'} the GPU here: {free / 1e9:.1f} of "
+            f"{there / 1e9:.1f} GB are free"
+        )
+        if not fits:
+            print(smaller(model, options, training, tokens, free))
+
+
+def smaller(
+    model: nn.Module,
+    options: ModelArguments,
+    training: FineTuningArguments,
+    tokens: int,
+    free: float,
+) -> str:
+    """What to do where a run needs more than the `free` bytes of a GPU: the first of a few options,
+    each beside those before it, with which it fits."""
+    said = ""
+    if options.use_lora and not training.deepspeed and training.world_size == 1:
+        changes = {"bits": 4, "offload_experts": True}
+        changes |= {"gradient_checkpointing": True, "optim": "adamw_bnb_8bit"}
+        options, training = copy(options), copy(training)
+        for name, value in changes.items():
+            for group in (options, training):
+                if hasattr(group, name) and getattr(group, name) != value:
+                    setattr(group, name, value)
+                    said += f" --{name} {value}"
+            needed = estimate(model, options, training, tokens)
+            if needed.total + CUDA < free:
+                host = f" and {readable_size(needed.host)} of host memory" if needed.host else ""
+                return f"with{said} it would: {readable_size(needed.total)}{host}"
+    return "use a smaller batch or fewer tokens"
 
 
 def _settings(

@@ -24,6 +24,7 @@ from ..errors import UserError, first_words
 from ..json_file import read_object
 from ..kernels.training import ops_for, torch_ops
 from ..model.layout import EXPERT_STACKS
+from .offload import HostStack
 
 QUANTIZATION_FILE = "base_quantization.json"
 EXPERT_WEIGHTS = tuple(f"experts.{stack}" for stack in EXPERT_STACKS)
@@ -71,16 +72,21 @@ class Quantization:
         (folder / QUANTIZATION_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def config(
-        self, skip: list[str], order: dict[str, list[int]] | None = None
+        self,
+        skip: list[str],
+        order: dict[str, list[int]] | None = None,
+        offload: bool = False,
     ) -> "ExpertsTooConfig":
         """The `quantization_config` of `from_pretrained`.
 
         Args:
             skip: full names of linears and experts that are left alone.
             order: by the full names of experts, their numbers in the order that the stacks get.
+            offload: whether the stacks go to host memory, each as soon as it is quantised.
         """
         return ExpertsTooConfig(
             order=order or {},
+            offload=offload,
             load_in_4bit=self.bits == 4,
             load_in_8bit=self.bits == 8,
             bnb_4bit_quant_type=self.quant_type,
@@ -117,6 +123,9 @@ def _refuse_lost(file: Path) -> None:
 
 def dequantize(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The numbers of a parameter, quantised or not, as a tensor of its full shape."""
+    if isinstance(parameter, HostStack):
+        with parameter.on_device() as packed:
+            return _dequantize_4bit(packed, parameter.quant_state).to(dtype)
     if isinstance(parameter, bnb.nn.Params4bit):
         packed = parameter.as_subclass(torch.Tensor)  # attributes of their subclass are slow
         return _dequantize_4bit(packed, parameter.quant_state).to(dtype)
@@ -203,21 +212,22 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
 
 class _QuantizeExperts(ConversionOps):
     """A step of transformers' loading that quantises the experts, and leaves the linears to
-    bitsandbytes' own step. `order` is that of `Quantization.config`."""
+    bitsandbytes' own step. `config` has the arguments of `Quantization.config`."""
 
     def __init__(
-        self, quantization: Quantization, order: dict[str, list[int]], linears: ConversionOps
+        self, quantization: Quantization, config: "ExpertsTooConfig", linears: ConversionOps
     ) -> None:
-        self.quantization, self.order, self.linears = quantization, order, linears
+        self.quantization, self.config, self.linears = quantization, config, linears
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
         [(name, value)] = input_dict.items()
         if not name.endswith(EXPERT_WEIGHTS):
             return self.linears.convert(input_dict, **kwargs)
         stack = value[0] if isinstance(value, list) else value
-        if order_E := self.order.get(name.rpartition(".")[0]):
+        if order_E := self.config.order.get(name.rpartition(".")[0]):
             stack = stack[order_E]
-        return {name: self.quantization.quantize(stack)}
+        stored = self.quantization.quantize(stack)
+        return {name: HostStack.of(stored) if self.config.offload else stored}
 
 
 class _ExpertsToo:
@@ -237,7 +247,15 @@ class _ExpertsToo:
             config.bnb_4bit_quant_type,
             config.bnb_4bit_use_double_quant,
         )
-        return _QuantizeExperts(quantization, config.order, super().get_quantize_ops())
+        return _QuantizeExperts(quantization, config, super().get_quantize_ops())
+
+    def param_element_size(
+        self, model: PreTrainedModel, param_name: str, param: torch.Tensor
+    ) -> float:
+        """Bytes a number on the GPU, for which transformers makes room before it loads."""
+        if self.quantization_config.offload and param_name.endswith(EXPERT_WEIGHTS):
+            return 0.0
+        return super().param_element_size(model, param_name, param)
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -252,9 +270,9 @@ class ExpertsTooConfig(BitsAndBytesConfig):
 
     quantizes_experts = True  # DeepseekForCausalLM.from_pretrained asks
 
-    def __init__(self, order: dict[str, list[int]], **kwargs: Any) -> None:
+    def __init__(self, order: dict[str, list[int]], offload: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.order = order
+        self.order, self.offload = order, offload
         self.quant_method = f"experts_too_{4 if self.load_in_4bit else 8}bit"
 
 

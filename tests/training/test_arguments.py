@@ -157,6 +157,9 @@ def test_parsing_starts_nothing(monkeypatch):
     assert os.environ.get("DS_ACCELERATOR") == before.get("DS_ACCELERATOR")
 
 
+OFFLOADED = "--use_lora --bits 4 --offload_experts"
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -198,6 +201,10 @@ def test_parsing_starts_nothing(monkeypatch):
         ("--report_to nowhere", "--report_to nowhere"),
         ("--lora_dropout 0", "--lora_dropout has no effect without --use_lora True"),
         ("--use_lora --quant_type fp4", "--quant_type has no effect without --bits 4"),
+        ("--use_lora --offload_experts", "--offload_experts has no effect without --bits 4"),
+        ("--offload_experts --bits 4 --train_experts x", "keeps all experts frozen"),
+        (f"{OFFLOADED} --deepspeed {CONFIGS}/ds_config_zero2_no_offload.json", "is for one GPU"),
+        (f"{OFFLOADED} --deepspeed {CONFIGS}/ds_config_zero3.json", "ZeRO-3"),
         ("--output_dir=", "--output_dir is empty"),
         ("--expert_share 0.5", "--expert_share has no effect without --train_experts FILE"),
         ("--expert_score gate", "--expert_score has no effect without --train_experts FILE"),

@@ -12,12 +12,20 @@ from deepseek_moe import DeepseekConfig
 from deepseek_moe.training.arguments import FineTuningArguments
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
-from deepseek_moe.training.dry_run import Memory, bucket_numbers, estimate, meta_model
+from deepseek_moe.training.dry_run import (
+    Memory,
+    bucket_numbers,
+    estimate,
+    meta_model,
+    print_dry_run,
+)
+from deepseek_moe.training.offload import HostStack
 
 BASE = "--bf16 True --report_to none"
 
 LORA, QLORA = "--use_lora True --lora_r 64", "--use_lora True --bits 4 --lora_r 64"
 QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
+OFFLOADED = "--offload_experts True"
 RECOMPUTE = "--gradient_checkpointing True"
 IN_8_BITS = "--optim adamw_bnb_8bit"
 ALL = "--single_gpu_full True"
@@ -80,8 +88,14 @@ def test_of_a_small_model_no_more_is_gathered_than_there_is(monkeypatch):
 
 
 CHOSEN = "--train_experts x"
-STORED = ["", ALL, "--use_lora True", QLORA, "--use_lora True --bits 8", f"{CHOSEN} --bf16 False"]
-STORED += [CHOSEN, f"{CHOSEN} {ALL}", f"{CHOSEN} --bits 4", f"{CHOSEN} --bits 4 {ALL}"]
+STORED = ["", ALL, "--use_lora True", QLORA, f"{QLORA} {OFFLOADED}", "--use_lora True --bits 8"]
+STORED += [
+    f"{CHOSEN} --bf16 False",
+    CHOSEN,
+    f"{CHOSEN} {ALL}",
+    f"{CHOSEN} --bits 4",
+    f"{CHOSEN} --bits 4 {ALL}",
+]
 
 
 @pytest.mark.parametrize("options", STORED)
@@ -94,7 +108,9 @@ def test_weights_and_averages_are_those_that_are_stored(options):
     trained = [parameter for parameter in built.parameters() if parameter.requires_grad]
     places = {p.untyped_storage().data_ptr() for p in built.parameters() if not p.requires_grad}
     twice = sum(p.nbytes for p in trained if p.untyped_storage().data_ptr() in places)
-    assert said.weights == pytest.approx(stored_bytes(built) - twice, rel=0.01)
+    host = sum(stack.nbytes for stack in built.parameters() if isinstance(stack, HostStack))
+    assert bool(host) == (OFFLOADED in options) and said.host == host
+    assert said.weights == pytest.approx(stored_bytes(built) - twice - host, rel=0.01)
     if CHOSEN in options:
         each = 2 if training.single_gpu_full else 8
         assert said.optimizer == pytest.approx(each * sum(p.numel() for p in trained), rel=0.02)
@@ -103,6 +119,46 @@ def test_weights_and_averages_are_those_that_are_stored(options):
         stored = sum(x.nbytes for state in states for name, x in state.items() if name != "step")
         assert said.optimizer == pytest.approx(stored, rel=1e-3)  # the last blocks may be shorter
         assert said.gradients == max(parameter.nbytes for parameter in built.parameters())
+
+
+def test_offloaded_experts_leave_the_gpu_but_for_two_buffers(tmp_path):
+    DeepseekConfig().save_pretrained(tmp_path)  # the official one
+    options = f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}"
+    there = estimate_of(tmp_path, options, 1024)
+    host = estimate_of(tmp_path, f"{options} {OFFLOADED}", 1024)
+    packed = 27 * 64 * 3 * 2048 * 1408 / 2
+    assert (there.host, host.host) == (0, packed)
+    assert there.total - host.total == pytest.approx(packed - 2 * packed / 27)
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "said"),
+    [
+        (f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}", 13, "it fits"),
+        (
+            f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}",
+            7.5,
+            "with --offload_experts True it would: 5.4 GB and 7.5 GB of host memory",
+        ),
+        (
+            "--use_lora True --lora_r 16",
+            7.5,
+            "with --bits 4 --offload_experts True --gradient_checkpointing True it would: 6.",
+        ),
+        (f"{QLORA_16} {OFFLOADED} {IN_8_BITS}", 7.5, "with --gradient_checkpointing True it would"),
+        (f"{QLORA_16} {OFFLOADED} {RECOMPUTE}", 6, "with --optim adamw_bnb_8bit it would: 5.4 GB"),
+        (QLORA_16, 2, "use a smaller batch or fewer tokens"),
+        (ALL, 60, "use a smaller batch or fewer tokens"),
+    ],
+)
+def test_a_gpu_that_is_too_small_gets_advice(options, free, said, tmp_path, monkeypatch, capsys):
+    DeepseekConfig().save_pretrained(tmp_path)
+    model, _, training = parse(f"{BASE} {options} --per_device_train_batch_size 1")
+    network = meta_model(tmp_path, model)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * 1e9, 80e9))
+    print_dry_run(network, tmp_path, model, training, [1024], "")
+    assert said in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_more_of_everything_takes_more(tmp_path):
