@@ -60,6 +60,8 @@ SETTINGS = {
     "QLoRA r64, layers recomputed, skewed routing": Setting(16, 1024, runs.QLORA_8BIT_ADAM),
     "QLoRA r64, everything kept": Setting(16, 1024, f"{runs.QLORA} {runs.KEPT}"),
     "QLoRA r16, layers recomputed, 8-bit Adam": Setting(1, 1024, runs.QLORA_16_8BIT_ADAM),
+    "QLoRA r16, experts offloaded, layers recomputed": Setting(8, 1024, runs.OFFLOADED),
+    "QLoRA r16, experts offloaded, 1 x 1024": Setting(1, 1024, runs.OFFLOADED),
     "chosen experts 0.1, everything kept": Setting(16, 1024, runs.KEPT, share=0.1),
     "chosen experts 0.25, everything kept": Setting(16, 1024, runs.KEPT, share=0.25),
     "chosen experts 0.5, everything kept": Setting(16, 1024, runs.KEPT, share=0.5),
