@@ -68,9 +68,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, copies: int, reads: int) -> None:
 
 
 @pytest.mark.parametrize("slow", SLOW)
-def test_the_same_bits_whatever_is_slow(
-    slow: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_bits_whatever_is_slow(slow, device, tmp_path, monkeypatch):
     wanted = two_steps(build(device, tmp_path, offload=False), device)
     slow_down(monkeypatch, *SLOW[slow])
     found = two_steps(build(device, tmp_path, offload=True), device)
@@ -79,9 +77,7 @@ def test_the_same_bits_whatever_is_slow(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("slow", ["copies", "reads"])
-def test_without_the_events_the_bits_would_differ(
-    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_events_the_bits_would_differ(slow, tmp_path, monkeypatch):
     """So the test above can fail."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU was found")
@@ -95,7 +91,7 @@ def test_without_the_events_the_bits_would_differ(
     assert not all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
-def test_the_gpu_holds_two_layers_of_the_experts(device: torch.device, tmp_path: Path) -> None:
+def test_the_gpu_holds_two_layers_of_the_experts(device, tmp_path):
     taken = []
     for offload in (False, True):
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0

@@ -65,9 +65,7 @@ def losses_and_gradients(model: Any, checkpointing: bool) -> list[torch.Tensor]:
         (True, {"chosen_experts": {2: [1, 3], 4: [0]}}),
     ],
 )
-def test_losses_and_gradients_are_the_same_bits(
-    checkpointing: bool, options: dict[str, Any], base: Path
-) -> None:
+def test_losses_and_gradients_are_the_same_bits(checkpointing, options, base):
     models = [build(base, offload_experts=offload, **options) for offload in (False, True)]
     stacks = [sum(isinstance(p, HostStack) for p in model.parameters()) for model in models]
     assert stacks == [0, 2 * LAYERS]
@@ -75,7 +73,7 @@ def test_losses_and_gradients_are_the_same_bits(
     assert all(itertools.starmap(torch.equal, zip(found, wanted, strict=True)))
 
 
-def test_stacks_stay_in_host_memory_and_none_is_counted_on_the_gpu(base: Path) -> None:
+def test_stacks_stay_in_host_memory_and_none_is_counted_on_the_gpu(base):
     model = build(base, offload_experts=True)
     for experts in [one for one in model.modules() if isinstance(one, DeepseekExperts)]:
         stack = experts.down_proj
@@ -87,9 +85,7 @@ def test_stacks_stay_in_host_memory_and_none_is_counted_on_the_gpu(base: Path) -
     assert quantizer.param_element_size(model, name, torch.empty(1)) == 0
 
 
-def test_a_host_with_little_memory_is_refused_before_a_weight_is_read(
-    base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_host_with_little_memory_is_refused_before_a_weight_is_read(base, monkeypatch):
     (base / "model.safetensors").unlink()
     memory = SimpleNamespace(available=10_000)  # the stacks take 5 x 8 x 3 x 32 x 8 / 2 bytes
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: memory)
@@ -126,7 +122,7 @@ class Seen(ExpertStream):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_each_pass_copies_every_layer_ahead_but_those_that_are_there(count: int) -> None:
+def test_each_pass_copies_every_layer_ahead_but_those_that_are_there(count):
     stream, there = Seen(count), range(count)
     for layer in [*there, *reversed(there)] * 3:
         lent = stream.copied.count(None)
@@ -138,7 +134,7 @@ def test_each_pass_copies_every_layer_ahead_but_those_that_are_there(count: int)
     assert len(copies) == min(count, BUFFERS) + 6 * max(0, count - BUFFERS)
 
 
-def test_any_order_gives_the_right_numbers() -> None:
+def test_any_order_gives_the_right_numbers():
     stream, random = Seen(5), torch.Generator().manual_seed(0)
     for layer in torch.randint(5, (200,), generator=random).tolist():
         stream.read(layer)
@@ -148,9 +144,7 @@ def test_any_order_gives_the_right_numbers() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_or_without_it(
-    place: Path, argv: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_with_or_without_it(place, argv, tmp_path):
     """The same losses and the same adapter as those of a run that never had it."""
     for name, *parts in (("whole", False), ("half", True, False), ("other half", False, True)):
         for part, offloaded in enumerate(parts):
