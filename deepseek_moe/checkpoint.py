@@ -194,13 +194,16 @@ class Checkpoint:
     def dtype(self, official: str) -> torch.dtype:
         return self.places[official].get_slice(official)[:0].dtype
 
-    def read(self, parameter: str) -> torch.Tensor:
-        """A parameter by its name in memory, where the experts of a layer are one stack."""
+    def read(self, parameter: str, device: torch.device | None = None) -> torch.Tensor:
+        """A parameter by its name in memory, where the experts of a layer are one stack.
+
+        It is put together on `device`, by default the CPU.
+        """
         shape = self.parameters[parameter]
         parts = list(official_parts(parameter, shape))
         if len(parts) == 1:
-            return self.tensor(parameter)
-        stack = torch.empty(shape, dtype=self.dtype(parts[0][0]))
+            return self.tensor(parameter).to(device)
+        stack = torch.empty(shape, dtype=self.dtype(parts[0][0]), device=device)
         for name, where in parts:
             stack[where] = self.tensor(name)
         return stack

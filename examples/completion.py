@@ -10,7 +10,6 @@ The text goes to stdout as it is made, everything else to stderr.
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,10 @@ from tqdm import tqdm
 def main() -> None:
     args = parse_arguments()
     with ctrl_c_leaves():  # these imports take seconds
-        from deepseek_moe import Generator
         from deepseek_moe.bundled import BUNDLED_MODEL
         from deepseek_moe.decode.completion_file import CompletionFile, hash_inputs
-        from deepseek_moe.decode.prompts import complete_in_batches, read_prompts
+        from deepseek_moe.decode.load import pick_quantization
+        from deepseek_moe.decode.prompts import TimedGenerator, complete_in_batches, read_prompts
         from deepseek_moe.decode.sampling import Sampling
         from deepseek_moe.decode.texts import TextStream, end_ids
         from deepseek_moe.errors import exit_on_user_error
@@ -49,6 +48,8 @@ def main() -> None:
         sample = Sampling(**sampling_arguments(args))
         name, output = args.model or str(BUNDLED_MODEL), None
         if args.output_file:
+            if args.quantization == "auto":  # what it picks decides the completions
+                args.quantization = pick_quantization(name, args.dtype, args.device)
             made_from = hash_inputs(name, prompts) | settings_of(args)
             output = CompletionFile(
                 args.output_file, prompts, made_from, args.batch_size, args.overwrite
@@ -57,31 +58,28 @@ def main() -> None:
                 print(f"{output} already", file=sys.stderr)
                 return
         model, tokenizer = load_model(args, name)
-        generator = Generator(model)
+        generator = TimedGenerator(model)
         encoded = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
         options = (args.max_new_tokens, sample, end_ids(tokenizer, model))
         steps = generator.stream(encoded, *options)  # refuses a prompt that is too long
-        start, made, early = time.perf_counter(), 0, 0
+        early = 0
         if len(prompts) == 1 and not output:
             text = TextStream(tokenizer)
             print(prompts[0], end="", flush=True)
             for (token,) in steps:
                 print(text.add(token), end="", flush=True)
-                made += 1
             print()
-            early = int(made < args.max_new_tokens)
+            early = int(generator.made < args.max_new_tokens)
         else:
             batches = complete_in_batches(generator, encoded, *options, args.batch_size, output)
             for at, ids in batches:
-                made += sum(map(len, ids))
                 early += sum(len(new) < args.max_new_tokens for new in ids)
                 completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 if output:
                     output.add(completions)
                 else:
                     print_batch(at, prompts[at:], completions)
-        seconds = time.perf_counter() - start
-        said = f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s"
+        said = str(generator)
         if early:
             said += f"; {early} of {len(prompts)} texts ended, or filled the context of "
             said += f"{generator.context} tokens, before --max_new_tokens {args.max_new_tokens}"

@@ -67,8 +67,9 @@ def add_weight_options(parser: OptionParser) -> None:
     """Adds what is done to the weights while they are loaded."""
     says = "the folder of a LoRA adapter, which is merged into the model in memory"
     parser.add_argument("--adapter", help=says)
-    says = "quantise the weights of the layers to 8 or 4 bits while they are read"
-    parser.add_argument("--quantization", choices=["int8", "int4"], help=says)
+    says = "quantise the weights of the layers to 8 or 4 bits while they are read; auto: if memory"
+    says += " is too small for more"
+    parser.add_argument("--quantization", choices=["auto", "int8", "int4"], help=says)
 
 
 def add_sampling_options(parser: OptionParser, max_new_tokens: int) -> None:

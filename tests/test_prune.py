@@ -159,7 +159,7 @@ def test_perplexity_before_and_after(tmp_path, capsys, run):
 
 
 def test_too_little_memory_for_perplexity_loses_nothing(base, tmp_path, monkeypatch, error):
-    monkeypatch.setattr("deepseek_moe.decode.load._free_memory", lambda _: 0)
+    monkeypatch.setattr("deepseek_moe.decode.load.free_memory", lambda _: 0)
     (tmp_path / "text.txt").write_text("w3 w5")
     output = tmp_path / "pruned"
     said = error(base, write_profile(base), 5, output, "--text", tmp_path / "text.txt", code=1)

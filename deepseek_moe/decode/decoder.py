@@ -29,22 +29,31 @@ Attention = Callable[[int, Tensor], Tensor]
 
 
 class StaticCache:
-    """Keys and values of `slots` sequences of at most `capacity` positions, at fixed addresses."""
+    """Keys and values of `slots` sequences of at most `capacity` positions.
+
+    Each layer has memory of its own, so that one layer after another can grow.
+    """
 
     def __init__(self, model: DeepseekForCausalLM, slots: int, capacity: int) -> None:
-        shape = cache_shape(model, slots, capacity)
+        shape = slots, model.config.num_key_value_heads, capacity, model.config.head_dim
+        like = {"dtype": model.dtype, "device": model.device}
         self.slots, self.capacity = slots, capacity
-        self.keys, self.values = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.layers = [
+            (torch.empty(shape, **like), torch.empty(shape, **like)) for _ in model.model.layers
+        ]
 
-    def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of layer `i`, each [slots, heads, capacity, width]."""
-        return self.keys[i], self.values[i]
+    def grow(self, capacity: int) -> None:
+        """Moves all keys and values to new addresses with room for `capacity` positions. Beside
+        the larger cache, memory holds one old layer."""
 
+        def larger(old: Tensor) -> Tensor:
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : self.capacity] = old
+            return new
 
-def cache_shape(model: DeepseekForCausalLM, slots: int, capacity: int) -> tuple[int, ...]:
-    """2 (keys and values), layers, slots, heads, capacity, width."""
-    heads, width = model.config.num_key_value_heads, model.config.head_dim
-    return 2, len(model.model.layers), slots, heads, capacity, width
+        for i, (keys, values) in enumerate(self.layers):
+            self.layers[i] = larger(keys), larger(values)
+        self.capacity = capacity
 
 
 class _Layer:
@@ -99,6 +108,12 @@ class Decoder:
         half = config.head_dim // 2  # both halves of a head have the same angles
         self.cos_sin = tuple(table[0, :, :half].float().contiguous() for table in cos_sin)
         self.side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        # What a token of a prompt takes in a layer: its picks in and out of the experts, the shared
+        # or dense MLP, and the rest.
+        width, picked = config.hidden_size, config.num_experts_per_tok
+        picks = picked * (2 * width + 3 * config.moe_intermediate_size)
+        numbers = picks + 3 * config.intermediate_size + 8 * width
+        self.bytes_of_prompt = numbers * model.dtype.itemsize
         # With these the programs of a kernel find out which of them is last. They are 0 in between.
         size = max(FEW * config.num_attention_heads, config.hidden_size, 512)  # `attend` takes 512
         self.counters = torch.zeros(size, dtype=torch.int32, device=model.device)
@@ -113,7 +128,7 @@ class Decoder:
             return self._few(hidden_TD, position_T, slot_T, cache)
 
         def attention(i: int, q_TD: Tensor) -> Tensor:
-            place = Place(*cache.layer(i), position_T, slot_T)
+            place = Place(*cache.layers[i], position_T, slot_T)
             return self.ops.attend(q_TD, place, self.counters)
 
         x_TD = self._many(hidden_TD, position_T, slot_T, cache, attention)
@@ -136,7 +151,7 @@ class Decoder:
             bounds, most = ends_B, longest
             if len(q_TD) < len(ids_T):  # the last layer asks for the last tokens only
                 bounds, most = torch.arange(len(ends) + 1, device=q_TD.device).int(), 1
-            place = Place(*cache.layer(i), last_position_B, slot_B)
+            place = Place(*cache.layers[i], last_position_B, slot_B)
             return self.ops.attend_prompt(q_TD, place, bounds, most)
 
         x_BD = self._many(self.embedding[ids_T], position_T, slot_T, cache, attention, last_B)
@@ -160,7 +175,7 @@ class Decoder:
     ) -> Tensor:
         ops, eps = self.ops, self.eps
         for i, layer in enumerate(self.layers):
-            place = Place(*cache.layer(i), position_T, slot_T)
+            place = Place(*cache.layers[i], position_T, slot_T)
             q_TD = ops.qkv(hidden_TD, layer.input_norm, eps, layer.qkv, self.cos_sin, place)
             out_TD = ops.attend(q_TD, place, self.counters)
             hidden_TD = ops.linear(out_TD, layer.o, residual_TO=hidden_TD)
@@ -196,7 +211,7 @@ class Decoder:
         hidden_TD, x_TD = ops.add_norm(hidden_TD, None, self.layers[0].input_norm, eps)
         for i, (layer, next_norm) in enumerate(zip(self.layers, norms, strict=True)):
             qkv_TO = ops.dense(x_TD, layer.qkv)
-            q_TD = ops.rotate(qkv_TO, self.cos_sin, Place(*cache.layer(i), position_T, slot_T))
+            q_TD = ops.rotate(qkv_TO, self.cos_sin, Place(*cache.layers[i], position_T, slot_T))
             if last_B is not None and i == len(self.layers) - 1:
                 q_TD, hidden_TD, position_T = q_TD[last_B], hidden_TD[last_B], position_T[last_B]
             out_TD = attention(i, q_TD)

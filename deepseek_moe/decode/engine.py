@@ -9,7 +9,6 @@ Without a GPU the same steps run one by one, without graphs. So the tests of thi
 Letters: B sequences, T tokens, V vocabulary.
 """
 
-import math
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -19,17 +18,20 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..memory import free_memory
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .batch import Batch
-from .decoder import Decoder, StaticCache, cache_shape
+from .decoder import Decoder, StaticCache
 from .sampling import Prompts, Sampler, Sampling, mark_broken, seen_in, sum_rows
 from .supported import find_unsupported, is_supported, signature_of
 
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """Sizes of batches for which graphs are made. A batch takes the next that holds it; above these are
 the multiples of 128."""
-CHUNK = 8192  # tokens of prompts that go through the layers at once
+CHUNK = 8192  # tokens of prompts that go through the layers at once, if memory suffices
+LEAST_CHUNK = 256  # below that the weights are read too often
 CACHE_BLOCK = 64  # the cache's capacity is a multiple of it
+FIRST_CACHE = 1024  # positions of all sequences together, 0.23 GB of the 16B model
 
 
 class UnsupportedModel(UserError):
@@ -38,6 +40,9 @@ class UnsupportedModel(UserError):
 
 class Engine:
     """A model and what its batches share: the static cache, the state of their rows, the graphs.
+
+    The cache grows with the texts, to twice its capacity at a time. It then has other addresses, so
+    the graphs are captured again: four times in a text of 16,384 tokens.
 
     It holds one batch at a time. Another takes the place of the one before. When a batch begins,
     the engine is built anew if the model has changed (supported.py says what is noticed). The batch
@@ -100,9 +105,10 @@ class Engine:
         if self.signature != signature_of(self.model):
             self._build()
         self.graphs = {key: graph for key, graph in self.graphs.items() if key[1] in (sample, None)}
-        longest = max(map(len, prompts)) + steps
+        longest = max(map(len, prompts))
+        most = min(self.context, longest + steps)
         with self.on_device():
-            self._reserve(len(prompts), min(self.context, longest))
+            self._reserve(len(prompts), longest, most)
             self.batch = EngineBatch(self, prompts, sample, steps)
         return self.batch
 
@@ -110,32 +116,43 @@ class Engine:
         """Inside, the model's GPU is the current one, on which kernels are launched."""
         return torch.cuda.device(self.device) if self.fast else nullcontext()
 
-    def _reserve(self, slots: int, positions: int) -> None:
-        size = size_for(slots)
-        if self.cache and self.cache.slots >= slots and self.cache.capacity > positions:
+    def _reserve(self, slots: int, positions: int, most: int) -> None:
+        """Has a cache of `slots` sequences that holds `positions` of each, of at most `most`."""
+        if self.cache and self.cache.slots >= slots and self.cache.capacity >= positions:
             return
         self.graphs.clear()  # they hold the addresses of what is replaced
         self.cache = self.rows = None
-        if self.fast:  # for the whole context, if there is room, so that longer texts fit too
-            whole = math.prod(cache_shape(self.model, slots, self.context))
-            if whole * self.model.dtype.itemsize < torch.cuda.mem_get_info(self.device)[0] // 4:
-                positions = self.context
-        blocks = -(-(positions + 1) // CACHE_BLOCK)
-        cache = StaticCache(self.model, slots, blocks * CACHE_BLOCK)
-        rows = Rows(size, self.model.config.vocab_size, self.device)
+        cache = StaticCache(self.model, slots, capacity_for(slots, positions, most))
+        rows = Rows(size_for(slots), self.model.config.vocab_size, self.device)
         self.cache, self.rows = cache, rows  # if memory ran out, it has none of both
+
+    def grow(self, positions: int, most: int) -> None:
+        """Makes room for `positions` of each sequence, of at most `most`, if there is not."""
+        if self.cache.capacity >= positions:
+            return
+        if self.fast:
+            torch.cuda.synchronize(self.device)  # A step of a graph that goes now may be under way.
+        self.graphs = dict.fromkeys(self.graphs)  # their kernels need not be compiled again
+        cache, self.cache = self.cache, None  # if memory runs out, there is none
+        cache.grow(capacity_for(cache.slots, positions, most))
+        self.cache = cache
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> torch.Tensor:
         """Logits [B, V] after each prompt. Fills the slots 0 to B - 1 of the cache."""
         logits = []
-        for pieces in _chunks([len(prompt) for prompt in prompts], self.chunk):
+        chunk = self.chunk
+        if self.fast:
+            chunk = chunk_for(chunk, self.decoder.bytes_of_prompt, free_memory(self.device))
+        for pieces in _chunks([len(prompt) for prompt in prompts], chunk):
             parts = [
                 (prompts[b][start:end], np.arange(start, end), np.full(end - start, b))
                 for b, start, end in pieces
             ]
             rows = [np.concatenate(part, dtype=np.int32) for part in zip(*parts, strict=True)]
-            ids_T, position_T, slot_T = torch.from_numpy(np.stack(rows)).to(self.device)
+            T = len(rows[0])
+            rows = np.pad(np.stack(rows), ((0, 0), (0, -T % 4)))  # by 16 bytes, as kernels expect
+            ids_T, position_T, slot_T = torch.from_numpy(rows).to(self.device)[:, :T]
             ends = np.cumsum([end - start for _, start, end in pieces]).tolist()
             out_BV = self.decoder.prefill(ids_T, position_T, slot_T, self.cache, ends)
             whole = [i for i, (b, _, end) in enumerate(pieces) if end == len(prompts[b])]
@@ -221,6 +238,8 @@ class EngineBatch(Batch):
         super().__init__(prompts)
         self.engine, self.sample = engine, sample
         self.left = steps - 1  # after the one that the prompts themselves give
+        self.positions = max(map(len, prompts))  # of the cache that the longest text has filled
+        self.most = min(engine.context, self.positions + steps)
         self.under_way: deque[Sent] = deque()
         self.started = False
         rows, count = engine.rows, len(prompts)
@@ -263,6 +282,8 @@ class EngineBatch(Batch):
         """Begins a step, if one is left."""
         if self.left > 0 and self.numbers:
             self.left -= 1
+            self.positions = min(self.positions + 1, self.most)
+            self.engine.grow(self.positions, self.most)
             self.engine.step(size_for(len(self.numbers)), self.sample)
             self._send(len(self.numbers))
 
@@ -292,6 +313,22 @@ def refusal_of(model: PreTrainedModel) -> str:
 def size_for(count: int) -> int:
     """Rows of the graph for `count` sequences."""
     return next((size for size in GRAPH_ROWS if size >= count), -(-count // 128) * 128)
+
+
+def capacity_for(slots: int, positions: int, most: int) -> int:
+    """A cache's capacity: a power of 2 that holds `positions`, but no more than `most` take."""
+    capacity = max(2 ** (positions - 1).bit_length(), FIRST_CACHE // slots)
+    return -(-min(capacity, most) // CACHE_BLOCK) * CACHE_BLOCK
+
+
+def chunk_for(most: int, bytes_of_token: int, free: int) -> int:
+    """How many tokens of prompts go through the layers at once: `most`, or so many that they take
+    no more than a quarter of the `free` bytes. The rest is for weights that are dequantised, and
+    may lie in pieces that are too small."""
+    chunk = most
+    while chunk > LEAST_CHUNK and chunk * bytes_of_token > free // 4:
+        chunk //= 2
+    return chunk
 
 
 def _chunks(lengths: list[int], chunk: int) -> list[list[tuple[int, int, int]]]:

@@ -1,18 +1,20 @@
 """How transformers loads a checkpoint in int8 or int4, for decoding, where reading the weights is
 what takes the time.
 
-It is an original checkpoint; each weight is quantised as soon as it is read. The linears of the
-layers and the routed experts are quantised, and the head, always to 8 bits. Router, norms and
+It is an original checkpoint; each weight is quantised as soon as it is read, and experts before the
+next ones are read. So loading takes little more memory than the model that it makes. The linears of
+the layers and the routed experts are quantised, and the head, always to 8 bits. Router, norms and
 embedding keep their dtype, and so does a head that is the embedding (`tie_word_embeddings`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -21,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import UserError
 from ..kernels.int_weights import GROUP, HEAD_BITS, shifts, words_and_groups
 from ..model.configuration_deepseek import DeepseekConfig
+from ..model.layout import EXPERT_STACKS
 from ..model.modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
 from .quantized import QuantizedExperts, QuantizedLinear
 
@@ -128,17 +131,38 @@ class IntQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Experts are not stacked before they are quantised. (5.23 passes the model, too.)"""
+        others = [one for one in weight_conversions if not isinstance(one, WeightConverter)]
+        return others + [
+            _Unread(
+                source_patterns=[f"mlp.experts.*.{matrix}.weight" for matrix in matrices],
+                target_patterns=f"mlp.experts.{stack}",
+                operations=[_QuantizeExperts()],
+            )
+            for stack, matrices in EXPERT_STACKS.items()
+        ]
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         assert isinstance(model, DeepseekForCausalLM)
-        bits = self.quantization_config.bits
-        for name, module in list(model.named_modules()):
-            head = module is model.lm_head
-            if head and model.config.tie_word_embeddings:
-                continue
-            if isinstance(module, nn.Linear):
-                model.set_submodule(name, QuantizedLinear(module, HEAD_BITS if head else bits))
-            elif isinstance(module, DeepseekExperts):
-                model.set_submodule(name, QuantizedExperts(module, bits))
+        replace_quantized(model, self.quantization_config.bits)
+
+
+def replace_quantized(model: DeepseekForCausalLM, bits: int) -> list[nn.Module]:
+    """Puts modules for words and scales in the places of those that are quantised; returns them."""
+    replaced = []
+    for name, module in list(model.named_modules()):
+        head = module is model.lm_head
+        if head and model.config.tie_word_embeddings:
+            continue
+        if isinstance(module, nn.Linear):
+            replaced.append(QuantizedLinear(module, HEAD_BITS if head else bits))
+        elif isinstance(module, DeepseekExperts):
+            replaced.append(QuantizedExperts(module, bits))
+        else:
+            continue
+        model.set_submodule(name, replaced[-1])
+    return replaced
 
 
 class _Quantize(ConversionOps):
@@ -147,11 +171,56 @@ class _Quantize(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, nn.Parameter]:
+        if len(input_dict) > 1:  # by `_QuantizeExperts`
+            return input_dict
         [(name, value)] = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
-        words, scale = quantize(weight, _bits_of(model, name))
-        new = {name: words, f"{name}_scale": scale}
-        return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in new.items()}
+        return _parameters(name, *quantize(weight, _bits_of(model, name)))
+
+
+class _Unread(WeightConverter):
+    """Hands on functions that read the tensors, as transformers keeps them where it quantises."""
+
+    def materialize_tensors(self) -> dict[str, list[Callable[[], torch.Tensor]]]:
+        unread = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        return unread
+
+
+class _QuantizeExperts(ConversionOps):
+    """The step in which the matrices of all experts of a layer are read and quantised, one after
+    another, or several of small experts."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> dict[str, nn.Parameter]:
+        module, stack = get_module_from_name(model, full_layer_name)
+        E, O, I = getattr(module, stack).shape  # noqa: E741
+        W, G = words_and_groups(I, module.bits)
+        rows = O // len(source_patterns)
+        together = max(1, NUMBERS_AT_ONCE // (rows * I))
+        words_EOW = scale_EOG = None
+        for number, pattern in enumerate(source_patterns):
+            some = slice(number * rows, (number + 1) * rows)
+            for at in range(0, E, together):
+                unread = input_dict[pattern][at : at + together]
+                words, scale = quantize(torch.stack([read() for read in unread]), module.bits)
+                if words_EOW is None:
+                    words_EOW, scale_EOG = words.new_empty(E, O, W), scale.new_empty(E, O, G)
+                words_EOW[at : at + together, some] = words
+                scale_EOG[at : at + together, some] = scale
+        return _parameters(target_patterns[0], words_EOW, scale_EOG)
+
+
+def _parameters(name: str, words: torch.Tensor, scale: torch.Tensor) -> dict[str, nn.Parameter]:
+    new = {name: words, f"{name}_scale": scale}
+    return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in new.items()}
 
 
 def _bits_of(model: PreTrainedModel, param_name: str) -> int:

@@ -5,9 +5,9 @@ or do not fit into memory.
 """
 
 import math
+import sys
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import safe_open
 
@@ -15,11 +15,17 @@ from ..checkpoint import DTYPES, find_checkpoint, own_tokenizer, read_config
 from ..checksums import verified_meanwhile
 from ..errors import UserError, as_user_error
 from ..kernels.int_weights import BITS
+from ..memory import free_memory
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import weight_files
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from ..model.tokenization_deepseek import DeepseekTokenizer
+from .compile_ahead import compile_ahead
 from .int_quantizer import IntConfig, quantized_bytes
+
+CONTEXT = 4096  # tokens for whose cache `auto` leaves room
+WORK = 0.8e9
+"""Bytes that `auto` leaves for what a step or a prompt takes, and for gaps between tensors."""
 
 
 def load(
@@ -33,13 +39,16 @@ def load(
             float32 (faster there than bfloat16 on most) if it fits, else bfloat16.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         quantization: int8 or int4 quantises the weights of the layers while they are read
-            (int_quantizer.py), and the head to int8; None leaves them as they are.
+            (int_quantizer.py), and the head to int8; None leaves them as they are. auto takes the
+            first of None, int8 and int4 that fits (`pick_quantization`), and says so on stderr.
 
     Raises:
         UserError: an argument or the checkpoint cannot be used, or memory is too small.
     """
+    if quantization == "auto":
+        quantization = pick_quantization(model, dtype, device)
     if quantization is not None and quantization not in BITS:
-        raise UserError(f"quantization {quantization} is unknown; use {' or '.join(BITS)}")
+        raise UserError(f"quantization {quantization} is unknown; use auto, {' or '.join(BITS)}")
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype {dtype} is unknown; use auto, {', '.join(DTYPES)}")
     folder = find_checkpoint(model)
@@ -48,6 +57,8 @@ def load(
     config = read_config(folder)
     tokenizer = own_tokenizer(folder)  # first, since the weights take longer
     number_type = _choose_dtype(dtype, place, config, numbers, quantization)
+    bits = BITS[quantization] if quantization else None
+    threads = compile_ahead(config, number_type, bits, place)
     unread = as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew")
     with unread, verified_meanwhile(weight_files(folder)):
         network = DeepseekForCausalLM.from_pretrained(
@@ -56,9 +67,45 @@ def load(
             dtype=number_type,
             device_map=place,
             use_safetensors=True,
-            quantization_config=IntConfig(BITS[quantization]) if quantization else None,
+            quantization_config=IntConfig(bits) if bits else None,
         )
+    if threads:
+        threads.shutdown()
     return network.eval(), tokenizer
+
+
+def pick_quantization(model: str, dtype: str = "auto", device: str = "auto") -> str | None:
+    """None, int8 or int4: the first with which the weights, the cache of CONTEXT tokens and WORK
+    fit into the free memory (memory.py), and int4 if none does. It is said on stderr.
+
+    Raises:
+        UserError: as for `load`.
+    """
+    folder, place = find_checkpoint(model), _device(device)
+    config, numbers, free = read_config(folder), _count_numbers(folder), free_memory(place)
+    stored = DTYPES.get(dtype) or config.dtype or torch.bfloat16
+    positions = min(CONTEXT, config.max_position_embeddings)
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    cache = 2 * positions * heads * config.head_dim * stored.itemsize
+    for picked in (None, *BITS):
+        size = _bytes_of_weights(numbers, config, picked, stored)
+        if size + cache + WORK <= free:
+            break
+    name = picked or f"none, {str(stored).removeprefix('torch.')}"
+    print(
+        f"quantization: {name}, {size / 1e9:.2f} GB of weights; {place} has {free / 1e9:.1f} GB "
+        f"free, of which {positions} tokens take {cache / 1e9:.2f}",
+        file=sys.stderr,
+    )
+    return picked
+
+
+def _bytes_of_weights(
+    numbers: int, config: DeepseekConfig, quantization: str | None, dtype: torch.dtype
+) -> int:
+    if quantization is None:
+        return numbers * dtype.itemsize
+    return quantized_bytes(numbers, config, BITS[quantization], dtype)
 
 
 def _count_numbers(folder: Path) -> int:
@@ -100,11 +147,9 @@ def _choose_dtype(
     """
 
     def size(number_type: torch.dtype) -> int:
-        if quantization is None:
-            return numbers * number_type.itemsize
-        return quantized_bytes(numbers, config, BITS[quantization], number_type)
+        return _bytes_of_weights(numbers, config, quantization, number_type)
 
-    free = _free_memory(device)
+    free = free_memory(device)
     if dtype != "auto":
         chosen = DTYPES[dtype]
     elif device.type == "cpu":
@@ -119,10 +164,3 @@ def _choose_dtype(
             f"{free / 1e9:.1f} GB free; use {smaller}another device, or a smaller model"
         )
     return chosen
-
-
-def _free_memory(device: torch.device) -> int:
-    """In bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -4,12 +4,15 @@ import hashlib
 import json
 import signal
 import sys
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .completion_file import CompletionFile
@@ -62,6 +65,43 @@ def check_prompt(prompt: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt {prompt[:40]!a} is not UTF-8; convert it") from error
     return prompt
+
+
+class TimedGenerator(Generator):
+    """A Generator that notes when tokens come: the first one of all, and how fast they come when
+    kernels are compiled and a graph is captured. Both happen with the first SETTLING of a batch."""
+
+    SETTLING = 3
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.made, self.settled = 0, 0  # tokens: all, and those after the settling ones
+        self.first: float | None = None
+        self.seconds = self.settled_seconds = 0.0
+
+    def stream(self, prompts: Prompts, *args: Any, **kwargs: Any) -> Iterator[list[int | None]]:
+        return self._noted(super().stream(prompts, *args, **kwargs))
+
+    def _noted(self, steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
+        start = before = time.perf_counter()
+        for number, step in enumerate(steps, 1):
+            now, count = time.perf_counter(), sum(token is not None for token in step)
+            self.made += count
+            self.first = now - start if self.first is None else self.first
+            if number > self.SETTLING:
+                self.settled += count
+                self.settled_seconds += now - before
+            self.seconds += now - before
+            before = now
+            yield step
+
+    def __str__(self) -> str:
+        said = f"{self.made} tokens in {self.seconds:.2f} s"
+        if self.first is not None:
+            said += f", the first after {self.first:.2f} s"
+        if self.settled:
+            said += f"; then {self.settled / self.settled_seconds:.1f} tokens/s"
+        return said
 
 
 def complete_in_batches(

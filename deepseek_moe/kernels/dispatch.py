@@ -5,7 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .plan import launch
+
 PICKS = 128  # that one program places
+# Numbers that follow from the length of a prompt are not specialised: kernels are compiled once.
 
 
 @triton.jit
@@ -17,13 +20,13 @@ def _read_picks(index_ptr, picks, BLOCK, E, EP):
     return n_N, index_N, ((index_N[:, None] == e_E[None, :]) & (e_E < E)[None, :]).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["picks"])
 def _count(index_ptr, counts_ptr, picks, BLOCK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr):
     _, _, mine_NE = _read_picks(index_ptr, picks, BLOCK, E, EP)
     tl.store(counts_ptr + tl.program_id(0) * EP + tl.arange(0, EP), tl.sum(mine_NE, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["picks", "blocks"])
 def _place(
     index_ptr,  # [T * K]
     counts_ptr,  # [blocks, EP]
@@ -64,8 +67,8 @@ def sort_picks(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     token_N = index_TK.new_zeros(T * K)
     place_TK = torch.empty_like(index_TK)
     ends_E = index_TK.new_empty(num_experts)
-    _count[(blocks,)](index_TK, counts, T * K, BLOCK=PICKS, E=num_experts, EP=padded)
-    _place[(blocks,)](
+    launch(_count, (blocks,), index_TK, counts, T * K, BLOCK=PICKS, E=num_experts, EP=padded)
+    launch(_place, (blocks,),
         index_TK, counts, token_N, place_TK, ends_E, T * K, blocks,
         BLOCK=PICKS, E=num_experts, EP=padded, K=K, num_warps=4,
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """The tensors of a checkpoint with a LoRA adapter merged in, under their official names.
 
 No model with weights is built. Each tensor is read, changed and handed on when it is asked for, so
-that no more than one stack of experts is in memory.
+that no more than one stack of experts is in memory. It is changed on a GPU where there is one.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from ..checkpoint import Checkpoint, refuse_other_base
 from ..checksums import VerifiedFile
 from ..errors import UserError, as_user_error
+from ..memory import free_memory
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import dtype_fault, official_parts
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
@@ -29,11 +31,14 @@ from .adapter_config import (
 from .quantized_base import Quantization
 
 
-def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_tensors(
+    base: Path, adapter: Path, device: torch.device | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the official names and tensors of `base` with the LoRA adapter in `adapter` merged in.
 
     Tensors that the adapter changes are fp32. If it was trained over a quantised base, each tensor
-    that was quantised is what that base computed with.
+    that was quantised is what that base computed with. Both are on `device`, by default what
+    `device_to_merge_on` finds; the others are on the CPU.
 
     Raises:
         UserError: the adapter is no LoRA adapter of this base, is broken, or changes nothing. This
@@ -41,7 +46,7 @@ def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tenso
     """
     checkpoint = Checkpoint(base)
     change = _Adapter(adapter, checkpoint)
-
+    device = device or device_to_merge_on(checkpoint)
     quantization = Quantization.load(adapter)
     quantized = checkpoint.quantizable() if quantization else set()
 
@@ -49,22 +54,36 @@ def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tenso
         for name, shape in checkpoint.parameters.items():
             if name in change.replaced:
                 weight = change.replacement(name)
+            elif name in quantized:  # the whole stack, because its experts share statistics
+                weight = quantization.roundtrip(checkpoint.read(name, device))
             else:
                 weight = checkpoint.read(name)
-                if name in quantized:  # the whole stack, because its experts share statistics
-                    weight = quantization.roundtrip(weight)
             if name in change.low_rank:
-                a, b, scaling = change.factors(name)
+                a, b, scaling = change.factors(name, device)
             for part, where in official_parts(name, shape):  # (), or (expert, rows) of a stack
                 piece = weight[where]
                 if name in change.low_rank:
-                    piece = piece.float() + scaling * (b[where] @ a[where[:1]])
+                    piece = piece.to(device).float() + scaling * (b[where] @ a[where[:1]])
                 elif part in change.low_rank:  # an expert that has an adapter of its own
-                    own_a, own_b, own_scaling = change.factors(part)
-                    piece = piece.float() + own_scaling * (own_b @ own_a)
+                    own_a, own_b, own_scaling = change.factors(part, device)
+                    piece = piece.to(device).float() + own_scaling * (own_b @ own_a)
                 yield part, piece
 
     return tensors()
+
+
+def device_to_merge_on(checkpoint: Checkpoint) -> torch.device:
+    """The GPU, if there is one with room for the largest stack, else the CPU.
+
+    Of each number there are four copies of 2 bytes at most while a stack is quantised and read
+    back; the same again is left for what else takes memory.
+    """
+    largest = max(map(math.prod, checkpoint.parameters.values()))
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        if free_memory(gpu) >= 16 * largest:
+            return gpu
+    return torch.device("cpu")
 
 
 def merge_into(model: DeepseekForCausalLM, base: Path, adapter: Path) -> None:
@@ -105,14 +124,17 @@ class _Adapter:
     def replacement(self, parameter: str) -> torch.Tensor:
         return self.file.get_tensor(self.replaced[parameter])
 
-    def factors(self, parameter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A [R, I], B [O, R], both in fp32, and the scale of B A. Stacks have E of each.
+    def factors(
+        self, parameter: str, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A [R, I], B [O, R], both fp32 on `device`, and the scale of B A. Stacks have E of each.
 
         PEFT stores the experts' lora_A [E*R, I] with the experts slowest, and lora_B [O, R*E] with
         the experts fastest.
         """
         key, scaling = self.low_rank[parameter]
-        a, b = (self.file.get_tensor(f"{key}.lora_{x}.weight").float() for x in "AB")
+        a, b = (self.file.get_tensor(f"{key}.lora_{x}.weight") for x in "AB")
+        a, b = (x.to(device).float() for x in (a, b))
         shape = self.checkpoint.parameters.get(parameter, ())
         if len(shape) == 3:
             a = a.unflatten(0, (shape[0], -1))

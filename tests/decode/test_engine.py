@@ -42,14 +42,43 @@ def test_prompts_in_chunks_equal_prompts_at_once(prompts, chunk, most):
 
 
 def test_the_cache_grows_and_is_used_again(prompts):
-    generator, plain = with_engine(bundled_model()), Generator(bundled_model(), fast=False)
-    generator.generate(prompts[:1], 4)
-    cache = generator.engine.cache
-    assert generator.generate(prompts[1:2], 3) == plain.generate(prompts[1:2], 3)
-    assert generator.engine.cache is cache
-    long = generator.generate(prompts[:1], engine.CACHE_BLOCK)
-    assert generator.engine.cache is not cache
-    assert long == plain.generate(prompts[:1], engine.CACHE_BLOCK)
+    """It takes no more than the texts that are there, and twice their room at a time."""
+    generator, new = with_engine(bundled_model()), 3 * engine.CACHE_BLOCK
+    whole = generator.generate(prompts, new)
+    assert whole == Generator(bundled_model(), fast=False).generate(prompts, new)
+    growing = with_engine(bundled_model())
+    capacities = []
+    with patch.object(engine, "FIRST_CACHE", 1):
+        for _ in growing.stream(prompts, new):
+            capacities.append(growing.engine.cache.capacity)
+        assert growing.generate(prompts, new) == whole
+    longest = max(map(len, prompts))
+    assert list(dict.fromkeys(capacities)) == [64, 128, 256]
+    for made, capacity in enumerate(capacities, 1):
+        assert longest + made - 1 <= capacity and capacity <= max(64, 2 * (longest + made + 1))
+    cache = growing.engine.cache
+    assert growing.generate(prompts[1:2], 3) == [whole[1][:3]]
+    assert growing.engine.cache is cache
+    with patch.object(StaticCache, "grow", side_effect=torch.OutOfMemoryError):
+        growing.engine.cache = None
+        with pytest.raises(torch.OutOfMemoryError), patch.object(engine, "FIRST_CACHE", 1):
+            growing.generate(prompts, new)
+    assert growing.generate(prompts, new) == whole
+
+
+def test_sizes_of_the_cache_and_of_chunks_of_prompts():
+    """The cache holds what is asked and no more than the batch can need; chunks fit free memory."""
+    for slots, positions, most, capacity in (
+        (1, 5, 4096, 1024),
+        (1, 1025, 4096, 2048),
+        (1, 2049, 3000, 3008),
+        (1, 4096, 4096, 4096),
+        (64, 100, 4096, 128),
+        (64, 100, 110, 128),
+    ):
+        assert engine.capacity_for(slots, positions, most) == capacity
+    for free, chunk in ((10**9, 1000), (400_000, 1000), (399_999, 500), (180_000, 250), (0, 250)):
+        assert engine.chunk_for(1000, 100, free) == chunk
 
 
 def test_another_generation_ends_the_one_before(prompts):
@@ -122,8 +151,9 @@ def one_step(rows: int, decoder: Decoder, cache: StaticCache) -> torch.Tensor:
     position_T = torch.arange(rows, dtype=torch.int32) * 11 % 40
     position_T[1::5] = -1
     for slot, position in zip(slot_T.tolist(), position_T.tolist(), strict=True):
-        cache.keys[:, slot, :, : max(position, 0)].normal_()
-        cache.values[:, slot, :, : max(position, 0)].normal_()
+        for keys, values in cache.layers:
+            keys[slot, :, : max(position, 0)].normal_()
+            values[slot, :, : max(position, 0)].normal_()
     return decoder.step(ids_T, position_T, slot_T, cache)[position_T >= 0]
 
 
@@ -163,10 +193,9 @@ def test_whole_steps_with_kernels(way, bits, tiny_model, tmp_path):
     for ops in (kernels, torch_ops):
         torch.manual_seed(0)
         cache = StaticCache(model, slots=FEW + 4, capacity=64)
-        cache.keys.fill_(float("nan"))
-        cache.values.fill_(float("nan"))
+        parts = [part.fill_(float("nan")) for layer in cache.layers for part in layer]
         decoder = Decoder(model, ops)
-        made.append((way(decoder, cache), cache.keys, cache.values))
+        made.append((way(decoder, cache), *parts))
         assert not decoder.counters.any()
     (logits, *caches), (twin_logits, *twin_caches) = made
     assert logits.dtype == torch.float32

@@ -21,7 +21,8 @@ from deepseek_moe.decode.int_quantizer import IntConfig, quantize, quantized_byt
 from deepseek_moe.decode.load import load as load_checkpoint
 from deepseek_moe.decode.quantized import QuantizedExperts, QuantizedLinear
 from deepseek_moe.errors import UserError
-from deepseek_moe.kernels.int_weights import dequantize
+from deepseek_moe.kernels.int_weights import BITS, dequantize
+from deepseek_moe.memory import free_memory
 
 MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91, 33], [0, 3, 62, 9, 9, 31, 7, 1]])
@@ -190,9 +191,11 @@ def test_each_weight_is_quantised_before_the_next_is_read(base):
         read.append(weakref.ref(weight))
         return quantize(weight, bits)
 
-    with patch.object(int_quantizer, "quantize", watched):
+    one = patch.object(int_quantizer, "NUMBERS_AT_ONCE", 1)
+    with patch.object(int_quantizer, "quantize", watched), one:
         load(base, 4)
-    assert len(alive) == 2 * 4 + 3 + 3 + 2 + 1
+    experts = 3 * 8  # the gate, up and down matrices of the only layer that has them
+    assert len(alive) == 2 * 4 + 3 + 3 + experts + 1
     assert max(alive) <= 1  # the one before, until its name is taken by the next
 
 
@@ -209,7 +212,7 @@ def test_memory_that_suffices_when_quantised():
     """Bytes as bf16 15.1 M, int8 8.6 M, int4 5.6 M; as fp32 with int4 7.4 M, alone 30 M."""
 
     def dtype(free: int, quantization: str | None) -> torch.dtype:
-        with patch.object(load_module, "_free_memory", return_value=free):
+        with patch.object(load_module, "free_memory", return_value=free):
             return load_checkpoint(str(BUNDLED), device="cpu", quantization=quantization)[0].dtype
 
     with pytest.raises(UserError, match=r"GB as bfloat16.* use .*--quantization int4"):
@@ -239,3 +242,33 @@ def test_loss_of_the_bundled_model() -> None:
     original = loss(None)
     for quantization, most in (("int8", 0.003), ("int4", 0.012)):
         assert 1e-5 < abs(loss(quantization) - original) < most, quantization
+
+
+@pytest.mark.parametrize(
+    ("free", "picked"), [(19.9e6, None), (19.8e6, "int8"), (13.2e6, "int4"), (5.7e6, "int4")]
+)
+def test_auto_picks_the_best_that_fits(free, picked, capsys):
+    """The weights take the bytes above, and the cache of the whole context of 1,024 tokens 4.7 M,
+    which need not fit if nothing smaller is left."""
+    with patch.multiple(load_module, free_memory=lambda _: free, WORK=0):
+        model, _ = load_checkpoint(str(BUNDLED), "bfloat16", "cpu", "auto")
+    quantized = [module.bits for module in model.modules() if isinstance(module, QuantizedExperts)]
+    assert set(quantized) == ({BITS[picked]} if picked else set())
+    said = capsys.readouterr()
+    assert said.out == "" and f"quantization: {picked or 'none, bfloat16'}, " in said.err
+
+
+@pytest.mark.parametrize(
+    ("fraction", "free"), [(1.0, 30 + 5), (0.5, 50 - 15), (0.2, 20 - 15), (0.9, 30 + 5)]
+)
+def test_free_memory_of_a_gpu(fraction, free):
+    """By what the GPU has free and PyTorch holds unused, and by PyTorch's cap."""
+    cuda = patch.multiple(
+        torch.cuda,
+        mem_get_info=lambda _: (30, 100),
+        memory_allocated=lambda _: 15,
+        memory_reserved=lambda _: 20,
+        get_per_process_memory_fraction=lambda _: fraction,
+    )
+    with cuda:
+        assert free_memory(torch.device("cuda", 0)) == free

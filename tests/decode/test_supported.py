@@ -219,7 +219,7 @@ def test_a_cast_model_is_computed_in_its_dtype(generator, model):
     generator.generate(PROMPTS, 2)
     model.bfloat16()
     assert generator.generate(PROMPTS, NEW) == with_engine(model).generate(PROMPTS, NEW)
-    assert generator.engine.cache.keys.dtype == torch.bfloat16
+    assert generator.engine.cache.layers[0][0].dtype == torch.bfloat16
 
 
 def test_an_engine_changes_no_value_and_a_second_one_moves_nothing(any_model):

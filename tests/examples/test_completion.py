@@ -16,7 +16,7 @@ from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
 from deepseek_moe.decode.completion_file import CompletionFile
-from deepseek_moe.decode.prompts import noted_interrupts, read_prompts
+from deepseek_moe.decode.prompts import TimedGenerator, noted_interrupts, read_prompts
 from deepseek_moe.decode.sampling import Sampling
 from deepseek_moe.errors import RunError, UserError
 
@@ -42,7 +42,9 @@ def completed(prompt: str, new: int) -> str:
 def test_one_prompt_streams_and_several_are_separated_by_an_empty_line(tmp_path):
     one = run("completion.py", "--prompt", "The old man", "--max_new_tokens", 12)
     assert (one.code, one.out) == (0, completed("The old man", 12) + "\n")
-    assert re.search(r"12 tokens in [\d.]+ s: [\d.]+ tokens/s", one.err)
+    assert re.search(
+        r"12 tokens in [\d.]+ s, the first after [\d.]+ s; then [\d.]+ tokens/s", one.err
+    )
     texts, output = [completed(prompt, 4) for prompt in PROMPTS], tmp_path / "out.jsonl"
     several = run(*batch())
     assert several.out == "\n\n".join(texts) + "\n"
@@ -50,6 +52,18 @@ def test_one_prompt_streams_and_several_are_separated_by_an_empty_line(tmp_path)
     assert run(*batch("--output_file", output)).out == ""
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] + row["completion"] for row in rows] == texts
+
+
+def test_the_rate_counts_no_prompt_and_nothing_of_the_start():
+    """The first token, and the rate after three of each batch, by a clock that each token moves."""
+    seconds = iter([0, 5, 6, 9, 9.25, 9.5, 100, 107, 108, 109, 109.25])
+    with patch("time.perf_counter", lambda: next(seconds)):
+        generator = TimedGenerator(bundled_model())
+        assert str(generator) == "0 tokens in 0.00 s"
+        assert len(list(generator.stream([[7]], 5))) == 5
+        assert str(generator) == "5 tokens in 9.50 s, the first after 5.00 s; then 4.0 tokens/s"
+        list(generator.stream([[7], [9, 4]], 4))
+    assert str(generator) == "13 tokens in 18.75 s, the first after 5.00 s; then 5.3 tokens/s"
 
 
 def test_prompts_of_the_command_line_and_a_file(tmp_path):

@@ -11,7 +11,9 @@ if torch.cuda.is_available():
 
 from kernel_cases import CASES, TWINS, Case, assert_twins_agree, small_cases
 
-from deepseek_moe.kernels.decode import torch_ops, triton_ops
+from deepseek_moe.decode.int_quantizer import quantize
+from deepseek_moe.kernels.decode import Place, experts_many, torch_ops, triton_ops
+from deepseek_moe.kernels.int_weights import Weight
 from deepseek_moe.kernels.training import torch_ops as plain
 from deepseek_moe.kernels.training import triton_ops as fused
 
@@ -66,6 +68,45 @@ def test_a_step_that_breaks_a_number_shows(name):
             assert make(weight, grad, state, options | {"eps": 0.0}, seed).isfinite()
             state[name][-1] = float("inf")
             assert not make(weight, grad, state, options, seed).isfinite()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_attention_gives_the_same_bits_in_a_cache_of_any_capacity(tokens):
+    """So a text goes on as it would have, when its cache has grown."""
+    torch.manual_seed(0)
+    heads, width, longest = 2, 32, 900
+    cache = torch.randn(2, tokens, heads, longest + 1, width)
+    q_TD, slot_T = torch.randn(tokens, heads * width), torch.arange(tokens, dtype=torch.int32)
+    position_T = torch.full_like(slot_T, longest)
+    counters = torch.zeros(512, dtype=torch.int32)
+    outs = []
+    for capacity in (960, 4096):
+        keys, values = torch.nn.functional.pad(cache, (0, 0, 0, capacity - longest - 1))
+        place = Place(keys.contiguous(), values.contiguous(), position_T, slot_T)
+        outs.append(triton_ops.attend(q_TD, place, counters))
+    assert torch.equal(*outs)
+    torch.testing.assert_close(outs[0], torch_ops.attend(q_TD, place, counters))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_experts_of_prompts_are_dequantised_in_pieces(bits, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 200, 64, dtype=torch.bfloat16)
+    weight = Weight(*quantize(weight, bits), bits)
+    x_NI = torch.randn(12, 64, dtype=torch.bfloat16)
+    ends_E = torch.tensor([4, 4, 12], dtype=torch.int32)
+    pieces = []
+
+    def note(piece: Weight, dtype: torch.dtype) -> torch.Tensor:
+        pieces.append(piece.data.shape[1])
+        return torch_ops.matrix(piece, dtype)
+
+    monkeypatch.setattr(experts_many, "matrix", note)
+    monkeypatch.setattr(experts_many, "DEQUANTIZED", 3 * 64 * 100)
+    out_NO = experts_many._library(x_NI, weight, ends_E)
+    assert pieces == [64, 64, 64, 8]
+    want_EIO = torch_ops.matrix(weight, torch.bfloat16).transpose(1, 2)
+    torch.testing.assert_close(out_NO, torch.nn.functional.grouped_mm(x_NI, want_EIO, offs=ends_E))
 
 
 def test_dropout_of_an_adapter():

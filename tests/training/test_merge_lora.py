@@ -206,9 +206,9 @@ def test_tensors_are_read_when_they_are_written(base, adapter, monkeypatch):
     read: list[str] = []
     original = merge.Checkpoint.read
 
-    def note(self: Any, parameter: str) -> torch.Tensor:
+    def note(self: Any, parameter: str, *device: torch.device) -> torch.Tensor:
         read.append(parameter)
-        return original(self, parameter)
+        return original(self, parameter, *device)
 
     tensors = merged_tensors(base, adapter)
     monkeypatch.setattr(merge.Checkpoint, "read", note)
@@ -216,3 +216,30 @@ def test_tensors_are_read_when_they_are_written(base, adapter, monkeypatch):
     for name, _ in tensors:
         assert read[-1].startswith(name.split(".experts.")[0])
         assert read == parameters[: len(read)]
+
+
+@pytest.mark.parametrize(("gpu", "free", "device"), [(0, 0, "cpu"), (1, 1, "cuda"), (1, -1, "cpu")])
+def test_it_is_merged_on_a_gpu_with_room(gpu, free, device, base, monkeypatch):
+    checkpoint = Checkpoint(base)
+    largest = max(checkpoint.read(name).numel() for name in checkpoint.parameters)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(merge, "free_memory", lambda _: 16 * largest + free)
+    assert merge.device_to_merge_on(checkpoint).type == device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [None, Quantization(4)], ids=str)
+def test_merged_on_a_gpu_is_merged_on_the_cpu(way, base, adapter):
+    """Within a rounding to bfloat16."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU was found")
+    if way:
+        way.save(adapter)
+    here, there = (
+        dict(merged_tensors(base, adapter, torch.device(device))) for device in ("cpu", "cuda")
+    )
+    assert here.keys() == there.keys()
+    assert {x.device.type for x in there.values()} == {"cpu", "cuda"}
+    for name, tensor in here.items():
+        torch.testing.assert_close(there[name].cpu(), tensor, rtol=2**-7, atol=1e-6, msg=name)

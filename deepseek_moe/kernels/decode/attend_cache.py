@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import arrive_last, launch_options, wait
+from ..plan import launch
 from . import Place
 
 # For few sequences, and for many, which fill the GPU by themselves: positions that are read at
@@ -117,12 +118,13 @@ def attend(q_TD: Tensor, place: Place, counters: Tensor) -> Tensor:
     heads = q_TD.shape[1] // width
     block, chunk, warps, stages = SHAPES[T > 8]
     splits = SPLITS
-    while splits > 1 and (splits * T * heads > 512 or splits * chunk > capacity):
+    # Not by the capacity: a sum in other parts has other last bits, and the cache may grow.
+    while splits > 1 and splits * T * heads > 512:
         splits //= 2
     out_TD = q_TD.new_empty(q_TD.shape)
     part = q_TD.new_empty(T, heads, splits, width, dtype=torch.float32)
     stat = q_TD.new_empty(T, heads, splits, 2, dtype=torch.float32)
-    _attend[(T, heads, splits)](
+    launch(_attend, (T, heads, splits),
         q_TD, *place, out_TD, part, stat, counters, width**-0.5,
         q_TD.stride(0), capacity, H=heads, KV=kv_heads, D=width, SPLITS=splits, BLOCK=block,
         CHUNK=chunk, STAGES=stages, **launch_options(warps),

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plan import launch
 from . import Place
 
 M, N, WARPS, STAGES = 128, 64, 8, 3
@@ -82,7 +83,7 @@ def attend_prompt(q_TD: Tensor, place: Place, ends: Tensor, longest: int) -> Ten
     heads = q_TD.shape[1] // width
     out_TD = q_TD.new_empty(q_TD.shape)
     m = min(M, max(16, triton.next_power_of_2(longest)))
-    _attend_prompt[(triton.cdiv(longest, m), heads, len(ends) - 1)](
+    launch(_attend_prompt, (triton.cdiv(longest, m), heads, len(ends) - 1),
         q_TD, place.keys, place.values, ends, place.position_T, place.slot_T, out_TD,
         width**-0.5 * 1.4426950408889634,
         q_TD.stride(0), capacity, H=heads, KV=kv_heads, D=width, M=m, N=N, STAGES=STAGES,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..launch import launch_options, wait
 from ..launch import swiglu as _swiglu
+from ..plan import launch
 from . import CosSin, Place
 
 
@@ -48,7 +49,7 @@ def add_norm(
     T, D = x_TD.shape
     sum_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
     out_TD = torch.empty_like(x_TD)
-    _add_norm[(T,)](
+    launch(_add_norm, (T,),
         x_TD, x_TD if residual_TD is None else residual_TD, norm_D, sum_TD, out_TD, eps,
         D=D, RESIDUAL=residual_TD is not None, **launch_options(4),
     )  # fmt: skip
@@ -100,7 +101,7 @@ def rotate(qkv_TO: Tensor, cos_sin: CosSin, place: Place) -> Tensor:
     """As `torch_ops.rotate`, in place: what it returns is a view of `qkv_TO`."""
     _, kv_heads, capacity, width = place.keys.shape
     heads = qkv_TO.shape[1] // width - 2 * kv_heads
-    _rotate[(qkv_TO.shape[0],)](
+    launch(_rotate, (qkv_TO.shape[0],),
         qkv_TO, *cos_sin, place.position_T, place.slot_T, place.keys, place.values, capacity,
         H=heads, KV=kv_heads, D=width, num_warps=8,
     )  # fmt: skip
@@ -122,7 +123,9 @@ def swiglu(gate_up_NF: Tensor) -> Tensor:
     N, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
     out_NF = gate_up_NF.new_empty(N, width)
     block = min(2048, triton.next_power_of_2(width))
-    _act[(N, triton.cdiv(width, block))](gate_up_NF, out_NF, F=width, BLOCK=block, num_warps=4)
+    launch(
+        _act, (N, triton.cdiv(width, block)), gate_up_NF, out_NF, F=width, BLOCK=block, num_warps=4
+    )
     return out_NF
 
 
@@ -167,7 +170,7 @@ def combine(
     """As `torch_ops.combine`."""
     (T, K), D = place_TK.shape, out_ND.shape[1]
     sum_TD, normed_TD = torch.empty_like(residual_TD), torch.empty_like(residual_TD)
-    _combine[(T,)](
+    launch(_combine, (T,),
         out_ND, place_TK, weights_TK, shared_TD, residual_TD, norm_D, sum_TD, normed_TD, eps,
         K=K, D=D, num_warps=4,
     )  # fmt: skip
@@ -187,4 +190,6 @@ def _advance(new_ptr, ids_ptr, position_ptr, seen_ptr, last, V):
 def advance(new_B: Tensor, ids_B: Tensor, position_B: Tensor, seen_BV: Tensor, last: int) -> None:
     """As `torch_ops.advance`."""
     seen = seen_BV.view(torch.uint8)
-    _advance[(len(new_B),)](new_B, ids_B, position_B, seen, last, seen.shape[1], num_warps=1)
+    launch(
+        _advance, (len(new_B),), new_B, ids_B, position_B, seen, last, seen.shape[1], num_warps=1
+    )

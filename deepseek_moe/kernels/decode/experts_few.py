@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import arrive_last, padded_tokens, product_options, scale_of, wait
+from ..plan import launch
 from .dot import dot_few, dot_one, product, product_one, store_swiglu, swiglu_rows
 from .dot_int import dot_picks
 
@@ -236,7 +237,7 @@ def experts_gate_up(x_TD: Tensor, weight: Weight, index_TK: Tensor) -> Tensor:
     E, width = weight.data.shape[0], weight.data.shape[1] // 2
     act_TKF = x_TD.new_empty(T, K, width)
     options = product_options("gate_up", T, weight)
-    _gate_up[(triton.cdiv(width, options["R"] // 2), K if T == 1 else E)](
+    launch(_gate_up, (triton.cdiv(width, options["R"] // 2), K if T == 1 else E),
         x_TD, weight.data, scale_of(weight), index_TK, act_TKF,
         T=T, TP=padded_tokens(T), E=E, K=K, F=width, **options,
     )  # fmt: skip
@@ -263,7 +264,16 @@ def experts_down(
     if T == 1 and weight.bits == 16:
         for name in ("GROUPS", "BITS", "STAGES"):
             del options[name]
-        _down_one[(tiles,)](act_TKF, shared_act_TF, weight.data, shared.data, *routing, **options)
+        launch(
+            _down_one,
+            (tiles,),
+            act_TKF,
+            shared_act_TF,
+            weight.data,
+            shared.data,
+            *routing,
+            **options,
+        )
         return out_TD
     splits = triton.cdiv(K, PICKS) + 1 if T == 1 else SPLITS
     options |= {"SHARED_GROUPS": shared.groups, "SPLITS": splits}
@@ -272,7 +282,7 @@ def experts_down(
     args = (act_TKF, shared_act_TF, *stacks, *routing, part, counters)
     if T == 1:
         del options["STAGES"], options["BLOCK"]
-        _down_one_int[(tiles, splits)](*args, Q=PICKS, **options)
+        launch(_down_one_int, (tiles, splits), *args, Q=PICKS, **options)
     else:
-        _down_few[(tiles, splits)](*args, T=T, TP=padded_tokens(T), **options)
+        launch(_down_few, (tiles, splits), *args, T=T, TP=padded_tokens(T), **options)
     return out_TD

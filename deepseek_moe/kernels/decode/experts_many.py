@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from ..int_weights import Weight
 from ..launch import product_options, scale_of, wait
+from ..plan import launch
 from .dot import dot_few, store_swiglu, swiglu_rows
 from .dot_int import int_value
 from .elementwise import swiglu
 
+DEQUANTIZED = 2**26  # numbers of quantised experts that are in 16 bits at once: 134 MB
 READING = 48  # with up to so many picks an expert, reading the weights is what takes the time
 
 
@@ -43,7 +45,7 @@ def matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
     *stack, words = weight.data.shape
     out = torch.empty(*stack, words * 32 // weight.bits, dtype=dtype, device=weight.data.device)
     block = min(1024, triton.next_power_of_2(words))
-    _matrix[(weight.data.numel() // words, triton.cdiv(words, block))](
+    launch(_matrix, (weight.data.numel() // words, triton.cdiv(words, block)),
         weight.data, weight.scale, out,
         W=words, GROUPS=weight.groups, BITS=weight.bits, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -107,7 +109,7 @@ def _launch(x: Tensor, weight: Weight, ends_E: Tensor, token_N: Tensor | None, g
     together = min(64, max(16, triton.next_power_of_2(picks // E)))
     options = product_options("grouped", together, weight)
     out = x.new_empty(picks, rows // 2 if glu else rows)
-    _grouped[(triton.cdiv(rows, options["R"]), E)](
+    launch(_grouped, (triton.cdiv(rows, options["R"]), E),
         x, x if token_N is None else token_N, weight.data, scale_of(weight), ends_E, out,
         O=rows, GATHER=token_N is not None, GLU=glu, N=together, **options,
     )  # fmt: skip
@@ -140,7 +142,18 @@ def _reads_most(picks: int, weight: Weight) -> bool:
 
 
 def _library(x_NI: Tensor, weight: Weight, ends_E: Tensor) -> Tensor:
-    return F.grouped_mm(x_NI, matrix(weight, x_NI.dtype).transpose(1, 2), offs=ends_E)
+    if weight.scale is None:
+        return F.grouped_mm(x_NI, weight.data.transpose(1, 2), offs=ends_E)
+    E, O, _ = weight.data.shape  # noqa: E741
+    rows = max(64, DEQUANTIZED // (E * x_NI.shape[1]) // 64 * 64)
+    out_NO = x_NI.new_empty(x_NI.shape[0], O)
+    for at in range(0, O, rows):
+        some = slice(at, at + rows)
+        piece = Weight(weight.data[:, some].contiguous(), weight.scale[:, some].contiguous(),
+                       weight.bits)  # fmt: skip
+        matrix_EIR = matrix(piece, x_NI.dtype).transpose(1, 2)
+        out_NO[:, some] = F.grouped_mm(x_NI, matrix_EIR, offs=ends_E)
+    return out_NO
 
 
 def dense(x_TI: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:

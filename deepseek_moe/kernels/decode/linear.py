@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import padded_tokens, product_options, scale_of
+from ..plan import launch
 from .dot import product
 from .elementwise import add_norm
 
@@ -61,7 +62,7 @@ def linear(
     options = product_options("o" if rows < 32768 else "head", T, weight)
     if norm_I is not None and T > 1:
         x_TI, norm_I = add_norm(x_TI, None, norm_I, eps)[1], None
-    _linear[(triton.cdiv(rows, options["R"]),)](
+    launch(_linear, (triton.cdiv(rows, options["R"]),),
         x_TI, x_TI if norm_I is None else norm_I, weight.data, scale_of(weight),
         x_TI if residual_TO is None else residual_TO, out_TO, eps, rows,
         T=T, TP=padded_tokens(T), NORM=norm_I is not None, RESIDUAL=residual_TO is not None,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import padded_tokens, product_options, scale_of
+from ..plan import launch
 from . import CosSin, Place
 from .dot import halves, product
 from .elementwise import add_norm
@@ -85,7 +86,7 @@ def qkv(
     options["R"] = min(options["R"], width)
     x_TD = hidden_TD if T == 1 else add_norm(hidden_TD, None, norm_D, eps)[1]
     q_TD = hidden_TD.new_empty(T, heads * width)
-    _qkv[((heads + 2 * kv_heads) * width // options["R"],)](
+    launch(_qkv, ((heads + 2 * kv_heads) * width // options["R"],),
         x_TD, norm_D, weight.data, scale_of(weight), *cos_sin, place.position_T, place.slot_T, q_TD,
         place.keys, place.values, eps, capacity,
         T=T, TP=padded_tokens(T), H=heads, KV=kv_heads, D=width, **options,

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ..int_weights import Weight
 from ..launch import arrive_last, padded_tokens, product_options, scale_of, tile_of
+from ..plan import launch
 from .dot import product, store_swiglu, swiglu_rows
 from .elementwise import add_norm
 
 TILE = 16  # tokens that a program of `pick_experts` chooses for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # it would be compiled twice
 def _pick_experts(
     logits_ptr,  # [T, E], fp32
     position_ptr,  # [T], -1: no token
@@ -40,7 +41,7 @@ def pick_experts(
     T, E = logits_TE.shape
     index_TK = logits_TE.new_empty(T, top_k, dtype=torch.int32)
     weights_TK = logits_TE.new_empty(T, top_k, dtype=torch.float32)
-    _pick_experts[(triton.cdiv(T, TILE),)](
+    launch(_pick_experts, (triton.cdiv(T, TILE),),
         logits_TE, position_T, index_TK, weights_TK, T,
         TILE=TILE, E=E, K=top_k, NORM_TOPK=norm_topk, num_warps=4,
     )  # fmt: skip
@@ -174,7 +175,7 @@ def route(
     logits_TE = hidden_TD.new_empty(T, E, dtype=torch.float32)
     index_TK = hidden_TD.new_empty(T, top_k, dtype=torch.int32)
     weights_TK = hidden_TD.new_empty(T, top_k, dtype=torch.float32)
-    _route[(routers + triton.cdiv(width, options["R"] // 2),)](
+    launch(_route, (routers + triton.cdiv(width, options["R"] // 2),),
         x_TD, norm_D, norm_D if gate_ED is None else gate_ED, shared.data, scale_of(shared),
         position_T, logits_TE, index_TK, weights_TK, act_TF, normed_TD, counters, eps,
         T=T, TP=padded_tokens(T), E=E, K=top_k, NORM_TOPK=norm_topk, ROUTERS=routers, RE=scored,
