@@ -14,8 +14,6 @@ from .arguments import FineTuningArguments, ModelArguments, split_commas
 from .chosen_experts import order_of_experts, read_trained
 from .compute.grouped_experts import GROUPED, RECOMPUTED
 from .compute.liger import use_fused_forwards
-from .compute.replayed_model import use_replays
-from .compute.varlen_attention import VARLEN
 from .deepspeed_file import zero_stage
 from .quantized_base import Quantization
 from .trainable import adapt, freeze_all_but, saved_whole
@@ -42,23 +40,7 @@ def build_model(
         model.enable_input_require_grads()
     if training.device.type == "cuda":
         use_fused_forwards(model)
-    if _can_replay(model, options, training):
-        use_replays(model)
-        training.gradient_checkpointing_kwargs = {"preserve_rng_state": False}
-        training.activation_checkpointing_kwargs = training.gradient_checkpointing_kwargs
     return model
-
-
-def _can_replay(
-    model: PreTrainedModel | PeftModel, options: ModelArguments, training: FineTuningArguments
-) -> bool:
-    """Whether CUDA graphs can hold the passes: those of adapters on one GPU, whose dropout takes
-    seeds. Products in 8 bits are bitsandbytes' and have PEFT's own dropout."""
-    config = model.config
-    is_alone = training.world_size == 1 and not training.deepspeed
-    adapts = options.use_lora and options.bits != 8 and not config.attention_dropout
-    is_packed = config._attn_implementation == VARLEN and training.device.type == "cuda"
-    return training.cuda_graphs and is_alone and adapts and is_packed
 
 
 def quantization_of(options: ModelArguments, training: FineTuningArguments) -> Quantization | None:

@@ -178,6 +178,10 @@ def show(
     return text
 
 
+FLAT = 256
+"""A flat row is filled up to a multiple of so many ids, so that shapes come again."""
+
+
 class Collator:
     """Makes a batch of examples, or of packed rows, padded on the right to the longest row.
 

@@ -38,10 +38,11 @@ from ..model.layout import weight_files
 from . import callbacks, saving
 from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward
-from .compute.replayed_model import ROUND
+from .compute.replayed_model import use_replays
 from .compute.varlen_attention import VARLEN
 from .deepspeed_file import zero_stage
 from .epoch_sampler import EpochSampler, SetEpoch
+from .examples import FLAT
 from .expert_load import ExpertBoard, ExpertLoad
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
@@ -55,6 +56,7 @@ class FineTuner(Trainer):
         """`quantization` is that of the base under the adapters; all else is transformers'."""
         super().__init__(*args, **kwargs)
         self.base_quantization = quantization
+        use_replays(self.model, self.args, quantization.bits if quantization else 16)
         quiet, names = self.args.disable_tqdm, self.args.report_to
         self.pop_callback(PrinterCallback if quiet else ProgressCallback)
         self.progress = callbacks.ProgressWithoutBars() if quiet else callbacks.Progress()
@@ -231,7 +233,7 @@ class FineTuner(Trainer):
         """
         args, collate = self.args, self.data_collator
         if self.model.config._attn_implementation == VARLEN and args.world_size == 1:
-            collate = partial(collate, flat=ROUND)
+            collate = partial(collate, flat=FLAT)
         if args.train_sampling_strategy == "sequential":
             with changed(self, data_collator=collate):
                 return super().get_train_dataloader()

@@ -12,9 +12,9 @@ from deepseek_moe.checkpoint import own_tokenizer
 from deepseek_moe.training.arguments import ALL_LINEARS, split_commas
 from deepseek_moe.training.compute.grouped_experts import GROUPED
 from deepseek_moe.training.compute.liger import use_fused_forwards
-from deepseek_moe.training.compute.replayed_model import ReplayedModel, use_replays
+from deepseek_moe.training.compute.replayed_model import ReplayedModel, replay
 from deepseek_moe.training.compute.varlen_attention import VARLEN
-from deepseek_moe.training.examples import Collator
+from deepseek_moe.training.examples import FLAT, Collator
 from deepseek_moe.training.quantized_base import Quantization
 from deepseek_moe.training.trainable import add_lora
 
@@ -96,7 +96,7 @@ def adapted(bits: int, recompute: bool, device: torch.device) -> torch.nn.Module
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.02
     use_fused_forwards(model)
-    use_replays(model)
+    replay(model)
     if recompute:
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(options)
@@ -111,7 +111,7 @@ def batch(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
         one = {"input_ids": ids[start : start + length], "trained": trained, "length": length}
         rows.append(one | {"source": ""})
         start += length
-    made = Collator(pad_token_id=1, packing=False)(rows, flat=256)
+    made = Collator(pad_token_id=1, packing=False)(rows, flat=FLAT)
     del made["sources"], made["num_tokens"]
     tensors = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in made.items()}
     return tensors | {"num_sequences": len(lengths), "aux_loss_scale": 1.0}

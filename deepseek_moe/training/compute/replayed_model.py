@@ -5,10 +5,10 @@ GPU 0.13 s for their work. A graph starts all of them at once. What each pass co
 `DeepseekModel`, which is the plain twin; embedding, layers and last norm are in the graphs, head
 and loss are not.
 
-A graph is for one shape, so shapes are rounded up: the row to a multiple of `ROUND` tokens by the
-collator, and here the number of examples and the longest one to powers of two. The first batch of
-a shape is computed plainly, which also compiles kernels; the second one is recorded. All graphs
-share their memory, since only one is in use at a time.
+A graph is for one shape, so shapes are rounded up: the row by the collator (`examples.FLAT`), and
+here the number of examples and the longest one, to powers of two. The first batch of a shape is
+computed plainly, which also compiles kernels; the second one is recorded. All graphs share their
+memory, since only one is in use at a time.
 
 Whatever changes from step to step is a tensor whose place stays: the inputs, the seed of dropout,
 and the gradients, to which the backward graph adds.
@@ -18,23 +18,39 @@ from copy import copy
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 from ...kernels.training.torch_ops import Seed
 from ...model.modeling_deepseek import DeepseekModel, DeepseekModelOutput
+from .varlen_attention import VARLEN
 
 MOST_TOKENS = 8192  # of a batch; larger ones keep the GPU busy, and their graphs much memory
-ROUND = 256
 
 
-def use_replays(model: nn.Module) -> None:
-    """Makes the decoder in `model`, wrapped by PEFT, replay its passes.
+def use_replays(model: nn.Module, args: TrainingArguments, bits: int) -> None:
+    """Makes the decoder in `model` replay its passes, if it has adapters and the process no others.
 
     Its layers must not draw random numbers, apart from the dropout of adapters, which gets seeds
-    here. So checkpointing need not bring back random states, which a graph cannot.
+    here. So checkpointing need not bring back random states, which a graph cannot. Products in
+    8 `bits` are bitsandbytes', with PEFT's own dropout.
     """
+    config = model.config
+    is_alone = args.world_size == 1 and not args.deepspeed
+    adapts = isinstance(model, PeftModel) and bits != 8 and not config.attention_dropout
+    takes_bounds = config._attn_implementation == VARLEN and args.device.type == "cuda"
+    if not (args.cuda_graphs and is_alone and adapts and takes_bounds):
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    # transformers 5.23 gave it a second name.
+    args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = options
+    replay(model)
+
+
+def replay(model: PeftModel) -> None:
     device = next(model.parameters()).device
     step = torch.zeros((), dtype=torch.int64, device=device)
     for number, module in enumerate(model.modules()):
