@@ -24,6 +24,7 @@ from tqdm import tqdm
 from deepseek_moe.errors import UserError
 
 HERE = Path(__file__).resolve().parent
+ONE_RANK = str(HERE / "one_rank.py")
 LORA, QLORA = "--use_lora True --lora_r 64", "--use_lora True --bits 4 --lora_r 64"
 KEPT = "--gradient_checkpointing 0"
 QLORA_8BIT_ADAM = f"{QLORA} --optim adamw_bnb_8bit"
@@ -123,6 +124,16 @@ def finetune(options: str, last_step: str = "", ranks: int = 1) -> str:
     return printed
 
 
+def profiled(options: str, ranks: int = 0, timeout: float = math.inf) -> tuple[Row, str]:
+    """What one_rank.py finds of the last step of a finetune.py (nothing, if that failed), and what
+    finetune.py prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "found.json")
+        words = [ONE_RANK, "profile", str(file), *options.split(), "--output_dir", f"{folder}/run"]
+        printed, _ = run(words, lambda _: file.exists(), timeout, ranks)
+        return json.loads(file.read_text()) if file.exists() else {}, printed
+
+
 def speed_and_gigabytes(
     printed: str, steps: int = STEPS, uncounted: int = UNCOUNTED
 ) -> tuple[float | None, float | None]:
@@ -181,6 +192,7 @@ def run(
                 told = group | {"RANK": rank, "LOCAL_RANK": rank} if ranks else {}
                 told |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
                 environment = os.environ | {name: str(value) for name, value in told.items()}
+                environment.pop("TRANSFORMERS_VERBOSITY", None)  # What is printed is read here.
                 processes.append(subprocess.Popen(command, cwd=folder, env=environment, **output))
             while any(one.poll() is None for one in processes) and time.monotonic() < end:
                 if any(one.poll() for one in processes) or (until and until(printed())):

@@ -40,7 +40,6 @@ from tqdm import tqdm
 from deepseek_moe.errors import exit_on_user_error
 
 PARTS = ("train", "inference")
-ONE_RANK = str(runs.HERE / "one_rank.py")
 SETTINGS = {
     "full, ZeRO-3": f"{runs.ZERO}3.json",
     "QLoRA, ZeRO-2": f"{runs.QLORA} {runs.ZERO}2_no_offload.json",
@@ -71,7 +70,7 @@ def main() -> None:
                 report.add("kill", killed(args, model, name))
         return
     if "train" in args.parts:
-        link, _ = measured(args, args.gpus[-1], "link")
+        link = measured(args, args.gpus[-1], "link")
         speed = report.contents["bytes_s"] = link.get("bytes_s")
         print(f"link: {shown(ratio(speed, 1e9))} GB/s a GPU, each way", flush=True)
         with runs.rows_file(ROWS[0] * args.gpus[-1] * (runs.STEPS + 1), LENGTH) as data:
@@ -82,17 +81,13 @@ def main() -> None:
             report.add("inference", row)
 
 
-def measured(
-    args: argparse.Namespace, ranks: int, what: str, *words: str
-) -> tuple[dict[str, Any], str]:
-    """What one_rank.py found (nothing, if it failed), and what it printed."""
+def measured(args: argparse.Namespace, ranks: int, what: str, *words: str) -> dict[str, Any]:
+    """What one_rank.py found; nothing, if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "found.json")
-        command = [ONE_RANK, what, str(file), *words]
-        if what == "profile":
-            command += ["--output_dir", f"{folder}/run"]
-        printed, _ = runs.run(command, lambda _: file.exists(), args.timeout, ranks)
-        return json.loads(file.read_text()) if file.exists() else {}, printed
+        command = [runs.ONE_RANK, what, str(file), *words]
+        runs.run(command, lambda _: file.exists(), args.timeout, ranks)
+        return json.loads(file.read_text()) if file.exists() else {}
 
 
 def train_rows(
@@ -107,7 +102,7 @@ def train_rows(
         if rows:
             steps = runs.STEPS + 1
             command = runs.command_of(model, data, rows, LENGTH, SETTINGS[name], steps)
-            shares, printed = measured(args, gpus, "profile", *command.split())
+            shares, printed = runs.profiled(command, gpus, args.timeout)
             speed, size = runs.speed_and_gigabytes(printed)
         if speed:
             speed /= gpus
@@ -157,7 +152,7 @@ def killed(args: argparse.Namespace, model: Path, name: str) -> Row:
         options += " --save_total_limit 1 --learning_rate 1e-4"
 
         def start(output: str, death: int) -> tuple[str, int]:
-            words = [ONE_RANK, "die", str(death), *options.split()]
+            words = [runs.ONE_RANK, "die", str(death), *options.split()]
             words += ["--output_dir", f"{folder}/{output}"]
             return runs.run(words, timeout=args.timeout, ranks=gpus)
 
@@ -188,7 +183,7 @@ def inference_rows(args: argparse.Namespace, model: Path) -> Iterator[Row]:
     alone: dict[str, list[list[int]]] = {}  # the tokens of one GPU, by batch size
     for way, gpus in tqdm(todo, file=sys.stderr):
         ranks = gpus if gpus > 1 else 0
-        found, _ = measured(args, ranks, "generate", json.dumps(options | {"way": way}))
+        found = measured(args, ranks, "generate", json.dumps(options | {"way": way}))
         tokens = found.get("tokens", {})
         if way == "one":
             alone = tokens

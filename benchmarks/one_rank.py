@@ -32,6 +32,7 @@ from deepseek_moe.files import write_text
 
 WAYS = ("one", "tensor", "expert")
 TALKS = ("nccl", "gloo:")  # how the names of kernels begin that reach other ranks
+LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")  # and those of calls that start kernels
 RANK = int(os.environ.get("RANK", 0))
 Span = tuple[str, float, float]
 """Name, start and end of a kernel, in seconds."""
@@ -60,7 +61,9 @@ def finetune(argv: Sequence[str], callbacks: Sequence[TrainerCallback]) -> None:
 
 
 class ProfileLastStep(TrainerCallback):
-    """Writes `communication_shares` of the last step to `file`; the others go at full speed."""
+    """Writes what the last step did to `file`; the others go at full speed: its communication, how
+    often the host started something on the device, and the milliseconds in which that was at work.
+    """
 
     def __init__(self, file: str) -> None:
         self.file, self.start, self.profiler = file, 0.0, None
@@ -79,11 +82,14 @@ class ProfileLastStep(TrainerCallback):
         seconds = time.perf_counter() - self.start
         self.profiler.stop()
         events = self.profiler.events()
+        launches = sum(event.name.startswith(LAUNCHES) for event in events)
         if DEVICE.type == "cuda":  # Kernels and copies; annotations are names for these.
             on_device = torch.autograd.DeviceType.CUDA
             events = [e for e in events if e.device_type == on_device and not e.is_user_annotation]
         spans = [(e.name, e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events]
-        write_text(self.file, json.dumps(communication_shares(spans, seconds)))
+        found = communication_shares(spans, seconds)
+        found |= {"launches": launches, "device_ms": 1000 * covered_seconds(spans)}
+        write_text(self.file, json.dumps(found))
 
 
 class DieInSave(TrainerCallback, ExportableState):

@@ -6,7 +6,9 @@
     python images/plots.py                          draws images/train.png from that file
 
 Each setting is a `finetune.py` of its own on random weights of the official configuration and
-random text, with real steps of the optimizer; the first four do not count. Stock is what
+random text, with real steps of the optimizer; the first four do not count, and one more is
+profiled: device_ms is the part of it in which the GPU was at work, and launches is how often the
+host started something there. Stock is what
 transformers and PEFT do by themselves with layers recomputed; it stands beside settings that do so.
 MFU counts 6 operations for each weight that a token passes (2.6 of the 16.4 billion), and those of
 attention, over the measured rate of large products. It counts nothing for what is computed twice.
@@ -91,14 +93,16 @@ def main() -> None:
 def measured(operations_s: float, setting: Setting, model: Path, data: Path) -> Row:
     """A row of a setting; a run that failed leaves None, and says why on stderr."""
     rows, length, _, stock, _ = setting
-    command = command_of(setting, model, data, runs.STEPS)
-    printed = runs.finetune(command, f"step {runs.STEPS}/{runs.STEPS}")
+    step, printed = runs.profiled(command_of(setting, model, data, runs.STEPS + 1))
     speed, size = runs.speed_and_gigabytes(printed)
     theirs = measured_stock(stock, model, rows, length) if stock else {}
     limit = operations_s / training_flops(DeepseekConfig.from_pretrained(model), length)
     return {
         "shape": f"{rows} x {length}",
         "tokens_s": speed,
+        "step_ms": ratio(1000 * rows * length, speed),
+        "device_ms": step.get("device_ms"),
+        "launches": step.get("launches"),
         "mfu": ratio(speed, limit),
         "gigabytes": size,
         "stock_tokens_s": theirs.get("tokens_s"),

@@ -101,6 +101,7 @@ GROUPS = {
         Option("gradient_accumulation_steps", int, 1, "batches in a step", least=1),
         Option("bf16", bool, False, "compute in bf16 instead of fp32"),
         Option("gradient_checkpointing", bool, False, "recompute layers in the backward pass"),
+        Option("cuda_graphs", bool, True, "LoRA, small batches: start all kernels at once"),
         Option("recompute_experts", bool, False, "recompute only the experts; needs --bf16 True"),
     ],
     "saving and evaluation": [

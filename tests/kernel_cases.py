@@ -173,13 +173,13 @@ def _combine(c: Case) -> list[Any]:
 
 def _weighted_swiglu(c: Case, width: int, low: bool) -> list[Any]:
     low_NF = c.normal(c.tokens, 2 * width) if low else None
-    return [c.normal(c.tokens, 2 * width), low_NF, c.normal(c.tokens).float(), 0.0, 0]
+    return [c.normal(c.tokens, 2 * width), low_NF, c.normal(c.tokens).float(), 0.0, None]
 
 
 def _weighted_swiglu_backward(c: Case, width: int, low: bool) -> list[Any]:
     low_NF = c.normal(c.tokens, width) if low else None
     gate_up, weights = c.normal(c.tokens, 2 * width), c.normal(c.tokens).float()
-    return [c.normal(c.tokens, width), low_NF, gate_up, weights, low, 0.0, 0]
+    return [c.normal(c.tokens, width), low_NF, gate_up, weights, low, 0.0, None]
 
 
 def _adamw(c: Case) -> list[Any]:
@@ -250,6 +250,7 @@ CASES: dict[str, Callable[[Case], list[Any]]] = {
     "swiglu": lambda c: [c.normal(c.tokens, 2 * 72)],
     "unpack_4bit": lambda c: _unpack_4bit(c, nested=True),
     "unpack_4bit:scales in fp32": lambda c: _unpack_4bit(c, nested=False),
+    "drop_out": lambda c: [c.hidden_TD, 0.0, None],  # with dropout: tests/kernels
     "weighted_swiglu": lambda c: _weighted_swiglu(c, 72, low=True),
     "weighted_swiglu:without adapter": lambda c: _weighted_swiglu(c, c.width, low=False),
     "weighted_swiglu_backward": lambda c: _weighted_swiglu_backward(c, 72, low=True),

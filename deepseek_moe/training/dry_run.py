@@ -165,8 +165,8 @@ def _activations(
     # Inputs of linears and experts; a frozen linear keeps none.
     only_experts = bool(options.chosen_experts) and not options.trainable
     layer += (D if only_experts else 2 * D + shared) * low
-    if options.use_lora and options.lora_dropout:  # the masks of dropout on these inputs
-        layer += D if only_experts else 4 * D + shared
+    if options.use_lora and options.lora_dropout and options.bits == 8 and not only_experts:
+        layer += 3 * D + shared  # the masks of PEFT's own dropout before linears
     # x A of experts, or the router's input in fp32
     layer += 2 * K * options.lora_rank * low if options.use_lora else 4 * D
     kept = D * stream if training.gradient_checkpointing else layer

@@ -178,6 +178,10 @@ def show(
     return text
 
 
+FLAT = 256
+"""A flat row is filled up to a multiple of so many ids, so that shapes come again."""
+
+
 class Collator:
     """Makes a batch of examples, or of packed rows, padded on the right to the longest row.
 
@@ -189,17 +193,24 @@ class Collator:
     def __init__(self, pad_token_id: int, packing: bool) -> None:
         self.pad_token_id, self.packing = pad_token_id, packing
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, features: list[dict[str, Any]], flat: int = 0) -> dict[str, Any]:
         """Tensors [B, L], int64, of examples or (when packing) of rows of `packed_rows.pack`.
+
+        Args:
+            flat: if not 0, all rows lie end to end in one packed row, B = 1, which is filled up to
+                a multiple of so many ids.
 
         Returns:
             input_ids; labels (IGNORED for ids that are not trained on); sequence_ids (the number of
-            the example in this batch, -1 in padding); sources (one for each example).
-            When packing also position_ids, which begin at 0 in each example, and the arguments of
+            the example in this batch, -1 in padding); sources (one for each example); num_tokens.
+            In packed rows also position_ids, which begin at 0 in each example, and the arguments of
             varlen attention: cu_seq_lens_q and _k (int32: where each example begins in B*L, then
             B*L), max_length_q and _k. There, the padding of a row counts as one more example.
         """
-        width = max(len(row["input_ids"]) for row in features)
+        num_tokens = sum(row["length"] for row in features)
+        width = max(row["length"] for row in features)
+        if flat:
+            features, width = [_end_to_end(features)], -(-num_tokens // flat) * flat
         shape = (len(features), width)
         ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
@@ -207,7 +218,7 @@ class Collator:
         segments, sources = [], []
         for i, row in enumerate(features):
             lengths, length = row.get("lengths", [row["length"]]), row["length"]
-            assert self.packing or len(lengths) == 1
+            assert self.packing or flat or len(lengths) == 1
             trained = np.asarray(row["trained"], dtype=bool)
             # The first id of an example is never trained on: the id before it is another example's.
             assert not trained[np.cumsum([0, *lengths[:-1]])].any()
@@ -218,7 +229,17 @@ class Collator:
             segments += [*lengths, width - length] if length < width else lengths
         batch = {"input_ids": ids, "labels": labels, "sequence_ids": sequences}
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return batch | {"sources": sources} | (_varlen(segments, shape) if self.packing else {})
+        batch |= {"sources": sources, "num_tokens": num_tokens}
+        return batch | (_varlen(segments, shape) if self.packing or flat else {})
+
+
+def _end_to_end(features: list[dict[str, Any]]) -> dict[str, Any]:
+    """One packed row of all examples in the rows."""
+    ids, trained = ([one for row in features for one in row[n]] for n in ("input_ids", "trained"))
+    lengths = [one for row in features for one in row.get("lengths", [row["length"]])]
+    sources = [one for row in features for one in row.get("sources") or [row["source"]]]
+    found = {"input_ids": ids, "trained": trained, "lengths": lengths, "sources": sources}
+    return found | {"length": len(ids)}
 
 
 def _varlen(segments: list[int], shape: tuple[int, int]) -> dict[str, Any]:

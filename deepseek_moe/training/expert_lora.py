@@ -145,7 +145,11 @@ class ParamWrapper(peft_layer.ParamWrapper):
             as_.append(a.view(self.num_experts, -1, a.shape[1]) * self.scaling[name])
             bs.append(b.view(b.shape[0], -1, self.num_experts).permute(2, 1, 0))
         a_ERI, b_ERO = torch.cat(as_, 1), torch.cat(bs, 1)
-        return LowRank(a_ERI, b_ERO, self.dropout_p if self.training else 0.0)
+        dropout, seed = (
+            self.dropout_p if self.training else 0.0,
+            getattr(self, "dropout_seed", None),
+        )
+        return LowRank(a_ERI, b_ERO, dropout, seed)
 
     def forward(self, hidden_TD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged:

@@ -38,8 +38,11 @@ from ..model.layout import weight_files
 from . import callbacks, saving
 from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward
+from .compute.replayed_model import use_replays
+from .compute.varlen_attention import VARLEN
 from .deepspeed_file import zero_stage
 from .epoch_sampler import EpochSampler, SetEpoch
+from .examples import FLAT
 from .expert_load import ExpertBoard, ExpertLoad
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
@@ -53,6 +56,7 @@ class FineTuner(Trainer):
         """`quantization` is that of the base under the adapters; all else is transformers'."""
         super().__init__(*args, **kwargs)
         self.base_quantization = quantization
+        use_replays(self.model, self.args, quantization.bits if quantization else 16)
         quiet, names = self.args.disable_tqdm, self.args.report_to
         self.pop_callback(PrinterCallback if quiet else ProgressCallback)
         self.progress = callbacks.ProgressWithoutBars() if quiet else callbacks.Progress()
@@ -103,9 +107,11 @@ class FineTuner(Trainer):
         if self.control.should_training_stop:  # by StopAfterLastStep
             return [], None
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        count = torch.tensor(sum(len(batch["sources"]) for batch in batches))
-        count = self.accelerator.gather(count.to(self.args.device).view(1)).sum()
-        self._sequences_in_step, self._sources = int(count), []
+        count = sum(len(batch["sources"]) for batch in batches)
+        if self.args.world_size > 1:
+            count = torch.tensor([count], device=self.args.device)
+            count = int(self.accelerator.gather(count).sum())
+        self._sequences_in_step, self._sources = count, []
         self._steps += 1
         return batches, num_items
 
@@ -119,7 +125,7 @@ class FineTuner(Trainer):
         # The gradients are averaged over the processes, so each counts its share that many times.
         inputs["aux_loss_scale"] = share * self.accelerator.num_processes
         inputs["num_sequences"] = len(sources)
-        self._tokens += int((inputs["sequence_ids"] >= 0).sum())
+        self._tokens += inputs.pop("num_tokens")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.expert_load.add(outputs, inputs["sequence_ids"], share)
         if not math.isfinite(loss.detach()):
@@ -184,7 +190,7 @@ class FineTuner(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None, None]:
-        inputs = {name: value for name, value in inputs.items() if name != "sources"}
+        inputs = {n: value for n, value in inputs.items() if n not in ("sources", "num_tokens")}
         labels = inputs.pop("labels")[:, 1:]
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -221,10 +227,16 @@ class FineTuner(Trainer):
     # ---- the order of examples ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Loads the examples in an order that a resumed run sees again."""
-        args = self.args
+        """Loads the examples in an order that a resumed run sees again.
+
+        Where attention takes packed rows, the rows of a batch lie end to end without padding.
+        """
+        args, collate = self.args, self.data_collator
+        if self.model.config._attn_implementation == VARLEN and args.world_size == 1:
+            collate = partial(collate, flat=FLAT)
         if args.train_sampling_strategy == "sequential":
-            return super().get_train_dataloader()
+            with changed(self, data_collator=collate):
+                return super().get_train_dataloader()
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.train_sampling_strategy == "random":
             step = 1
@@ -234,7 +246,7 @@ class FineTuner(Trainer):
             self.train_dataset,
             args.train_batch_size,
             sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=collate,
             drop_last=args.dataloader_drop_last,
             pin_memory=args.dataloader_pin_memory,
         )

@@ -146,11 +146,13 @@ def test_train(run, base, monkeypatch, capsys):
         return PRINTED
 
     settings = {"LoRA": train.Setting(1, 8, "", "lora")}
+    step = {"device_ms": 4.0, "launches": 30}
     settings["chosen experts"] = train.Setting(1, 8, "", share=0.25)
-    monkeypatch.setattr("finetune_runs.finetune", finetune)
+    monkeypatch.setattr("finetune_runs.profiled", lambda command: (step, finetune(command)))
     report = run("train", SETTINGS=settings, measured_stock=measured_stock)
     row, chosen = report["lines"]
     assert chosen["gigabytes"] == 8.5 and chosen["stock_tokens_s"] is None
+    assert step.items() <= row.items()
     assert row["tokens_s"] == pytest.approx(4 / (1 / 5000 + 1 / 6000 + 1 / 7000 + 1 / 8000))
     assert row["gigabytes"] == 8.5 and row["x_stock"] == row["tokens_s"] / row["stock_tokens_s"]
     config = DeepseekConfig.from_pretrained(base)
@@ -249,7 +251,8 @@ def test_multi_gpu_trains_what_fits_and_compares_rates(run, base, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     shares = {"communication": 0.2, "exposed": 0.1}
     command = "multi_gpu --gpus 4 1 2 --parts train"
-    rows = run(command, measured=lambda *_: (shares, PRINTED))["train"]
+    monkeypatch.setattr("finetune_runs.profiled", lambda *_: (shares, PRINTED))
+    rows = run(command, measured=lambda *_: {})["train"]
     found = [(row["name"], row["gpus"], row["rows"], row["scaling"]) for row in rows]
     scaling = {1: 1, 2: 1 / 2, 4: 1 / 4}
     assert found[:3] == [("full, ZeRO-3", gpus, 0, None) for gpus in scaling]

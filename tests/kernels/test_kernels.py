@@ -1,6 +1,7 @@
 """Every kernel equals its twin in torch, in Triton's interpreter; tests/gpu does it on a GPU."""
 
 from inspect import signature
+from types import ModuleType
 
 import pytest
 import torch
@@ -112,18 +113,43 @@ def test_experts_of_prompts_are_dequantised_in_pieces(bits, monkeypatch):
 def test_dropout_of_an_adapter():
     """What is dropped is zero, the rest larger; the backward pass drops the same."""
     gate_up, weights, p = torch.randn(40, 128), torch.rand(40), 0.25
-    act, dropped = fused.weighted_swiglu(gate_up, None, weights, p, 7)
+    seed, others = seed_of(7), [seed_of(8), seed_of(7, salt=1)]
+    act, dropped = fused.weighted_swiglu(gate_up, None, weights, p, seed)
     kept = dropped != 0
-    torch.testing.assert_close(dropped[kept], act[kept] / (1 - p))
-    assert abs(kept.float().mean() - (1 - p)) < 0.02
-    assert kept.float().mean(0).max() < 1
-    assert not torch.equal(kept, fused.weighted_swiglu(gate_up, None, weights, p, 8)[1] != 0)
+    assert_drops(act, dropped, p)
+    for other in others:
+        assert not torch.equal(
+            kept, fused.weighted_swiglu(gate_up, None, weights, p, other)[1] != 0
+        )
     low_grad, none = torch.randn(40, 64), torch.zeros(40, 64)
-    have = fused.weighted_swiglu_backward(none, low_grad, gate_up, weights, True, p, 7)
+    have = fused.weighted_swiglu_backward(none, low_grad, gate_up, weights, True, p, seed)
     grad = low_grad * kept / (1 - p)
-    want = plain.weighted_swiglu_backward(grad, None, gate_up, weights, True, 0.0, 0)
+    want = plain.weighted_swiglu_backward(grad, None, gate_up, weights, True, 0.0, None)
     torch.testing.assert_close(have, want)
     torch.testing.assert_close(none, dropped)  # in its place
+
+
+@pytest.mark.parametrize("ops", [fused, plain])
+def test_dropout_without_a_mask(ops: ModuleType) -> None:
+    """The same seed drops the same again, of other numbers too."""
+    x, grad, p = torch.randn(40, 96), torch.randn(40, 96), 0.25
+    dropped = ops.drop_out(x, p, seed_of(7))
+    assert_drops(x, dropped, p)
+    assert torch.equal(ops.drop_out(grad, p, seed_of(7)) != 0, dropped != 0)
+    for other in (seed_of(8), seed_of(7, salt=1)):
+        assert not torch.equal(ops.drop_out(x, p, other) != 0, dropped != 0)
+    assert ops.drop_out(x, 0.0, None) is x
+
+
+def seed_of(step: int, salt: int = 0) -> plain.Seed:
+    return plain.Seed(torch.tensor(step), salt)
+
+
+def assert_drops(x: torch.Tensor, dropped: torch.Tensor, p: float) -> None:
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], x[kept] / (1 - p))
+    assert abs(kept.float().mean() - (1 - p)) < 0.02
+    assert kept.float().mean(0).max() < 1
 
 
 # No rows of 16, 32, 48, 80... numbers: with AVX-512, bitsandbytes 0.50.2 takes the scales of other

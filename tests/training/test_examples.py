@@ -202,7 +202,7 @@ def test_padded_and_packed_batches():
         example([0, 6, 1], [0, 0, 1], "x 3"),
     ]
     padded = Collator(pad_token_id=1, packing=False)(examples)
-    assert padded.keys() == {"input_ids", "labels", "sequence_ids", "sources"}
+    assert padded.keys() == {"input_ids", "labels", "sequence_ids", "sources", "num_tokens"}
     assert padded["labels"].tolist()[0:2] == [[-100, -100, 8, 1], [-100, 5, 1, -100]]
     assert padded["sequence_ids"].tolist() == [[0] * 4, [1, 1, 1, -1], [2, 2, 2, -1]]
     rows = pack(datasets.Dataset.from_list(examples), 6).to_list()
@@ -217,11 +217,18 @@ def test_padded_and_packed_batches():
         "sequence_ids": [[0, 0, 0, 0, -1, -1], [1, 1, 1, 2, 2, 2]],
         "position_ids": [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]],
         "sources": ["x 1", "x 2", "x 3"],
+        "num_tokens": 10,
         "cu_seq_lens_q": [0, 4, 6, 9, 12],
         "cu_seq_lens_k": [0, 4, 6, 9, 12],
         "max_length_q": 4,
         "max_length_k": 4,
     }
+    flat = Collator(pad_token_id=1, packing=False)(examples, flat=12)
+    assert flat["input_ids"].tolist() == [[0, 7, 8, 1, 0, 5, 1, 0, 6, 1, 1, 1]]
+    assert flat["cu_seq_lens_q"].tolist() == [0, 4, 7, 10, 12] and flat["num_tokens"] == 10
+    again = Collator(pad_token_id=1, packing=True)(rows, flat=12)
+    for name, value in flat.items():
+        assert torch.equal(again[name], value) if isinstance(value, torch.Tensor) else value
     rows[1]["trained"][3] = 1  # a label across the border of two examples
     with pytest.raises(AssertionError):
         Collator(1, packing=True)(rows)

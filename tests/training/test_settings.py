@@ -15,8 +15,8 @@ from deepseek_moe.training.run import RUN_FILE, Run, settings_of
 CHANGES_NOTHING = (
     "model_name_or_path cache_dir data_path eval_data_path columns skip_bad_rows "
     "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing deepspeed "
-    "attn_implementation recompute_experts single_gpu_full ddp_timeout use_cpu merge_on_save "
-    "offload_experts expert_threshold expert_share expert_score save_delta "
+    "attn_implementation cuda_graphs recompute_experts single_gpu_full ddp_timeout use_cpu "
+    "merge_on_save offload_experts expert_threshold expert_share expert_score save_delta "
     "output_dir save_strategy save_steps save_total_limit eval_strategy eval_steps "
     "per_device_eval_batch_size dry_run show_examples logging_steps report_to disable_tqdm"
 )

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,12 +61,15 @@ def test_packed_equals_padded(tuner, examples):
     assert len(rows) < 12
     packed = tuner(rows, per_device_train_batch_size=len(rows), packing=True)
     assert_equal_training(tuner(per_device_train_batch_size=24), packed, steps=1)
+    flat = tuner(per_device_train_batch_size=24)
+    flat.data_collator = partial(flat.data_collator, flat=7)
+    assert_equal_training(tuner(per_device_train_batch_size=24), flat, steps=1)
 
 
 def test_loss_and_balance_loss_are_logged_apart_as_means_of_steps(tuner):
     each, means = (tuner(max_steps=4, logging_steps=every) for every in (1, 2))
     batch = next(iter(each.get_train_dataloader()))
-    del batch["sources"]
+    del batch["sources"], batch["num_tokens"]
     with torch.no_grad():
         expected = each.model.train()(**batch)
     each.train()

@@ -1,6 +1,6 @@
 """What each kernel of fine-tuning computes, in torch. The experts use it where no GPU is."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,26 @@ if TYPE_CHECKING:  # experts are measured without this package too
 ADAMW_BLOCK = 256
 """Weights that share a scale of each of AdamW's averages."""
 
+# Dropout before adapters.
+
+
+class Seed(NamedTuple):
+    """Which numbers drop out. Passes that have the same seed drop the same."""
+
+    step: Tensor  # one int64 on the device of the numbers, so that a CUDA graph can read a new one
+    salt: int  # keeps apart what drops out in one step
+
+
+def drop_out(x: Tensor, dropout: float, seed: Seed | None) -> Tensor:
+    """x with the share `dropout` of its numbers 0 and the others / (1 - dropout)."""
+    return (x * _kept(x, dropout, seed)).to(x.dtype) if dropout else x
+
+
 # Between the products of the experts in training.
 
 
 def weighted_swiglu(
-    gate_up_NF: Tensor, low_NF: Tensor | None, weights_N: Tensor, dropout: float, seed: int
+    gate_up_NF: Tensor, low_NF: Tensor | None, weights_N: Tensor, dropout: float, seed: Seed | None
 ) -> tuple[Tensor, Tensor]:
     """weight * silu(gate) * up, [N, F], without and with dropout, of gate and up in [N, 2F].
 
@@ -39,7 +54,7 @@ def weighted_swiglu_backward(
     weights_N: Tensor,
     need_act: bool,
     dropout: float,
-    seed: int,
+    seed: Seed | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up [N, 2F] and of the weights [N].
 
@@ -62,11 +77,11 @@ def weighted_swiglu_backward(
     return grad_gate_up_NF.to(grad_NF.dtype), grad_weights_N.to(weights_N.dtype)
 
 
-def _kept(x_NF: Tensor, dropout: float, seed: int) -> Tensor | float:
+def _kept(x_NF: Tensor, dropout: float, seed: Seed | None) -> Tensor | float:
     """What dropout multiplies numbers of the shape of x with: 0, or 1 / (1 - dropout)."""
     if not dropout:
         return 1.0
-    random = torch.Generator(x_NF.device).manual_seed(seed)
+    random = torch.Generator(x_NF.device).manual_seed(int(seed.step) + seed.salt)
     kept_NF = torch.rand(x_NF.shape, generator=random, device=x_NF.device) >= dropout
     return kept_NF / (1 - dropout)
 

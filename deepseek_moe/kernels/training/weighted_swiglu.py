@@ -5,21 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _kept(seed, at_F, DROPOUT: tl.constexpr):
-    """0 where an input of the adapter is dropped, else 1 / (1 - DROPOUT); the same in each pass."""
-    return tl.where(tl.rand(seed, at_F.to(tl.uint32)) >= DROPOUT, 1.0 / (1.0 - DROPOUT), 0.0)
+from .dropout import kept
+from .torch_ops import Seed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def _weighted_swiglu(
     gate_up_ptr,  # [N, 2F]; with LOW the sum is written here
     low_ptr,  # [N, 2F], read with LOW
     weights_ptr,  # [N]
     act_ptr,  # [N, F]
     dropped_ptr,  # [N, F], written with DROPOUT
-    seed,
+    seed_ptr,  # one number, read with DROPOUT
+    salt,
     F: tl.constexpr,
     COLUMNS: tl.constexpr,
     LOW: tl.constexpr,
@@ -43,10 +41,10 @@ def _weighted_swiglu(
         out_F = row * F + f_F
         tl.store(act_ptr + out_F, act_F, mask=ok_F)
         if DROPOUT > 0:
-            tl.store(dropped_ptr + out_F, act_F * _kept(seed, out_F, DROPOUT), mask=ok_F)
+            tl.store(dropped_ptr + out_F, act_F * kept(seed_ptr, salt, out_F, DROPOUT), mask=ok_F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def _weighted_swiglu_backward(
     grad_ptr,  # [N, F]; with ACT the weighted activations are written here
     low_grad_ptr,  # [N, F], the gradient of the adapter's input, read with LOW
@@ -54,7 +52,8 @@ def _weighted_swiglu_backward(
     weights_ptr,  # [N]
     grad_gate_up_ptr,  # [N, 2F]
     grad_weights_ptr,  # [N]
-    seed,
+    seed_ptr,  # one number, read with DROPOUT
+    salt,
     F: tl.constexpr,
     COLUMNS: tl.constexpr,
     LOW: tl.constexpr,
@@ -73,14 +72,14 @@ def _weighted_swiglu_backward(
         grad_F = tl.load(grad_ptr + out_F, mask=ok_F, other=0.0).to(tl.float32)
         if LOW:
             low_F = tl.load(low_grad_ptr + out_F, mask=ok_F, other=0.0).to(tl.float32)
-            grad_F += low_F * _kept(seed, out_F, DROPOUT) if DROPOUT > 0 else low_F
+            grad_F += low_F * kept(seed_ptr, salt, out_F, DROPOUT) if DROPOUT > 0 else low_F
         sigmoid_F = tl.sigmoid(gate_F)
         silu_F = gate_F * sigmoid_F
         act_F = silu_F * up_F
         grad_weight_F += grad_F * act_F
         if ACT:
             act_F *= weight
-            act_F = act_F * _kept(seed, out_F, DROPOUT) if DROPOUT > 0 else act_F
+            act_F = act_F * kept(seed_ptr, salt, out_F, DROPOUT) if DROPOUT > 0 else act_F
             tl.store(grad_ptr + out_F, act_F, mask=ok_F)
         grad_F *= weight
         grad_gate_F = grad_F * up_F * (sigmoid_F + silu_F * (1 - sigmoid_F))
@@ -118,14 +117,16 @@ COLUMNS = 512  # of the expert width, which a program computes at once
 
 
 def weighted_swiglu(
-    gate_up_NF: Tensor, low_NF: Tensor | None, weights_N: Tensor, dropout: float, seed: int
+    gate_up_NF: Tensor, low_NF: Tensor | None, weights_N: Tensor, dropout: float, seed: Seed | None
 ) -> tuple[Tensor, Tensor]:
     """As `torch_ops.weighted_swiglu`."""
     N, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
     act_NF = gate_up_NF.new_empty(N, width)
     dropped_NF = torch.empty_like(act_NF) if dropout else act_NF
+    step, salt = seed if dropout else (weights_N, 0)  # which is not read
     _weighted_swiglu[(N,)](
-        gate_up_NF, gate_up_NF if low_NF is None else low_NF, weights_N, act_NF, dropped_NF, seed,
+        gate_up_NF, gate_up_NF if low_NF is None else low_NF, weights_N, act_NF, dropped_NF,
+        step, salt,
         F=width, COLUMNS=COLUMNS, LOW=low_NF is not None, DROPOUT=dropout, num_warps=4,
     )  # fmt: skip
     return act_NF, dropped_NF
@@ -138,14 +139,15 @@ def weighted_swiglu_backward(
     weights_N: Tensor,
     need_act: bool,
     dropout: float,
-    seed: int,
+    seed: Seed | None,
 ) -> tuple[Tensor, Tensor]:
     """As `torch_ops.weighted_swiglu_backward`."""
     N, width = grad_NF.shape
     grad_gate_up_NF, grad_weights_N = torch.empty_like(gate_up_NF), torch.empty_like(weights_N)
+    step, salt = seed if dropout else (weights_N, 0)  # which is not read
     _weighted_swiglu_backward[(N,)](
         grad_NF, grad_NF if low_grad_NF is None else low_grad_NF, gate_up_NF, weights_N,
-        grad_gate_up_NF, grad_weights_N, seed,
+        grad_gate_up_NF, grad_weights_N, step, salt,
         F=width, COLUMNS=COLUMNS, LOW=low_grad_NF is not None, ACT=need_act, DROPOUT=dropout,
         num_warps=4,
     )  # fmt: skip

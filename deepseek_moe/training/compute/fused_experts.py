@@ -10,7 +10,7 @@ backward pass:
 - Frozen weights may be quantised. Each pass dequantises them where a product takes them.
 - If only the first C experts train, no gradient of the others is formed. Their products take one
   stack all the same: the trained weights are copied into the first places of the frozen one.
-- Dropout keeps a mask, a byte a number, instead of the numbers.
+- Dropout keeps nothing: each pass drops again what the seed says.
 
 `_Experts` saves all tensors and finds all gradients. `_Down` saves nothing:
 
@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from ...kernels.training.torch_ops import Seed
 from ..quantized_base import dequantize
 
 Maybe = torch.Tensor | None
@@ -51,7 +52,8 @@ class Picks(NamedTuple):
     recompute: bool  # computes gate and up again in the backward pass
     token_dropout: float  # before the adapter of gate and up, alike for all picks of a token
     pick_dropout: float  # before the adapter of down
-    seed: int  # of `pick_dropout`
+    token_seed: Seed
+    pick_seed: Seed
 
 
 def fused_experts(
@@ -87,7 +89,7 @@ class _Experts(torch.autograd.Function):
         weights_N = weights_TK.new_zeros(weights_TK.numel() + 1)
         weights_N[picks.place_TK.flatten()] = weights_TK.flatten()
         weights_N = weights_N[:-1]  # place -1 was the last
-        dropped_TD, kept_TD = drop_out(x_TD, picks.token_dropout)
+        dropped_TD = picks.ops.drop_out(x_TD, picks.token_dropout, picks.token_seed)
         gate_up_NF, act_NF, dropped_NF, up_NR = _gate_and_up(
             picks, x_TD, dropped_TD, weights_N, (gate_up, frozen_up, a_up, b_up)
         )
@@ -100,19 +102,15 @@ class _Experts(torch.autograd.Function):
         # The parameters themselves, not copies.
         ctx.stacks = (gate_up, frozen_up), (down, frozen_down)
         kept_NF = None if picks.recompute else gate_up_NF
-        ctx.save_for_backward(
-            x_TD, kept_TD, weights_N, kept_NF, a_up, b_up, up_NR, a_down, b_down, down_NR
-        )
+        ctx.save_for_backward(x_TD, weights_N, kept_NF, a_up, b_up, up_NR, a_down, b_down, down_NR)
         return x_TD.new_zeros(()).expand_as(x_TD), act_NF, down_NR
 
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor, *_: None) -> tuple[Maybe, ...]:
         picks, ((gate_up, frozen_up), (down, frozen_down)) = ctx.picks, ctx.stacks
-        x_TD, kept_TD, weights_N, gate_up_NF, a_up, b_up, up_NR, a_down, b_down, down_NR = (
-            ctx.saved_tensors
-        )
+        x_TD, weights_N, gate_up_NF, a_up, b_up, up_NR, a_down, b_down, down_NR = ctx.saved_tensors
         product = partial(F.grouped_mm, offs=picks.ends_E)
-        drop = partial(drop_again, kept=kept_TD, p=picks.token_dropout)
+        drop = partial(picks.ops.drop_out, dropout=picks.token_dropout, seed=picks.token_seed)
         needs = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
         grads: dict[str, Maybe] = dict.fromkeys(NAMES)
         if gate_up_NF is None:
@@ -130,7 +128,7 @@ class _Experts(torch.autograd.Function):
         grad_ND = grad_ND if needs["down"] else None
         grad_gate_up_NF, grad_N = picks.ops.weighted_swiglu_backward(
             grad_NF, grad_dropped_NF, gate_up_NF, weights_N, needs["down"] or needs["a_down"],
-            picks.pick_dropout, picks.seed,
+            picks.pick_dropout, picks.pick_seed,
         )  # fmt: skip
         act_NF = grad_NF  # the kernel has written the activations over their gradient
         del gate_up_NF, grad_NF, grad_dropped_NF
@@ -205,18 +203,6 @@ def _gate_and_up(
         del x_ND  # what follows is larger
         low_NF = product(up_NR, b_up)
     act_NF, dropped_NF = picks.ops.weighted_swiglu(
-        gate_up_NF, low_NF, weights_N, picks.pick_dropout, picks.seed
+        gate_up_NF, low_NF, weights_N, picks.pick_dropout, picks.pick_seed
     )
     return gate_up_NF, act_NF, dropped_NF, up_NR
-
-
-def drop_out(x: torch.Tensor, p: float) -> tuple[torch.Tensor, Maybe]:
-    """x with dropout, and the mask of what was kept. With p = 0, x itself and None."""
-    return torch.native_dropout(x, p, True) if p else (x, None)
-
-
-def drop_again(x: torch.Tensor, kept: Maybe, p: float) -> torch.Tensor:
-    """x, or a gradient, with the same numbers dropped as by the `drop_out` that returned `kept`."""
-    if kept is None:
-        return x
-    return torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - p))

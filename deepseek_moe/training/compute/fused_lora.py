@@ -4,7 +4,8 @@ They compute what PEFT does, and keep little for the backward pass:
 
 - The As of layers that share an input are one matrix, and the input drops out once for all of them.
 - Every sum is added in place by a product.
-- Dropout keeps a mask, a byte a number. The input itself is kept by other layers anyway.
+- Dropout keeps nothing: each pass drops again what the seed says.
+- The input is kept, as by other layers anyway.
 - Frozen weights, which may be in 4 bits, are dequantised in each of the two passes.
 
 The plain twin is PEFT's own forward of each layer, where the input drops out for each by itself.
@@ -20,9 +21,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from ...kernels.training.torch_ops import Seed
 from ..quantized_base import dequantize, is_divided
-from .fused_experts import drop_again, drop_out
-from .grouped_experts import compute_dtype
+from .grouped_experts import compute_dtype, new_seed, ops_of
 
 
 class Adapted(NamedTuple):
@@ -33,6 +34,7 @@ class Adapted(NamedTuple):
     b_OR: torch.Tensor
     scaling: float
     dropout: float
+    seed: Seed | None  # of the dropout; None: drawn
 
 
 def linears(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
@@ -43,9 +45,10 @@ def linears(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
         return [layers[0](x)]
     if None in adapted or len({(one.scaling, one.dropout) for one in adapted}) > 1:
         return [out for layer in layers for out in linears(x, layer)]
-    weights, as_, bs, (scaling, *_), (dropout, *_) = zip(*adapted, strict=True)
+    weights, as_, bs, (scaling, *_), (dropout, *_), (seed, *_) = zip(*adapted, strict=True)
     x_TI = x.flatten(0, -2).to(compute_dtype(x))
-    outs = FusedLinears.apply(scaling, dropout, weights, x_TI, *as_, *bs)
+    seed = seed or (new_seed(x.device) if dropout else None)
+    outs = FusedLinears.apply(scaling, (dropout, seed), weights, x_TI, *as_, *bs)
     return [out_TO.view(*x.shape[:-1], -1) for out_TO in outs]
 
 
@@ -63,7 +66,8 @@ def _adapted(layer: nn.Module) -> Adapted | None:
     if isinstance(base.weight, bnb.nn.Int8Params) or is_divided(base.weight):
         return None
     p = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
-    return Adapted(base.weight, a.weight, b.weight, layer.scaling[names[0]], p)
+    seed = getattr(layer, "dropout_seed", None)
+    return Adapted(base.weight, a.weight, b.weight, layer.scaling[names[0]], p, seed)
 
 
 class FusedLinears(torch.autograd.Function):
@@ -76,7 +80,7 @@ class FusedLinears(torch.autograd.Function):
     def forward(
         ctx: Any,
         scaling: float,
-        dropout: float,
+        dropout: tuple[float, Seed | None],
         weights: tuple[torch.Tensor, ...],
         x_TI: torch.Tensor,
         *factors: torch.Tensor,
@@ -85,9 +89,8 @@ class FusedLinears(torch.autograd.Function):
         ranks = [len(a_RI) for a_RI in as_]
         a_RI = (torch.cat(as_) * scaling).to(x_TI.dtype)
         bs = [b_OR.to(x_TI.dtype) for b_OR in bs]
-        dropped_TI, kept_TI = drop_out(x_TI, dropout)
-        low_TR = dropped_TI @ a_RI.T
-        ctx.save_for_backward(x_TI, kept_TI, low_TR, a_RI, *bs)
+        low_TR = ops_of(x_TI.device, x_TI.dtype).drop_out(x_TI, *dropout) @ a_RI.T
+        ctx.save_for_backward(x_TI, low_TR, a_RI, *bs)
         ctx.scaling, ctx.dropout, ctx.ranks = scaling, dropout, ranks
         ctx.weights = weights  # the parameters themselves, not copies
         return tuple(
@@ -97,17 +100,16 @@ class FusedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        x_TI, kept_TI, low_TR, a_RI, *bs = ctx.saved_tensors
+        x_TI, low_TR, a_RI, *bs = ctx.saved_tensors
+        drop_out = ops_of(x_TI.device, x_TI.dtype).drop_out
         lows = low_TR.split(ctx.ranks, 1)
         grad_bs = [grad_TO.T @ low for grad_TO, low in zip(grads, lows, strict=True)]
         low_grads = [grad_TO @ b_OR for grad_TO, b_OR in zip(grads, bs, strict=True)]
         low_grad_TR = torch.cat(low_grads, 1) if len(grads) > 1 else low_grads[0]
-        dropped_TI = drop_again(x_TI, kept_TI, ctx.dropout)
-        grad_a_RI = (low_grad_TR.T @ dropped_TI).float() * ctx.scaling
-        del dropped_TI
+        grad_a_RI = (low_grad_TR.T @ drop_out(x_TI, *ctx.dropout)).float() * ctx.scaling
         grad_TI = None
         if ctx.needs_input_grad[3]:
-            grad_TI = drop_again(low_grad_TR @ a_RI, kept_TI, ctx.dropout)
+            grad_TI = drop_out(low_grad_TR @ a_RI, *ctx.dropout)
             for grad_TO, weight_OI in zip(grads, ctx.weights, strict=True):
                 grad_TI.addmm_(grad_TO, dequantize(weight_OI, grad_TI.dtype))
         return None, None, None, grad_TI, *grad_a_RI.split(ctx.ranks), *grad_bs

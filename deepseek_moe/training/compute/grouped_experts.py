@@ -7,6 +7,7 @@ experts. What stands between the products is fused on a GPU (fused_experts.py).
 Letters: T tokens, K experts a token, E experts, I in, O out, R rank.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ...errors import UserError
 from ...kernels.training import ops_for, torch_ops
+from ...kernels.training.torch_ops import Seed
 from ...model.layout import EXPERT_STACKS
 from .fused_experts import Picks, fused_experts
 
@@ -30,6 +32,7 @@ class LowRank(NamedTuple):
     a_ERI: torch.Tensor  # scaled
     b_ERO: torch.Tensor
     dropout: float
+    seed: Seed | None = None  # of the dropout; None: drawn
 
 
 @torch.compiler.disable  # a compiled graph would not be faster, and cannot hold these Functions
@@ -50,23 +53,32 @@ def grouped_experts_forward(
     """
     refuse_other_than_silu(experts)
     dtype = compute_dtype(hidden_TD)
-    # The kernels are tried in 16 bits only.
-    ops = torch_ops if dtype.itemsize > 2 else ops_for(hidden_TD.device)
+    ops = ops_of(hidden_TD.device, dtype)
     token_N, place_TK, ends_E = ops.sort_picks(index_TK.int(), experts.num_experts)
     place_TK = place_TK.masked_fill(index_TK == experts.num_experts, -1)
-    stacks, dropouts = [], []
+    stacks, dropouts, seeds = [], [], []
     for name in EXPERT_STACKS:
-        a_ERI, b_ERO, dropout = (adapters or {}).get(name, (None, None, 0.0))
+        a_ERI, b_ERO, dropout, seed = (adapters or {}).get(name, (None, None, 0.0, None))
         factors = [_with_aligned_rank(factor, dtype) for factor in (a_ERI, b_ERO)]
         stack = getattr(experts, name)
         weights = (trained[name], stack) if trained else (stack, None)
         stacks.append((*weights, *factors))
         dropouts.append(dropout)
-    seed = int(torch.randint(2**31 - 1, ())) if dropouts[1] else 0  # checkpointing draws it again
+        seeds.append(seed or (new_seed(hidden_TD.device) if dropout else None))
     # transformers keeps the name there that was chosen (integrations/moe.py); its setter is public.
     recompute = experts.config._experts_implementation == RECOMPUTED
-    picks = Picks(ops, token_N, place_TK, ends_E, recompute, *dropouts, seed)
+    picks = Picks(ops, token_N, place_TK, ends_E, recompute, *dropouts, *seeds)
     return fused_experts(picks, hidden_TD.to(dtype), weights_TK, *stacks).to(hidden_TD.dtype)
+
+
+def ops_of(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The kernels, which are tried in 16 bits only, or their twins."""
+    return torch_ops if dtype.itemsize > 2 else ops_for(device)
+
+
+def new_seed(device: torch.device) -> Seed:
+    """A random seed. Checkpointing, which brings random numbers back, draws it again."""
+    return Seed(torch.randint(2**31 - 1, (), device=device), 0)
 
 
 def refuse_other_than_silu(module: nn.Module) -> None:

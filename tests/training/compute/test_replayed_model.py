@@ -1,0 +1,63 @@
+"""What CUDA graphs need of a step, without a GPU. tests/gpu/test_training.py replays them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_moe import DeepseekForCausalLM
+from deepseek_moe.training.compute.replayed_model import ReplayedModel, power_of_two, rounded
+from deepseek_moe.training.examples import Collator
+
+MakeModel = Callable[..., DeepseekForCausalLM]
+LENGTHS = (9, 4, 6)
+
+
+def batch() -> dict[str, Any]:
+    source = torch.Generator().manual_seed(1)
+    rows = []
+    for length in LENGTHS:
+        ids = torch.randint(2, 96, (length,), generator=source).tolist()
+        trained = [0] + [1] * (length - 1)
+        rows.append({"input_ids": ids, "trained": trained, "length": length, "source": "x"})
+    return Collator(pad_token_id=1, packing=False)(rows, flat=16)
+
+
+def test_rounded_shapes_change_neither_loss_nor_gradients(tiny_model: MakeModel) -> None:
+    """One example more is in the shapes, with none of the tokens, and does not count."""
+    found, given = [], batch()
+    given |= {"num_sequences": len(LENGTHS), "aux_loss_scale": 0.5}
+    tensors, numbers = rounded(**given)
+    assert numbers == {"num_sequences": 4, "max_length_q": 16}
+    assert tensors["cu_seq_lens_q"].tolist() == [0, 9, 13, 19, 32, 32]
+    assert tensors.pop("attention_mask").dim() == 4  # on a CPU attention wants the real one
+    names = ("input_ids", "position_ids", "sequence_ids", "num_sequences", "aux_loss_scale")
+    for arguments in ({name: given[name] for name in names}, tensors | numbers):
+        model = tiny_model(aux_loss_alpha=0.1).train()
+        outputs = model.model(**arguments, use_cache=False)
+        outputs.last_hidden_state.square().sum().backward()
+        grads = [one.grad for one in model.model.parameters() if one.grad is not None]
+        found.append([outputs.last_hidden_state, outputs.aux_losses, *grads])
+    assert found[0][1].min() > 0
+    torch.testing.assert_close(*found)
+
+
+def test_gradients_stay_where_they_are(tiny_model: MakeModel) -> None:
+    """They go on as zeros where the optimizer had dropped them, else as they were."""
+    model = tiny_model().model
+    model.__class__, model.gradients = ReplayedModel, {}
+    model.place_gradients()
+    first, second, *_ = model.parameters()
+    places = [one.grad.data_ptr() for one in (first, second)]
+    first.grad += 1
+    second.grad += 1
+    second.grad = None
+    model.place_gradients()
+    assert [one.grad.data_ptr() for one in (first, second)] == places
+    assert first.grad.eq(1).all() and second.grad.eq(0).all()
+
+
+@pytest.mark.parametrize(("number", "wanted"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16)])
+def test_power_of_two(number: int, wanted: int) -> None:
+    assert power_of_two(number) == wanted
