@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                      a minute a setting, for the 16B model on an H200
     python benchmarks/train.py --only QLoRA         the settings in which a word begins so
+    python benchmarks/train.py --only rows --data_path train.jsonl   batches of 16 rows of a file
     python benchmarks/train.py --output_file images/train.json
     python images/plots.py                          draws images/train.png from that file
 
@@ -46,8 +47,11 @@ class Setting(NamedTuple):
     options: str
     stock: str | None = None  # the method that transformers trains by for comparison
     share: float = 0.0  # of the experts, if only some of them train
+    yours: bool = False  # rows of --data_path, of at most `length` tokens
 
 
+MANY = 64  # steps over rows of many lengths, whose shapes come again only then
+NO_GRAPHS = "--cuda_graphs False"
 SETTINGS = {
     "all weights, everything kept": Setting(16, 1024, runs.KEPT),
     "all weights, skewed routing": Setting(16, 1024, runs.KEPT),
@@ -62,6 +66,23 @@ SETTINGS = {
     "QLoRA r64, layers recomputed, skewed routing": Setting(16, 1024, runs.QLORA_8BIT_ADAM),
     "QLoRA r64, everything kept": Setting(16, 1024, f"{runs.QLORA} {runs.KEPT}"),
     "QLoRA r16, layers recomputed, 8-bit Adam": Setting(1, 1024, runs.QLORA_16_8BIT_ADAM),
+    "QLoRA r16, layers recomputed, no graphs": Setting(1, 1024, f"{runs.QLORA_16} {NO_GRAPHS}"),
+    "QLoRA r16, everything kept": Setting(1, 1024, f"{runs.QLORA_16} {runs.KEPT}"),
+    "LoRA r16, everything kept": Setting(1, 1024, f"{runs.LORA_16} {runs.KEPT}"),
+    "LoRA r16, everything kept, no graphs": Setting(
+        1, 1024, f"{runs.LORA_16} {runs.KEPT} {NO_GRAPHS}"
+    ),
+    "QLoRA r16, rows of --data_path": Setting(16, 1024, runs.QLORA_16, yours=True),
+    "QLoRA r16, rows of --data_path, no graphs": Setting(
+        16, 1024, f"{runs.QLORA_16} {NO_GRAPHS}", yours=True
+    ),
+    "QLoRA r16, rows of --data_path, everything kept": Setting(
+        16, 1024, f"{runs.QLORA_16} {runs.KEPT}", yours=True
+    ),
+    "LoRA r16, rows of --data_path": Setting(16, 1024, runs.LORA_16, yours=True),
+    "LoRA r16, rows of --data_path, everything kept": Setting(
+        16, 1024, f"{runs.LORA_16} {runs.KEPT}", yours=True
+    ),
     "QLoRA r16, experts offloaded, layers recomputed": Setting(8, 1024, runs.OFFLOADED),
     "QLoRA r16, experts offloaded, 1 x 1024": Setting(1, 1024, runs.OFFLOADED),
     "chosen experts 0.1, everything kept": Setting(16, 1024, runs.KEPT, share=0.1),
@@ -77,6 +98,7 @@ SETTINGS = {
 
 def main() -> None:
     parser = runs.make_settings_parser(__doc__)
+    parser.add_argument("--data_path", type=Path, help="rows for the settings that take them")
     parser.add_argument("--stock", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stock:
@@ -86,21 +108,26 @@ def main() -> None:
     operations_s = product_rate()
     print(f"measured: multiplies {operations_s / 1e12:.3g} TFLOP/s (square matrices)", flush=True)
     release()
-    measure = partial(measured, operations_s)
-    runs.measure_settings(args, "lines", SETTINGS, measure, operations_s=operations_s)
+    settings = {name: one for name, one in SETTINGS.items() if args.data_path or not one.yours}
+    measure = partial(measured, operations_s, args.data_path)
+    runs.measure_settings(args, "lines", settings, measure, operations_s=operations_s)
 
 
-def measured(operations_s: float, setting: Setting, model: Path, data: Path) -> Row:
+def measured(
+    operations_s: float, yours: Path | None, setting: Setting, model: Path, data: Path
+) -> Row:
     """A row of a setting; a run that failed leaves None, and says why on stderr."""
-    rows, length, _, stock, _ = setting
-    step, printed = runs.profiled(command_of(setting, model, data, runs.STEPS + 1))
-    speed, size = runs.speed_and_gigabytes(printed)
+    rows, length, stock = setting.rows, setting.length, setting.stock
+    steps, uncounted = (MANY, MANY // 2) if setting.yours else (runs.STEPS, runs.UNCOUNTED)
+    data = yours.resolve() if setting.yours else data
+    step, printed = runs.profiled(command_of(setting, model, data, steps + 1))
+    speed, size = runs.speed_and_gigabytes(printed, steps, uncounted)
     theirs = measured_stock(stock, model, rows, length) if stock else {}
     limit = operations_s / training_flops(DeepseekConfig.from_pretrained(model), length)
     return {
         "shape": f"{rows} x {length}",
         "tokens_s": speed,
-        "step_ms": ratio(1000 * rows * length, speed),
+        "step_ms": None if setting.yours else ratio(1000 * rows * length, speed),
         "device_ms": step.get("device_ms"),
         "launches": step.get("launches"),
         "mfu": ratio(speed, limit),
@@ -113,10 +140,11 @@ def measured(operations_s: float, setting: Setting, model: Path, data: Path) -> 
 
 def command_of(setting: Setting, model: Path, data: Path, steps: int) -> str:
     """Options of finetune.py for some steps in a setting."""
-    rows, length, options, _, share = setting
-    if share:
-        options += f" --train_experts {write_choice(model, data.with_name('choice.json'), share)}"
-    return runs.command_of(model, data, rows, length, options, steps)
+    options = setting.options
+    if setting.share:
+        choice = write_choice(model, data.with_name("choice.json"), setting.share)
+        options += f" --train_experts {choice}"
+    return runs.command_of(model, data, setting.rows, setting.length, options, steps)
 
 
 def write_choice(model: Path, file: Path, share: float) -> Path:

@@ -94,9 +94,10 @@ class FineTuningArguments(TrainingArguments):
     remove_unused_columns: bool = False  # The collator takes what it needs.
     label_names: list[str] = field(default_factory=lambda: ["labels"])
     single_gpu_full: bool | None = None
-    cuda_graphs: bool = True
     """All weights on one GPU, stepped in the backward pass. None: if no other setting is against
     it; `make_arguments` replaces None by True or False."""
+    cuda_graphs: bool = True
+    """Whether small batches of adapters are replayed (compute/replayed_model.py)."""
 
     @property
     def n_gpu(self) -> int:

@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 
 from ...kernels.training.torch_ops import Seed
 from ...model.modeling_deepseek import DeepseekModel, DeepseekModelOutput
+from ..offload import HostStack
 from .varlen_attention import VARLEN
 
 MOST_TOKENS = 8192  # of a batch; larger ones keep the GPU busy, and their graphs much memory
@@ -34,13 +35,15 @@ MOST_TOKENS = 8192  # of a batch; larger ones keep the GPU busy, and their graph
 def use_replays(model: nn.Module, args: TrainingArguments, bits: int) -> None:
     """Makes the decoder in `model` replay its passes, if it has adapters and the process no others.
 
-    Its layers must not draw random numbers, apart from the dropout of adapters, which gets seeds
-    here. So checkpointing need not bring back random states, which a graph cannot. Products in
-    8 `bits` are bitsandbytes', with PEFT's own dropout.
+    Offloaded experts are not there when a graph starts. Layers must not draw random numbers, apart
+    from the dropout of adapters, which gets seeds here, so checkpointing need not bring back
+    random states, which a graph cannot. Products in 8 `bits` are bitsandbytes', with PEFT's own
+    dropout.
     """
     config = model.config
     is_alone = args.world_size == 1 and not args.deepspeed
     adapts = isinstance(model, PeftModel) and bits != 8 and not config.attention_dropout
+    adapts = adapts and not any(isinstance(one, HostStack) for one in model.parameters())
     takes_bounds = config._attn_implementation == VARLEN and args.device.type == "cuda"
     if not (args.cuda_graphs and is_alone and adapts and takes_bounds):
         return
