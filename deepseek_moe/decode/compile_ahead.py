@@ -96,10 +96,12 @@ def launches_of(
             for length in PROMPTS:
                 place = torch.empty(2, length, dtype=torch.int32)
                 decoder.prefill(torch.empty(length, dtype=torch.int32), *place, cache, [length])
-            ids, place = torch.empty(1, dtype=torch.int64), torch.empty(2, 1, dtype=torch.int32)
-            decoder.step(ids, *place, cache)
+            # Two tensors: of one the second row would not begin at a multiple of 16.
+            position, slot = (torch.empty(1, dtype=torch.int32) for _ in range(2))
+            ids = torch.empty(1, dtype=torch.int64)
+            decoder.step(ids, position, slot, cache)
             seen = torch.empty(1, small.vocab_size, dtype=torch.bool)
-            triton_ops.advance(ids, ids, place[0], seen, CAPACITY - 1)
+            triton_ops.advance(ids, ids, position, seen, CAPACITY - 1)
             launches = planned.get()
         finally:
             planned.reset(token)

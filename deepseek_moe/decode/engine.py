@@ -108,7 +108,7 @@ class Engine:
         longest = max(map(len, prompts))
         most = min(self.context, longest + steps)
         with self.on_device():
-            self._reserve(len(prompts), longest, most)
+            self._reserve(len(prompts), min(longest + 1, most), most)
             self.batch = EngineBatch(self, prompts, sample, steps)
         return self.batch
 
@@ -238,8 +238,10 @@ class EngineBatch(Batch):
         super().__init__(prompts)
         self.engine, self.sample = engine, sample
         self.left = steps - 1  # after the one that the prompts themselves give
-        self.positions = max(map(len, prompts))  # of the cache that the longest text has filled
-        self.most = min(engine.context, self.positions + steps)
+        longest = max(map(len, prompts))
+        self.most = min(engine.context, longest + steps)
+        # That the cache must hold: a row also holds the place of the token that comes next.
+        self.positions = longest + 1
         self.under_way: deque[Sent] = deque()
         self.started = False
         rows, count = engine.rows, len(prompts)
@@ -282,8 +284,8 @@ class EngineBatch(Batch):
         """Begins a step, if one is left."""
         if self.left > 0 and self.numbers:
             self.left -= 1
-            self.positions = min(self.positions + 1, self.most)
-            self.engine.grow(self.positions, self.most)
+            self.positions += 1
+            self.engine.grow(min(self.positions, self.most), self.most)
             self.engine.step(size_for(len(self.numbers)), self.sample)
             self._send(len(self.numbers))
 

@@ -49,13 +49,14 @@ def test_the_cache_grows_and_is_used_again(prompts):
     growing = with_engine(bundled_model())
     capacities = []
     with patch.object(engine, "FIRST_CACHE", 1):
-        for _ in growing.stream(prompts, new):
+        for number, ids in enumerate(growing.stream(prompts, new)):
+            assert ids == [text[number] for text in whole]
             capacities.append(growing.engine.cache.capacity)
         assert growing.generate(prompts, new) == whole
     longest = max(map(len, prompts))
     assert list(dict.fromkeys(capacities)) == [64, 128, 256]
     for made, capacity in enumerate(capacities, 1):
-        assert longest + made - 1 <= capacity and capacity <= max(64, 2 * (longest + made + 1))
+        assert longest + made - 1 <= capacity and capacity <= max(64, 2 * (longest + made + 2))
     cache = growing.engine.cache
     assert growing.generate(prompts[1:2], 3) == [whole[1][:3]]
     assert growing.engine.cache is cache

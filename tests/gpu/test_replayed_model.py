@@ -66,14 +66,16 @@ def train(
         with torch.autocast("cuda", torch.bfloat16):
             outputs = model(**inputs, use_cache=False)
         outputs.loss.backward()
+        kept = {
+            "loss": outputs.loss.detach().clone(),
+            "balance": outputs.aux_losses.detach().clone(),
+            "picks": outputs.router_picks[-1].clone(),
+        }
+        del outputs  # With it the plain pass would live, whose gradients belong to its stream.
         if (number + 1) % batches:
             continue
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-        found.append(grads | {"loss": outputs.loss.detach().clone()})
-        found[-1] |= {
-            "balance": outputs.aux_losses.clone(),
-            "picks": outputs.router_picks[-1].clone(),
-        }
+        found.append(grads | kept)
         optimizer.step()
         optimizer.zero_grad()
     assert any(decoder.graphs.values()) == record
