@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import distributed
+from torch import distributed, nn
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import CollectiveRunError, first_words
 from ..model.layout import first_few
-from .finite import broken_names, has_broken
+from .finite import broken_names, has_broken, names_of_trained
 
 
 class Progress(ProgressCallback):
@@ -119,8 +119,12 @@ class StopTogether(TrainerCallback):
         self.signal = 0  # the signal that came to this process
         self.stopped = 0  # the signal that all processes stopped for; 0 also after the last step
         self.came_at = 0.0
+        self.trained: dict[nn.Parameter, str] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any
+    ) -> None:
+        self.trained = names_of_trained(model)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
@@ -132,21 +136,21 @@ class StopTogether(TrainerCallback):
             os.kill(os.getpid(), number)
 
     def on_step_end(
-        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any
+        self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any
     ) -> None:
         """Waits for the device once. With --single_gpu_full the gradient norm tells what breaks.
 
         Raises:
             CollectiveRunError: weights or states are not finite. It names them and the step.
         """
-        broken = torch.tensor(0) if args.single_gpu_full else has_broken(model, optimizer)
+        broken = torch.tensor(0) if args.single_gpu_full else has_broken(self.trained, optimizer)
         met = torch.tensor([self.signal, 0], device=args.device)
         met[1] = broken
         if args.world_size > 1:  # The signal may reach other processes a step later.
             distributed.all_reduce(met, distributed.ReduceOp.MAX)
         stop, is_broken = met.tolist()
         if is_broken:
-            names = sorted(set(gather_object(broken_names(model, optimizer))))
+            names = sorted(set(gather_object(broken_names(self.trained, optimizer))))
             raise CollectiveRunError(
                 f"step {state.global_step}: NaN or inf in {first_few(names)}; the last good "
                 f"checkpoint is {get_last_checkpoint(args.output_dir) or 'none yet'}: repeat the "

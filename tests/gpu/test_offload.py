@@ -98,6 +98,7 @@ def test_the_gpu_holds_two_layers_of_the_experts(device, tmp_path):
         gc.collect()  # what earlier tests have left in cycles
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         model = build(device, tmp_path, offload)
+        gc.collect()
         taken.append(torch.cuda.memory_allocated() - before if device.type == "cuda" else 0)
         stacks = [p for p in model.parameters() if isinstance(p, HostStack)]
     hosted, layers = sum(stack.nbytes for stack in stacks), len(stacks) / 2

@@ -219,7 +219,7 @@ def test_a_signal_in_the_last_step_does_not_lose_the_result():
     for step, stops in ((5, False), (4, True)):
         control = SimpleNamespace(should_save=False, should_training_stop=False)
         state = SimpleNamespace(global_step=step, max_steps=5)
-        stopper.on_step_end(args, state, control, model=model, optimizer=optimizer)
+        stopper.on_step_end(args, state, control, optimizer=optimizer)
         assert control.should_save == control.should_training_stop == stops
         assert bool(stopper.stopped) == stops
 
