@@ -325,10 +325,10 @@ def capacity_for(slots: int, positions: int, most: int) -> int:
 
 def chunk_for(most: int, bytes_of_token: int, free: int) -> int:
     """How many tokens of prompts go through the layers at once: `most`, or so many that they take
-    no more than a quarter of the `free` bytes. The rest is for weights that are dequantised, and
-    may lie in pieces that are too small."""
+    no more than an eighth of the `free` bytes. The rest is for weights that are dequantised, and
+    may lie in pieces that are too small: half a GB was seen to."""
     chunk = most
-    while chunk > LEAST_CHUNK and chunk * bytes_of_token > free // 4:
+    while chunk > LEAST_CHUNK and chunk * bytes_of_token > free // 8:
         chunk //= 2
     return chunk
 

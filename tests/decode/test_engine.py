@@ -78,7 +78,7 @@ def test_sizes_of_the_cache_and_of_chunks_of_prompts():
         (64, 100, 110, 128),
     ):
         assert engine.capacity_for(slots, positions, most) == capacity
-    for free, chunk in ((10**9, 1000), (400_000, 1000), (399_999, 500), (180_000, 250), (0, 250)):
+    for free, chunk in ((10**9, 1000), (800_000, 1000), (799_999, 500), (360_000, 250), (0, 250)):
         assert engine.chunk_for(1000, 100, free) == chunk
 
 

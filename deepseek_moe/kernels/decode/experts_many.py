@@ -13,7 +13,7 @@ from .dot import dot_few, store_swiglu, swiglu_rows
 from .dot_int import int_value
 from .elementwise import swiglu
 
-DEQUANTIZED = 2**26  # numbers of quantised experts that are in 16 bits at once: 134 MB
+DEQUANTIZED = 2**25  # numbers of quantised experts that are in 16 bits at once: 67 MB
 READING = 48  # with up to so many picks an expert, reading the weights is what takes the time
 
 
