@@ -12,8 +12,8 @@ from ..files import free_bytes_at, readable_size
 from .arguments import FineTuningArguments, ModelArguments
 from .chosen_experts import CHOSEN
 from .deepspeed_file import zero_stage
-from .dry_run import optimizer_bytes
 from .expert_lora import zeros_left_out
+from .memory_need import optimizer_bytes
 from .quantized_base import full_shape
 from .saving import INCOMPLETE
 

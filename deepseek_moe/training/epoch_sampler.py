@@ -1,12 +1,13 @@
 """The order of training examples, which a resumed run sees again."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback, TrainingArguments
 
 STEPS_SORTED_TOGETHER = 50
 
@@ -59,3 +60,22 @@ class SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.epoch = math.floor((state.epoch or 0) + 1e-6)
+
+
+def load_in_order(
+    dataset: Dataset, args: TrainingArguments, collate: Callable[..., dict[str, Any]]
+) -> tuple[DataLoader, SetEpoch]:
+    """Batches of a process, which accelerate divides among processes, and what sets the epoch."""
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.train_sampling_strategy == "random":
+        step = 1
+    sampler = EpochSampler(dataset["length"], args.seed, step)
+    loader = DataLoader(
+        dataset,
+        args.train_batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        drop_last=args.dataloader_drop_last,
+        pin_memory=args.dataloader_pin_memory,
+    )
+    return loader, SetEpoch(sampler)

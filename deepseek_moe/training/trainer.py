@@ -41,7 +41,7 @@ from .compute.adamw_in_backward import StepInBackward
 from .compute.replayed_model import use_replays
 from .compute.varlen_attention import VARLEN
 from .deepspeed_file import zero_stage
-from .epoch_sampler import EpochSampler, SetEpoch
+from .epoch_sampler import load_in_order
 from .examples import FLAT
 from .expert_load import ExpertBoard, ExpertLoad
 from .quantized_base import Quantization
@@ -237,19 +237,8 @@ class FineTuner(Trainer):
         if args.train_sampling_strategy == "sequential":
             with changed(self, data_collator=collate):
                 return super().get_train_dataloader()
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if args.train_sampling_strategy == "random":
-            step = 1
-        sampler = EpochSampler(self.train_dataset["length"], args.seed, step)
-        self.add_callback(SetEpoch(sampler))
-        loader = DataLoader(
-            self.train_dataset,
-            args.train_batch_size,
-            sampler=sampler,
-            collate_fn=collate,
-            drop_last=args.dataloader_drop_last,
-            pin_memory=args.dataloader_pin_memory,
-        )
+        loader, set_epoch = load_in_order(self.train_dataset, args, collate)
+        self.add_callback(set_epoch)
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:

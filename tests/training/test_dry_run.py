@@ -12,13 +12,8 @@ from deepseek_moe import DeepseekConfig
 from deepseek_moe.training.arguments import FineTuningArguments
 from deepseek_moe.training.build import build_model
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
-from deepseek_moe.training.dry_run import (
-    Memory,
-    bucket_numbers,
-    estimate,
-    meta_model,
-    print_dry_run,
-)
+from deepseek_moe.training.dry_run import meta_model, print_dry_run
+from deepseek_moe.training.memory_need import Memory, bucket_numbers, estimate
 from deepseek_moe.training.offload import HostStack
 
 BASE = "--bf16 True --report_to none"
@@ -27,6 +22,7 @@ LORA, QLORA = "--use_lora True --lora_r 64", "--use_lora True --bits 4 --lora_r 
 QLORA_16 = "--use_lora True --bits 4 --lora_r 16"
 OFFLOADED = "--offload_experts True"
 RECOMPUTE = "--gradient_checkpointing True"
+NO_GRAPHS = "--cuda_graphs False"
 IN_8_BITS = "--optim adamw_bnb_8bit"
 ALL = "--single_gpu_full True"
 # Most GB that PyTorch had allocated: layers, GPUs, rows of 1024 tokens a batch, DeepSpeed file,
@@ -36,7 +32,10 @@ MEASURED = {
     "full_kept": (28, 1, 16, "", ALL, 110.8),
     "full_experts_again": (28, 1, 16, "", f"{ALL} --recompute_experts True", 95.9),
     "full_layers_again": (28, 1, 16, "", f"{ALL} {RECOMPUTE}", 71.2),
-    "qlora_r16": (28, 1, 1, "", f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}", 12.5),
+    "qlora_r16": (28, 1, 1, "", f"{QLORA_16} {RECOMPUTE} {IN_8_BITS} {NO_GRAPHS}", 12.5),
+    "qlora_r16_replayed": (28, 1, 1, "", f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}", 12.8),
+    "qlora_r16_kept_replayed": (28, 1, 1, "", QLORA_16, 16.9),
+    "lora_r16_kept_replayed": (28, 1, 1, "", "--use_lora True --lora_r 16", 39.9),
     "lora_kept": (28, 1, 16, "", LORA, 93.0),
     "qlora": (28, 1, 16, "", f"{QLORA} {RECOMPUTE}", 27.8),
     "qlora_adam_in_8_bits": (28, 1, 16, "", f"{QLORA} {RECOMPUTE} {IN_8_BITS}", 22.0),
