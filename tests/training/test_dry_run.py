@@ -36,10 +36,8 @@ MEASURED = {
     "qlora_r16_replayed": (28, 1, 1, "", f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}", 12.8),
     "qlora_r16_kept_replayed": (28, 1, 1, "", QLORA_16, 16.9),
     "lora_r16_kept_replayed": (28, 1, 1, "", "--use_lora True --lora_r 16", 39.9),
-    "lora_kept": (28, 1, 16, "", LORA, 93.0),
     "qlora": (28, 1, 16, "", f"{QLORA} {RECOMPUTE}", 27.8),
     "qlora_adam_in_8_bits": (28, 1, 16, "", f"{QLORA} {RECOMPUTE} {IN_8_BITS}", 22.0),
-    "qlora_kept": (28, 1, 16, "", QLORA, 69.8),
     "qlora_zero2": (28, 1, 16, "2_no_offload", f"{QLORA} {RECOMPUTE}", 30.8),
     "qlora_zero2_two_gpus": (28, 2, 16, "2_no_offload", f"{QLORA} {RECOMPUTE}", 22.6),
     "lora_zero2": (28, 1, 16, "2_no_offload", f"{LORA} {RECOMPUTE}", 54.5),
@@ -123,7 +121,7 @@ def test_weights_and_averages_are_those_that_are_stored(options):
 def test_offloaded_experts_leave_the_gpu_but_for_two_buffers(tmp_path):
     DeepseekConfig().save_pretrained(tmp_path)  # the official one
     options = f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}"
-    there = estimate_of(tmp_path, options, 1024)
+    there = estimate_of(tmp_path, f"{options} {NO_GRAPHS}", 1024)
     host = estimate_of(tmp_path, f"{options} {OFFLOADED}", 1024)
     packed = 27 * 64 * 3 * 2048 * 1408 / 2
     assert (there.host, host.host) == (0, packed)
@@ -133,7 +131,7 @@ def test_offloaded_experts_leave_the_gpu_but_for_two_buffers(tmp_path):
 @pytest.mark.parametrize(
     ("options", "free", "said"),
     [
-        (f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}", 13, "it fits"),
+        (f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}", 14, "it fits"),
         (
             f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}",
             7.5,
