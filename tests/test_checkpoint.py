@@ -97,7 +97,7 @@ def test_a_generation_config_may_be_short_or_missing(content, folder):
     ("options", "said"),
     [
         ({"dtype": "int8"}, "dtype int8 is unknown; use auto, float32"),
-        ({"quantization": "int3"}, "quantization int3 is unknown; use int"),
+        ({"quantization": "int3"}, "quantization int3 is unknown; use auto, int"),
         ({"device": "cuda:7"}, "device cuda:7 was asked for, but 0 GPUs were found; use cpu"),
         *(
             ({"device": device}, f"device {device} is unknown; use auto, cpu or cuda")
