@@ -222,7 +222,7 @@ SAMPLE = 4096  # bytes that are read at one place of a tensor
 STRIDE = 8 * 2**20  # bytes of a tensor for each such place
 
 # Fields of the config on which no number in a forward or backward pass depends.
-NOT_COMPUTED = {"use_cache", "initializer_range", "pretraining_tp"}
+NOT_COMPUTED = {"use_cache", "initializer_range", "pretraining_tp", "moe_router_dtype"}
 NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 

@@ -149,6 +149,7 @@ class DeepseekConfig(PreTrainedConfig):
     first_k_dense_replace: int = 1
     norm_topk_prob: bool = False
     scoring_func: str = "softmax"
+    moe_router_dtype: str = "float32"
     aux_loss_alpha: float | int = 0.001
     seq_aux: bool = True
     hidden_act: str = "silu"
@@ -250,10 +251,11 @@ class DeepseekConfig(PreTrainedConfig):
         rope = self.rope_parameters or {}
         rope_type = rope.get("rope_type", "default")
         rotated = rope.get("partial_rotary_factor", 1)
-        rope_types = f"{', '.join(ROPE_TYPES)} only"
         self._refuse_numbers(rope, need)
         need("scoring_func", self.scoring_func == "softmax", "'softmax' only")
-        need("rope_scaling type", rope_type in ROPE_TYPES, rope_types, rope_type)
+        need("moe_router_dtype", self.moe_router_dtype == "float32", "'float32' only")
+        types = f"{', '.join(ROPE_TYPES)} only"
+        need("rope_scaling type", rope_type in ROPE_TYPES, types, rope_type)
         need("partial_rotary_factor", rotated == 1, "the rotation of whole heads", rotated)
         need("hidden_act", self.hidden_act in ACT2FN, "the activations of transformers only")
         need("hidden_size", self.hidden_size % heads == 0, f"multiples of {heads} heads")
