@@ -23,7 +23,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from ..errors import RunError
+from ..errors import RunError, UserError
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .batch import Batch
 from .engine import Engine, UnsupportedModel
@@ -85,7 +85,12 @@ def sample_by_engine(
 
     Returns:
         None, before anything has happened, where transformers must do it.
+
+    Raises:
+        UserError: a prompt is longer than the model's context. Transformers' loop would go on, and
+            write what means nothing.
     """
+    _refuse_longer(model, input_ids, model_kwargs.get("attention_mask"))
     sample = sampling_of(logits_processor, generation_config.do_sample)
     prompts = prompts_of(input_ids, model_kwargs.get("attention_mask"))
     steps = (stopping_criteria.max_length or 0) - input_ids.shape[1]
@@ -210,6 +215,21 @@ def prompts_of(ids_BL: torch.Tensor, mask_BL: torch.Tensor | None) -> Prompts | 
     if not (mask_BL.int().diff(dim=-1) >= 0).all():
         return None
     return [row[mask].tolist() for row, mask in zip(ids_BL.cpu(), mask_BL, strict=True)]
+
+
+def _refuse_longer(
+    model: DeepseekForCausalLM, ids_BL: torch.Tensor, mask_BL: torch.Tensor | None
+) -> None:
+    context, longest = model.config.max_position_embeddings, ids_BL.shape[1]
+    if longest <= context or model.config.rope_parameters["rope_type"] != "default":
+        return
+    if mask_BL is not None:
+        longest = int(mask_BL.sum(-1).max())
+    if longest > context:
+        raise UserError(
+            f"the prompt has {longest} tokens, but the model's context is {context}, answer "
+            "included; shorten the prompt, or give fast=False to go beyond all the same"
+        )
 
 
 def _leaves_padding_out(processors: LogitsProcessorList, prompts: Prompts) -> bool:

@@ -22,6 +22,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode.engine import Engine
 from deepseek_moe.decode.transformers_generate import SharedEngine
+from deepseek_moe.errors import UserError
 from deepseek_moe.kernels.decode import torch_ops
 
 TEXTS = ["Once upon a time", "The", "It was a cold night, and nobody in the house could sleep. He"]
@@ -127,6 +128,20 @@ class Unchanged(LogitsProcessor):
 def test_what_the_engine_does_not_do_is_left_to_transformers(options, model, loops):
     loops.side_effect = lambda *args, **kwargs: "transformers"
     assert model.generate(**inputs(TEXTS[:1]), **{"max_new_tokens": 3} | options) == "transformers"
+
+
+def test_a_prompt_beyond_the_context_is_refused_unless_asked_for(model, loops):
+    """Padding does not count, and a rotation that is scaled may go beyond."""
+    long = torch.full((1, model.config.max_position_embeddings + 1), THE)
+    with pytest.raises(UserError, match=r"1025 tokens, .* context is 1024.*fast=False"):
+        model.generate(long, max_new_tokens=1)
+    assert not loops.called
+    mask = (torch.arange(1025) > 0).long()[None]
+    for options in ({"fast": False}, {"attention_mask": mask}):
+        assert model.generate(long, max_new_tokens=1, **options).shape == (1, 1026)
+    model.config.rope_parameters["rope_type"] = "dynamic"
+    loops.side_effect = lambda *args, **kwargs: "transformers"
+    assert model.generate(long, max_new_tokens=1) == "transformers"
 
 
 def test_padding_on_the_right_and_beams_are_left_to_transformers(model, loops):
