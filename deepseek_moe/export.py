@@ -27,6 +27,7 @@ from .delta import STEM, delta_tensors, refuse_delta_of_another, whole_tensors
 from .errors import UserError, as_user_error, exit_on_user_error
 from .files import refuse_occupied
 from .model.layout import first_few, official_parts
+from .model_card import model_card, record_of_run
 from .training.adapter_config import ADAPTER_FILE
 from .training.merge_lora import merged_tensors
 
@@ -46,15 +47,21 @@ def main() -> None:
         checkpoint = Checkpoint(base)
         if args.adapter:
             tensors = merged_tensors(base, args.adapter)
+            made = "The base model with a LoRA adapter merged in."
         elif args.delta:
             refuse_delta_of_another(args.delta, base)
             tensors = whole_tensors(base, delta_tensors(args.delta))
+            made = "The base model with the experts that were fine-tuned."
         elif args.deepspeed_checkpoint:
             tensors = consolidated_tensors(base, args.deepspeed_checkpoint)
+            made = "The base model, fine-tuned."
         else:
             tensors = checkpoint.tensors()
+            made = "The weights of the base model, as they are."
+        trained = args.adapter or args.delta or args.deepspeed_checkpoint
+        card = model_card(made, args.model, base, record_of_run(trained) if trained else None)
         dtype = DTYPES.get(args.dtype)
-        write_checkpoint(tensors, checkpoint, args.output, dtype, args.max_shard_size)
+        write_checkpoint(tensors, checkpoint, args.output, dtype, args.max_shard_size, card)
     print(args.output)
 
 

@@ -25,6 +25,7 @@ from .errors import RunError, UserError, exit_on_user_error
 from .experts.profile import Profile, read_profile, refuse_other_model
 from .files import refuse_occupied
 from .model.configuration_deepseek import DeepseekConfig
+from .model_card import model_card
 from .perplexity import HeldOut, Loss, measure_loss, read_held_out
 
 NOTE = "pruned.json"
@@ -84,7 +85,8 @@ def main() -> None:
         file=sys.stderr,
     )
     note = {"base": profile.model, "data": profile.data, "tokens": profile.tokens, "kept": kept}
-    notes = {NOTE: json.dumps(note) + "\n"}
+    made = f"The base model with {args.keep} of its {base.config.n_routed_experts} routed experts."
+    notes = {NOTE: json.dumps(note) + "\n"} | model_card(made, args.model, folder)
     write_checkpoint(
         pruned.tensors(), pruned, args.output, DTYPES.get(args.dtype), args.max_shard_size, notes
     )

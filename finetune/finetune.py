@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         rows = packed_rows.pack(train, data.model_max_length) if data.packing else train
         if args.dataloader_drop_last:
             examples.refuse_fewer(rows, args.per_device_train_batch_size * args.world_size)
-    run = Run(args.output_dir, settings_of(*settings, folder, train, evaluation))
+    noted = settings_of(*settings, folder, train, evaluation)
+    run = Run(args.output_dir, noted, options.model_name_or_path, data.data_path)
     network = dry_run.meta_model(folder, options)  # Refuses what cannot train, in a second.
     steps = dry_run.count_steps(args, len(rows))
     in_epoch = dry_run.steps_in_epoch(args, len(rows))

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..experts.choose import CHOICE_FILE
 from ..files import describe_differences, lock, remove_unfinished, write_aside
 from ..json_file import read_object
 from ..model.layout import first_few
+from ..model_card import CARD, HASHED, last_losses, model_card, shown_name
 from . import examples
 from .adapter_config import hash_adapter
 from .arguments import DataArguments, FineTuningArguments, ModelArguments, split_commas
@@ -49,8 +51,6 @@ WRITTEN += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITTEN += ("configuration_deepseek.py", "modeling_deepseek.py", "balance_loss.py", "layout.py")
 WRITTEN += ("fast_generation.py",)
 """Patterns of the names that a run writes into its folder, or removes from it, beside RUN_FILE."""
-HASHED = ("model", "data", "eval_data", "adapter", "train_experts")
-"""Settings that are stored as hashes or long lists, so that messages only name them."""
 DECIDE = (
     "use_lora trainable lora_rank lora_alpha lora_dropout modules_to_save bits quant_type "
     "double_quant eval_fraction model_max_length packing train_sampling_strategy "
@@ -70,14 +70,17 @@ DEFAULTS = {
 
 class Run:
     """What `output_dir` holds of a run with these `settings`: `checkpoint`, the last one or None,
-    and whether the run is `finished`.
+    and whether the run is `finished`. Base `model` and `data` are noted as the user named them.
 
     Raises:
         UserError: the folder holds another run, or files that a run would write over.
     """
 
-    def __init__(self, output_dir: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, output_dir: str, settings: dict[str, Any], model: str = "", data: Sequence[str] = ()
+    ) -> None:
         self.folder, self.settings = Path(output_dir), settings
+        self.record = {"model": shown_name(model), "data": [*map(shown_name, data)], "losses": {}}
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is no folder; give another --output_dir")
         self.checkpoint = get_last_checkpoint(output_dir) if self.folder.is_dir() else None
@@ -170,6 +173,7 @@ class Run:
     def _save_result(self, trainer: FineTuner, base: Path, merge: bool, delta: bool) -> None:
         aside = self.folder / INCOMPLETE
         result, adapter = aside / "result", aside / "adapter"
+        self.record["losses"] = last_losses(trainer.state.log_history)
         adapts = isinstance(trainer.model, PeftModel)
         if adapts:
             trainer.save_model(str(adapter))
@@ -196,24 +200,27 @@ class Run:
             tensors = whole_tensors(base, changed)
         else:
             tensors = tensors_on_host(trainer.model, state)
-        write_checkpoint(tensors, Checkpoint(base), result, None, trainer.shard_bytes)
+        made = "The base model, fine-tuned."
+        card = model_card(made, self.record["model"], base, self._content(finished=True))
+        write_checkpoint(tensors, Checkpoint(base), result, None, trainer.shard_bytes, card)
         self._publish(result)
 
     def _publish(self, result: Path) -> None:
         """Moves the files to the root; last those by which a folder is known for what it is."""
         last = {DELTA_FILE, *(file.name for file in result.glob("*config*"))}
         for file in sorted(result.iterdir(), key=lambda file: file.name in last):
-            os.replace(file, self.folder / file.name)
+            if file.name != CARD or not os.path.lexists(self.folder / CARD):  # the user's own
+                os.replace(file, self.folder / file.name)
         self._write(finished=True)
         shutil.rmtree(self.folder / INCOMPLETE)
 
+    def _content(self, finished: bool) -> dict[str, Any]:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        return {"finished": finished, "settings": self.settings, "versions": versions} | self.record
+
     def _write(self, finished: bool) -> None:
-        content = {
-            "finished": finished,
-            "settings": self.settings,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        }
-        write_aside(self.folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
+        content = json.dumps(self._content(finished), indent=2)
+        write_aside(self.folder / RUN_FILE, f"{content}\n")
 
 
 def settings_of(

@@ -44,6 +44,20 @@ def test_a_new_run_refuses_a_folder_whose_files_it_would_overwrite(name, tmp_pat
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.parametrize("mine", [None, "mine"])
+def test_the_model_card_of_a_result_replaces_none_of_the_users(mine, tmp_path):
+    run = Run(str(tmp_path), {})
+    run.start()
+    if mine:
+        (tmp_path / "README.md").write_text(mine)
+    result = tmp_path / INCOMPLETE / "result"
+    result.mkdir(parents=True)
+    (result / "README.md").write_text("card")
+    run._publish(result)
+    assert (tmp_path / "README.md").read_text() == (mine or "card")
+    assert not result.exists()
+
+
 def test_a_folder_in_which_another_process_runs_is_refused(tmp_path):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
     hold += "print(flush=True); input()"
