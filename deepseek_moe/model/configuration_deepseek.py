@@ -251,11 +251,11 @@ class DeepseekConfig(PreTrainedConfig):
         rope = self.rope_parameters or {}
         rope_type = rope.get("rope_type", "default")
         rotated = rope.get("partial_rotary_factor", 1)
+        rope_types = f"{', '.join(ROPE_TYPES)} only"
         self._refuse_numbers(rope, need)
         need("scoring_func", self.scoring_func == "softmax", "'softmax' only")
         need("moe_router_dtype", self.moe_router_dtype == "float32", "'float32' only")
-        types = f"{', '.join(ROPE_TYPES)} only"
-        need("rope_scaling type", rope_type in ROPE_TYPES, types, rope_type)
+        need("rope_scaling type", rope_type in ROPE_TYPES, rope_types, rope_type)
         need("partial_rotary_factor", rotated == 1, "the rotation of whole heads", rotated)
         need("hidden_act", self.hidden_act in ACT2FN, "the activations of transformers only")
         need("hidden_size", self.hidden_size % heads == 0, f"multiples of {heads} heads")

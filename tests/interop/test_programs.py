@@ -1,4 +1,4 @@
-"""Other people's programs, for real, on the bundled models: TRL, lm_eval, transformers serve.
+"""Other people's programs, for real, on the bundled models: TRL and lm_eval.
 
 They need `pip install -r requirements-interop.txt`.
 """
@@ -9,20 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
-from finetune_fixtures import free_port
 from safetensors import safe_open
 from text_fixtures import BUNDLED, ROOT, UNMARKED, assistant, user
 
 pytestmark = pytest.mark.slow
-for name in ("trl", "lm_eval", "openai", "uvicorn"):
+for name in ("trl", "lm_eval"):
     pytest.importorskip(name, reason=f"{name} is not here: pip install -r requirements-interop.txt")
 
 CHAT = BUNDLED.with_name("tiny-chat")
@@ -127,32 +121,3 @@ def test_lm_eval(tmp_path):
     words = f"lm_eval --model hf --model_args pretrained={BUNDLED},dtype=float32 --tasks even"
     said = run(*f"{words} --include_path {data.parent} --device cpu".split())
     assert re.search(r"\|even\s*\|.*\|acc", said)
-
-
-@contextmanager
-def served(*words: object, port: int) -> Iterator[None]:
-    """Runs a server until it answers at `port`, and ends it afterwards."""
-    with subprocess.Popen(command(*words), env=ENVIRONMENT, stderr=subprocess.PIPE) as server:
-        try:
-            for _ in range(600):
-                assert server.poll() is None, server.stderr.read().decode()
-                try:
-                    urlopen(f"http://127.0.0.1:{port}/health").close()
-                    break
-                except URLError:
-                    time.sleep(0.2)
-            yield
-        finally:
-            server.terminate()
-
-
-def test_transformers_serve_with_the_client_of_openai():
-    from openai import OpenAI
-
-    port = free_port()
-    with served("transformers", "serve", CHAT, "--port", port, "--device", "cpu", port=port):
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        options = {"max_tokens": 12, "temperature": 0, "timeout": 120}
-        messages = [user("Who are you?")]
-        answer = client.chat.completions.create(model=str(CHAT), messages=messages, **options)
-    assert "I am tiny-chat" in answer.choices[0].message.content

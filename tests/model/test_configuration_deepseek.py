@@ -39,6 +39,7 @@ def test_defaults_of_fields_that_configs_may_lack():
     ("field", "value"),
     [
         ("scoring_func", "sigmoid"),
+        ("moe_router_dtype", "bfloat16"),
         ("hidden_act", "step"),
         ("hidden_size", 34),
         ("num_attention_heads", 0),
