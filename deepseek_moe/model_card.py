@@ -119,5 +119,5 @@ def _results(trained: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _table(rows: Mapping[str, object]) -> str:
-    cells = [(name, str(value).replace("|", "\\|")) for name, value in rows.items()]
+    cells = [(n, " ".join(str(x).split()).replace("|", "\\|")) for n, x in rows.items()]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
