@@ -16,8 +16,8 @@ from deepseek_moe.checkpoint import find_checkpoint, fingerprint, own_tokenizer,
 from deepseek_moe.errors import UserError, as_user_error
 from deepseek_moe.experts import coloured_text, heatmap
 from deepseek_moe.experts.compare import differences, together
-from deepseek_moe.experts.measure import measure, top_experts
-from deepseek_moe.experts.profile import Profile
+from deepseek_moe.experts.measure import measure, picked_experts
+from deepseek_moe.experts.profile import Picks, Profile
 from deepseek_moe.files import check_writable, write_text
 
 MAX_LENGTH = 1024
@@ -159,8 +159,8 @@ def largest(shares: Sequence[float]) -> list[int]:
 
 def colours_of(
     prompt: str, model: DeepseekForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], dict[int, list[int]]]:
-    """The text of each token of a prompt, without BOS, and by layer each token's top expert.
+) -> tuple[list[str], dict[int, Picks]]:
+    """The text of each token of a prompt, without BOS, and by layer each token's experts.
 
     A character of several tokens is the text of the first of them.
     """
@@ -169,14 +169,14 @@ def colours_of(
     for _, to in encoded.offset_mapping:
         tokens.append(prompt[end:to])
         end = max(end, to)
-    top = top_experts(model, encoded.input_ids)
-    return tokens[before:], {number: experts[before:] for number, experts in top.items()}
+    picks = picked_experts(model, encoded.input_ids)
+    return tokens[before:], {n: Picks(*(x[before:] for x in of)) for n, of in picks.items()}
 
 
 def show_pictures(
     args: argparse.Namespace,
     profiles: dict[str, Profile],
-    prompts: Sequence[tuple[list[str], dict[int, list[int]]]],
+    prompts: Sequence[tuple[list[str], dict[int, Picks]]],
 ) -> None:
     """Prints the prompts in colours, and writes the pages and the picture.
 
@@ -189,8 +189,8 @@ def show_pictures(
         only, page = {"prompt": profiles["prompt"]}, args.output / "prompt.html"
         sections = [coloured_text.as_html(*prompt, num_experts) for prompt in prompts]
         heatmap.write_html(only, page, "\n".join(sections), args.overwrite)
-    for tokens, top in prompts:
-        shown = coloured_text.in_terminal(tokens, top[args.layer], num_experts, args.layer)
+    for tokens, picks in prompts:
+        shown = coloured_text.in_terminal(tokens, picks[args.layer].top, num_experts, args.layer)
         import rich  # if it is missing, the line above has said so
 
         print()

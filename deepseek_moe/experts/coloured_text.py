@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import UserError
 from .heatmap import json_in_html
+from .profile import Picks
 
 # Paul Tol's light scheme: backgrounds of black text that colour-blind readers can tell apart. The
 # most frequent expert has the first colour. OTHERS is the pale grey of that scheme.
@@ -91,25 +92,34 @@ class _ColouredText:
         yield Columns(chips)
 
 
-def as_html(tokens: list[str], top_by_layer: dict[int, list[int]], num_experts: int) -> str:
-    """A fragment for `heatmap.write_html`, or for any page. It needs no network.
+def as_html(
+    tokens: list[str], picks_by_layer: dict[int, Picks], num_experts: int, begin: int = 0
+) -> str:
+    """A fragment for `heatmap.page`, or for any page. It needs no network.
 
-    A layer is chosen above the text. Hovering over a token, tapping it or moving to it by the arrow
-    keys shows its top expert at every layer.
+    A layer is chosen above the text. Hovering over a token, clicking it or moving to it by the
+    arrow keys shows its experts and their gate weights at every layer.
 
     Args:
         tokens: the text of each token.
-        top_by_layer: layer number -> for each token the expert with the largest gate weight.
+        picks_by_layer: by the number of the layer.
         num_experts: how many experts a layer has.
+        begin: the token that a long text is scrolled to.
     """
     data = {
         "tokens": [visible(token) for token in tokens],
         "experts": num_experts,
         "colours": COLOURS,
         "others": OTHERS,
+        "begin": begin,
         "layers": [
-            {"number": number, "top": top, "frequent": most_frequent(top)}
-            for number, top in top_by_layer.items()
+            {
+                "number": number,
+                "experts": picks.experts,
+                "weights": [[round(w, 3) for w in weights_K] for weights_K in picks.weights],
+                "frequent": most_frequent(picks.top),
+            }
+            for number, picks in picks_by_layer.items()
         ],
     }
     fragment = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")

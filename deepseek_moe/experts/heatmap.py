@@ -142,35 +142,46 @@ def _draw_colour_bar(ax: Any, image: Any, most: float, is_difference: bool) -> N
 def write_html(
     profiles: dict[str, Profile], file: Path, text: str = "", overwrite: bool = False
 ) -> None:
-    """Writes a page that shows each profile and its difference to the first, by any score.
+    """Writes `page` into a file.
+
+    Raises:
+        UserError: the profiles differ in layers or experts, or `file` cannot be written, or it
+            exists and `overwrite` is False.
+    """
+    write_text(file, page(profiles, text), overwrite)
+
+
+def page(profiles: dict[str, Profile], text: str = "") -> str:
+    """A page in HTML that shows each profile and its difference to the first, by any score.
 
     The page needs no network. Hovering over a cell, tapping it or moving to it by the arrow keys
     shows all numbers of this expert.
 
     Args:
-        profiles: by their names; all of one model.
-        text: HTML that is put below the map, as it is: coloured_text.as_html makes it.
+        profiles: by their names; all of one model, with the same scores.
+        text: HTML that is put above the map, as it is: coloured_text.as_html makes it.
 
     Raises:
-        UserError: they differ in layers or experts, or `file` cannot be written, or it exists and
-            `overwrite` is False.
+        UserError: they differ in layers or experts.
     """
     first, _ = _comparable(profiles)
+    layer = next(iter(first.layers.values()))
+    scores = [score for score in SCORES if getattr(layer, score)]
     data = {
         "model": _model_name(first),
         "layers": list(first.layers),
         "experts": first.num_experts,
         "most": MOST,
         "colours": {"sequential": SEQUENTIAL.tolist(), "diverging": DIVERGING.tolist()},
+        "scores": scores,
         "profiles": [
             {"name": name, "tokens": profile.tokens}
-            | {score: [getattr(at, score) for at in profile.layers.values()] for score in SCORES}
+            | {score: [getattr(at, score) for at in profile.layers.values()] for score in scores}
             for name, profile in profiles.items()
         ],
     }
-    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    page = page.replace("<!--DATA-->", json_in_html(data))
-    write_text(file, page.replace("<!--TEXT-->", text), overwrite)
+    empty = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return empty.replace("<!--DATA-->", json_in_html(data)).replace("<!--TEXT-->", text)
 
 
 def json_in_html(data: Any) -> str:

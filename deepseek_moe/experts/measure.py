@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..errors import RunError, UserError
 from ..kernels.training import ops_for, torch_ops
 from ..model.modeling_deepseek import DeepseekExperts, DeepseekForCausalLM
-from .profile import LayerProfile, Profile
+from .profile import LayerProfile, Picks, Profile
 
 Ids = Sequence[int] | np.ndarray
 
@@ -76,13 +76,49 @@ def measure(
     return Profile(layers, tokens, fingerprint, hash_ids(sequences), settings or {})
 
 
-def top_experts(model: DeepseekForCausalLM, ids: Ids) -> dict[int, list[int]]:
-    """For each layer with routed experts, the one with the highest score for each of the ids."""
-    with torch.inference_mode():
-        ids_1L = torch.tensor([list(ids)], device=model.device)
-        logits = model.model(ids_1L, use_cache=False, output_router_logits=True).router_logits
-    numbers = routed_experts(model)
-    return {n: one.argmax(-1).flatten().tolist() for n, one in zip(numbers, logits, strict=True)}
+def picked_experts(model: DeepseekForCausalLM, ids: Ids) -> dict[int, Picks]:
+    """The picks of each layer with routed experts, in one plain forward pass over `ids`.
+
+    It asks only the routers, so the experts may be quantised.
+    """
+    found: dict[int, Picks] = {}
+
+    def keep(number: int, outputs: tuple[torch.Tensor, ...]) -> None:
+        _, weights_LK, index_LK = outputs
+        weights_LK, order_LK = weights_LK.sort(descending=True)
+        found[number] = Picks(index_LK.gather(-1, order_LK).tolist(), weights_LK.tolist())
+
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, inputs, outputs, n=n: keep(n, outputs))
+        for n, layer in enumerate(model.model.layers)
+        if layer.is_moe
+    ]
+    try:
+        with torch.inference_mode():
+            model.model(torch.tensor([list(ids)], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def router_profile(picks: dict[int, Picks], num_experts: int, begin: int, model: str) -> Profile:
+    """A profile of the tokens from `begin` on, without the norms, which no router knows.
+
+    Args:
+        picks: of one sequence, by the number of the layer.
+        num_experts: of a layer.
+        begin: the first token that is counted.
+        model: its name, for the readers of the profile.
+    """
+    layers, tokens = {}, len(next(iter(picks.values())).experts) - begin
+    for number, (experts, weights) in picks.items():
+        index_N = torch.tensor(experts[begin:]).flatten()
+        weights_N = torch.tensor(weights[begin:]).flatten()
+        gate_E = index_N.bincount(weights_N.double(), num_experts) / tokens
+        picks_E = index_N.bincount(minlength=num_experts)
+        layers[number] = LayerProfile(picks_E.tolist(), gate_E.tolist(), [])
+    return Profile(layers, tokens, "", "", {"model": model})
 
 
 def routed_experts(model: DeepseekForCausalLM) -> dict[int, nn.Module]:

@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError, as_user_error
 from ..files import write_text
@@ -40,7 +40,10 @@ SUMMARIES = ("entropy", "load_over_mean", "starved")
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """The lists over the experts of one layer, and what follows from `picks`."""
+    """The lists over the experts of one layer, and what follows from `picks`.
+
+    `gate_times_norm` is empty where only the router was asked.
+    """
 
     picks: list[int]
     gate: list[float]
@@ -90,6 +93,23 @@ class Profile:
         }
         fields = {name: getattr(self, name) for name in ("tokens", "model", "data", "settings")}
         write_text(file, json.dumps(fields | {"layers": layers}, indent=1) + "\n", overwrite)
+
+
+class Picks(NamedTuple):
+    """What the router of one layer picked for a sequence, for each token the largest weight first.
+
+    Attributes:
+        experts: the numbers of the experts, [L][K].
+        weights: their gate weights, [L][K].
+    """
+
+    experts: list[list[int]]
+    weights: list[list[float]]
+
+    @property
+    def top(self) -> list[int]:
+        """For each token the expert with the largest gate weight."""
+        return [experts_K[0] for experts_K in self.experts]
 
 
 def read_profile(file: str | Path) -> Profile:

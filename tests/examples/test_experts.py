@@ -14,7 +14,7 @@ from row_fixtures import ROWS, write_jsonl
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe.checkpoint import fingerprint
-from deepseek_moe.experts.measure import hash_ids, measure, top_experts
+from deepseek_moe.experts.measure import hash_ids, measure, picked_experts
 from deepseek_moe.experts.profile import SCORES, Profile, read_profile
 from deepseek_moe.training.examples import load_examples
 
@@ -130,11 +130,11 @@ def test_prompts_are_shown_with_the_top_expert_of_each_token(tmp_path):
     for prompt, data in zip(prompts, shown, strict=True):
         ids = tokenizer_of(BUNDLED)(prompt).input_ids
         assert "".join(data["tokens"]) == prompt and len(data["tokens"]) == len(ids) - 1
-        top = top_experts(bundled_model().eval(), ids)
-        assert {one["number"]: one["top"] for one in data["layers"]} == {
-            number: experts[1:] for number, experts in top.items()
+        picks = picked_experts(bundled_model().eval(), ids)
+        assert {one["number"]: one["experts"] for one in data["layers"]} == {
+            number: of.experts[1:] for number, of in picks.items()
         }
-        pieces = zip(data["tokens"], top[2][1:], strict=True)
+        pieces = zip(data["tokens"], picks[2].top[1:], strict=True)
         assert "".join(f"{text}[{expert}]" for text, expert in pieces) in done.out
     assert not re.search("coloured-text", (tmp_path / "heatmap.html").read_text(encoding="utf-8"))
     assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from deepseek_moe.errors import UserError
 from deepseek_moe.experts.coloured_text import COLOURS, OTHERS, as_html, in_terminal
+from deepseek_moe.experts.profile import Picks
 
 TOKENS = [" The", " cat", "\n", "sat.\n", "\ufffd", "[red]", "\x1b[31m", "\t"]
 TOP = [3, 1, 3, 3, 0, 1, 2, 3]
@@ -67,18 +68,22 @@ def test_no_token_reaches_the_terminal_as_a_command():
 
 
 def test_the_fragment_holds_tokens_and_experts_and_no_markup_of_theirs():
-    plain = Page(as_html(["a"] * 9, {1: [*TOP, 0]}, 64))
-    page = Page(as_html([*TOKENS, EVIL], {1: [*TOP, 0], 4: [7] * 9}, 64))
+    first = Picks([[top, 9] for top in [*TOP, 0]], [[0.50049, 0.25]] * 9)
+    plain = Page(as_html(["a"] * 9, {1: first}, 64))
+    second = Picks([[7]] * 9, [[0.1]] * 9)
+    page = Page(as_html([*TOKENS, EVIL], {1: first, 4: second}, 64, begin=3))
     assert page.tags == plain.tags
     data = page.data[0]
     assert data["tokens"] == [
         *[" The", " cat", "↵\n", "sat.↵\n", "\ufffd", "[red]", "␛[31m", "\t"],
         EVIL,
     ]
-    assert [(layer["number"], layer["top"]) for layer in data["layers"]] == [
-        (1, [*TOP, 0]),
-        (4, [7] * 9),
+    assert data["begin"] == 3
+    assert [(layer["number"], layer["experts"]) for layer in data["layers"]] == [
+        (1, first.experts),
+        (4, second.experts),
     ]
+    assert [layer["weights"][0] for layer in data["layers"]] == [[0.5, 0.25], [0.1]]
     assert data["layers"][0]["frequent"] == [[3, 4], [0, 2], [1, 2], [2, 1]]
     assert len(data["colours"]) == len(set(data["colours"])) == 8
 
@@ -89,4 +94,4 @@ def test_rich_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(UserError, match="needs rich; pip install rich"):
         in_terminal(["a"], [0], 4, 1)
-    assert "a" in as_html(["a"], {1: [0]}, 4)
+    assert "a" in as_html(["a"], {1: Picks([[0]], [[1.0]])}, 4)

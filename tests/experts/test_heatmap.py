@@ -13,7 +13,7 @@ from page_fixtures import EVIL, Page
 from PIL import Image
 
 from deepseek_moe.errors import UserError
-from deepseek_moe.experts.heatmap import load_image, write_html, write_png
+from deepseek_moe.experts.heatmap import load_image, page, write_html, write_png
 from deepseek_moe.experts.profile import SCORES, LayerProfile, Profile
 
 
@@ -100,10 +100,17 @@ def test_the_page_holds_the_numbers_of_the_profiles(tmp_path):
     assert [kept["name"] for kept in data["profiles"]] == ["a", "b"]
 
 
+def test_the_page_offers_the_scores_that_were_measured():
+    assert Page(page({"a": FIRST})).data[0]["scores"] == list(SCORES)
+    bare = {n: replace(layer, gate_times_norm=[]) for n, layer in FIRST.layers.items()}
+    data = Page(page({"a": replace(FIRST, layers=bare)})).data[0]
+    assert data["scores"] == ["picks", "gate"] and "gate_times_norm" not in data["profiles"][0]
+
+
 def test_the_page_is_whole_whatever_the_names_are(tmp_path):
     plain, evil = tmp_path / "plain.html", tmp_path / "evil.html"
     write_html({"a": FIRST, "b": SECOND}, plain)
-    write_html({EVIL: FIRST, "<!--TEXT-->": SECOND}, evil, text="<p>below</p>")
+    write_html({EVIL: FIRST, "<!--TEXT-->": SECOND}, evil, text="<p>above</p>")
     pages = [Page(file.read_text(encoding="utf-8")) for file in (plain, evil)]
     assert [tag for tag in pages[1].tags if tag != "p"] == [t for t in pages[0].tags if t != "p"]
     assert pages[1].tags.count("p") == pages[0].tags.count("p") + 1

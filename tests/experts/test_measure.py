@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from deepseek_moe import DeepseekForCausalLM, load
 from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.experts import measure as measuring
-from deepseek_moe.experts.measure import hash_ids, measure, top_experts
-from deepseek_moe.experts.profile import SCORES, Profile
+from deepseek_moe.experts.measure import hash_ids, measure, picked_experts, router_profile
+from deepseek_moe.experts.profile import SCORES, Picks, Profile
 
 TEXTS = ["Once upon a time there was a king.", "A bird", "The old woman went into the wood."]
 SHAPES = [
@@ -82,7 +82,8 @@ def test_picks_are_those_of_the_router_logits():
             logits = model(torch.tensor([ids]), output_router_logits=True).router_logits
         top = [logits_TE.topk(6).indices for logits_TE in logits]
         picks += torch.stack([top_TK.flatten().bincount(minlength=24) for top_TK in top])
-        assert top_experts(model, ids) == {n: x[:, 0].tolist() for n, x in enumerate(top, 1)}
+        found = {n: of.experts for n, of in picked_experts(model, ids).items()}
+        assert found == {n: x.tolist() for n, x in enumerate(top, 1)}
     assert torch.equal(rows(profile, "picks"), picks.long())
 
 
@@ -98,6 +99,24 @@ def test_scores_are_those_of_a_loop_over_experts(shape, dtype, rtol, tiny_model)
     profile = profile_of(model, sequences, batch_size=2)
     assert list(profile.layers) == model.config.moe_layers and profile.num_experts == 8
     assert_equal(profile, by_a_loop(model, sequences), rtol)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_routers_alone_give_the_picks_and_mean_gate_weights(shape, tiny_model):
+    model, (ids,) = tiny_model(**shape), random_ids(21)
+    picks = picked_experts(model, ids)
+    found = router_profile(picks, 8, 0, "m")
+    wanted = profile_of(model, [ids])
+    for name in ("picks", "gate"):
+        torch.testing.assert_close(rows(found, name), rows(wanted, name), rtol=1e-5, atol=1e-7)
+    for of in picks.values():
+        assert all(weights == sorted(weights, reverse=True) for weights in of.weights)
+    assert not any(layer.gate_times_norm for layer in found.layers.values())
+    first = {n: Picks(of.experts[:9], of.weights[:9]) for n, of in picks.items()}
+    parts = router_profile(first, 8, 0, ""), router_profile(picks, 8, 9, "")
+    assert [part.tokens for part in parts] == [9, 12]
+    assert torch.equal(sum(rows(part, "picks") for part in parts), rows(found, "picks"))
+    assert not any(layer.mlp.gate._forward_hooks for layer in model.model.layers if layer.is_moe)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
