@@ -5,7 +5,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -73,7 +73,14 @@ def named_base(model: str) -> bool:
 
 
 class Conversation:
-    """Messages to and from a model."""
+    """Messages to and from a model.
+
+    Args:
+        tell: takes what is said beside the answers.
+
+    Attributes:
+        ids: what the model has last seen and made: a prompt, and from `begin` on its answer.
+    """
 
     def __init__(
         self,
@@ -81,6 +88,7 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
         sample: Sampler,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.generator, self.tokenizer, self.sample = generator, tokenizer, sample
         self.max_new_tokens = max_new_tokens
@@ -88,6 +96,9 @@ class Conversation:
         self.room = generator.context - min(max_new_tokens, generator.context // 2)
         self.messages: list[Message] = []
         self.dropped = 0
+        self.tell = tell or note
+        self.ids: list[int] = []
+        self.begin = 0
 
     def turn(self, line: str) -> None:
         """Answers a question, or obeys a /command."""
@@ -119,34 +130,52 @@ class Conversation:
         Raises:
             UserError: the question is refused, and not kept.
         """
-        asked = [*self.messages, {"role": "user", "content": check_prompt(question)}]
-        ids, dropped = render_within(self.tokenizer, asked, self.room)
-        stop = end_ids(self.tokenizer, self.generator.model)
-        steps = self.generator.stream([ids], self.max_new_tokens, self.sample, stop)
-        if dropped > self.dropped:
-            note(f"the context is full: the oldest {dropped} messages are no longer seen")
-        self.dropped = dropped
-        answer, made, text, why = "", 0, TextStream(self.tokenizer), ""
         try:
             with noted_interrupts(signal.SIGINT) as interrupted:
-                for (token,) in steps:
-                    piece = text.add(token)
-                    piece = piece if answer else piece.lstrip()
-                    answer, made = answer + piece, made + 1
+                for piece in self.stream(question, lambda: bool(interrupted)):
                     print(piece, end="", flush=True)
-                    if interrupted:
-                        why = "stopped"
-                        break
         except KeyboardInterrupt:  # pressed again, before the next token
-            why = "stopped"
-        if not why and made == self.max_new_tokens:
-            why = f"cut after --max_new_tokens {made}"
-        if not why and made + len(ids) == self.generator.context:
+            self.tell(" (stopped)")
+        print(flush=True)
+
+    def stream(self, question: str, stopped: Callable[[], bool]) -> Iterator[str]:
+        """The answer, a piece for each token. `messages` and `ids` hold it as far as it has come.
+
+        Args:
+            stopped: is asked after each token, and ends the answer early.
+
+        Raises:
+            UserError: the question is refused, or the model fails. The question is not kept.
+        """
+        before = self.messages
+        asked = [*before, {"role": "user", "content": check_prompt(question)}]
+        prompt, dropped = render_within(self.tokenizer, asked, self.room)
+        stop = end_ids(self.tokenizer, self.generator.model)
+        steps = self.generator.stream([prompt], self.max_new_tokens, self.sample, stop)
+        if dropped > self.dropped:
+            self.tell(f"the context is full: the oldest {dropped} messages are no longer seen")
+        self.dropped = dropped
+        answer, text, why = {"role": "assistant", "content": ""}, TextStream(self.tokenizer), ""
+        self.messages, self.ids, self.begin = [*asked, answer], [*prompt], len(prompt)
+        try:
+            for (token,) in steps:
+                self.ids.append(token)
+                piece = text.add(token)
+                piece = piece if answer["content"] else piece.lstrip()
+                answer["content"] += piece
+                yield piece
+                if stopped():
+                    why = "stopped"
+                    break
+        except UserError:
+            self.messages = before
+            raise
+        if not why and len(self.ids) - self.begin == self.max_new_tokens:
+            why = f"cut after --max_new_tokens {self.max_new_tokens}"
+        if not why and len(self.ids) == self.generator.context:
             why = f"cut: the context of {self.generator.context} tokens is full"
         if why:
-            note(f" ({why})")
-        print(flush=True)
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self.tell(f" ({why})")
 
     def retry(self) -> None:
         """Asks the last question again. If it is refused, the old answer stays."""
