@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -12,6 +12,7 @@ from web_talk import Answerer, Talk, one_line
 
 from deepseek_moe import Generator
 from deepseek_moe.bundled import BUNDLED_CHAT_MODEL
+from deepseek_moe.chat import Message
 from deepseek_moe.decode.sampling import Sampling
 from deepseek_moe.errors import UserError, as_user_error
 
@@ -24,7 +25,13 @@ CSS = """
 .gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
 .experts iframe { width: 100%; height: calc(100vh - 8rem); min-height: 560px; display: block;
                   border: 1px solid var(--border-color-primary); border-radius: 8px; }
-.icon-button-wrapper { display: none !important; }  /* its Clear would clear only what is seen */
+.block.messages { height: 58vh; overflow-y: auto !important; padding: 1rem;
+                  border: 1px solid var(--border-color-primary); border-radius: 8px; }
+.message { white-space: pre-wrap; overflow-wrap: anywhere; width: fit-content; max-width: 92%;
+           margin-bottom: .8rem; padding: .5rem .8rem; border-radius: 10px;
+           background: var(--background-fill-secondary); }
+.message.user { margin-left: auto; background: var(--color-accent-soft); }
+.message:empty::after { content: "…"; }
 .beside, .said { font-size: .85rem; overflow-wrap: anywhere; }
 .said { min-height: 1.3rem; }
 """
@@ -43,26 +50,11 @@ def serve(args: argparse.Namespace) -> None:
     name = args.model or str(BUNDLED_CHAT_MODEL)
     model, tokenizer = load_model(args, name)
     shown = name if args.model else f"models/{BUNDLED_CHAT_MODEL.name}"
-    answerer = Answerer(Generator(model), tokenizer, shown, options)
-    page = make_page(answerer, args.max_new_tokens)
+    page = Page(Answerer(Generator(model), tokenizer, shown, options), args.max_new_tokens)
     with as_user_error(f"the page cannot be served at {HOST}", "give another --port"):
-        _, address, _ = page.launch(
-            server_name=HOST,
-            server_port=args.port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            theme=gradio().themes.Default(**FONTS),
-            css=CSS,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-        )
+        address = page.serve(args.port)
     print(address, flush=True)
-    page.block_thread()
+    page.blocks.block_thread()
 
 
 def gradio() -> Any:
@@ -75,99 +67,146 @@ def gradio() -> Any:
     return gradio
 
 
-def make_page(answerer: Answerer, max_new_tokens: int) -> Any:
-    """The page, a `gradio.Blocks`. Texts of the model and of users are never HTML in it."""
-    gr = gradio()
-    options, context = answerer.options, answerer.generator.context
-    with gr.Blocks(title="DeepSeek-MoE", analytics_enabled=False, fill_width=True) as page:
-        talk = gr.State(Talk())  # of each tab its own
+class Page:
+    """What is on the page, and what happens there. `blocks` is what Gradio serves.
+
+    Texts of the model and of users are never HTML in it.
+    """
+
+    def __init__(self, answerer: Answerer, max_new_tokens: int) -> None:
+        self.answerer, self.gr = answerer, gradio()
+        title = "Talk to DeepSeek-MoE"
+        with self.gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as self.blocks:
+            self.talk = self.gr.State(Talk())  # of each tab its own
+            with self.gr.Row():
+                with self.gr.Column(min_width=360):
+                    self._lay_out_chat()
+                    with self.gr.Accordion("Settings", open=False):
+                        self._lay_out_settings(min(max_new_tokens, answerer.generator.context))
+                with self.gr.Column(min_width=360):
+                    self.gr.HTML(BESIDE, elem_classes="beside")
+                    self.experts = self.gr.HTML(elem_classes="experts")
+            self._connect()
+
+    def _lay_out_chat(self) -> None:
+        gr, name = self.gr, self.answerer.name
+        gr.HTML(f"<b>{escape(name)}</b>")
+        self.messages = gr.HTML(conversation([]), elem_classes="messages", autoscroll=True)
+        hint = "by its name this is a base model: it continues texts, and was not taught to chat"
+        self.said = gr.HTML(hint if named_base(name) else "", elem_classes="said")
+        self.question = gr.Textbox(
+            label="Question",
+            placeholder="Ask something",
+            show_label=False,
+            autofocus=True,
+            max_lines=6,
+        )
         with gr.Row():
-            with gr.Column(scale=1, min_width=360):
-                gr.HTML(f"<b>{escape(answerer.name)}</b>")
-                messages = gr.Chatbot(
-                    show_label=False, height="58vh", render_markdown=False, buttons=[]
-                )
-                hint = "by its name this is a base model, which was not taught to chat"
-                said = gr.HTML(hint if named_base(answerer.name) else "", elem_classes="said")
-                question = gr.Textbox(
-                    placeholder="Ask something", show_label=False, autofocus=True, max_lines=6
-                )
-                with gr.Row():
-                    send = gr.Button("Send", variant="primary", min_width=60)
-                    stop = gr.Button("Stop", min_width=60, interactive=False)
-                    retry = gr.Button("Retry", min_width=60)
-                    clear = gr.Button("Clear", min_width=60)
-                with gr.Accordion("Settings", open=False):
-                    says = "0 always takes the likeliest token; then the two below have no effect"
-                    settings = [
-                        gr.Slider(0, 2, options["temperature"], label="Temperature", info=says),
-                        gr.Slider(0.01, 1, options["top_p"], step=0.01, label="Top-p"),
-                        gr.Slider(0, 200, options["top_k"], step=1, label="Top-k (0 keeps all)"),
-                        gr.Slider(
-                            1, context, min(max_new_tokens, context), step=1, label="Max new tokens"
-                        ),
-                    ]
-            with gr.Column(scale=1, min_width=360):
-                gr.HTML(BESIDE, elem_classes="beside")
-                experts = gr.HTML(elem_classes="experts")
+            self.send = gr.Button("Send", variant="primary", min_width=60)
+            self.stop = gr.Button("Stop", min_width=60, interactive=False)
+            self.retry = gr.Button("Retry", min_width=60)
+            self.clear = gr.Button("Clear", min_width=60)
 
-        buttons = [question, send, stop, retry, clear]
+    def _lay_out_settings(self, max_new_tokens: int) -> None:
+        gr, options, context = self.gr, self.answerer.options, self.answerer.generator.context
+        says = "0 always takes the likeliest token; then the next two have no effect"
+        heat = options["temperature"]
+        self.settings = [
+            gr.Slider(0, max(2, heat), heat, step=0.05, label="Temperature", info=says),
+            gr.Slider(0.01, 1, options["top_p"], step=0.01, label="Top-p"),
+            gr.Number(options["top_k"], label="Top-k (0 keeps all)", precision=0, minimum=0),
+            gr.Slider(1, context, max_new_tokens, step=1, label="Max new tokens"),
+        ]
 
-        outputs = [messages, said, *buttons]
-
-        def begin(talk: Talk) -> list[Any]:
-            empty = gr.update(value="", interactive=False)
-            return [talk.shown, "", empty, *states(answering=True)]
-
-        def states(answering: bool) -> list[Any]:
-            """Of the buttons: while an answer is made, only Stop can be pressed."""
-            return [gr.update(interactive=(one is stop) == answering) for one in buttons[1:]]
-
-        def end() -> list[Any]:
-            return [gr.update(interactive=True), *states(answering=False)]
-
-        def ask(talk: Talk, text: str) -> list[Any]:
-            talk.ask(text)
-            return begin(talk)
-
-        def ask_again(talk: Talk) -> list[Any]:
-            talk.retry()
-            return begin(talk)
-
-        def answer(talk: Talk, *values: float) -> Iterator[tuple[Any, ...]]:
-            for shown, note, refused in answerer.answer(talk, *values):
-                yield shown, escape(note), refused
-
-        def forget(talk: Talk) -> tuple[Any, ...]:
-            talk.clear()
-            return [], "", ""
-
-        model_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
+    def _connect(self) -> None:
+        """Shows the question at once, and lets it wait until the model is free."""
         at_once = {"queue": False, "show_progress": "hidden"}
+        queued = {"concurrency_limit": 1, "concurrency_id": "model"}
+        asked = [self.messages, self.said, self.question, *self._buttons]
+        triggers = [self.question.submit, self.send.click]
         for begun in (
-            gr.on([question.submit, send.click], ask, [talk, question], outputs, **at_once),
-            retry.click(ask_again, talk, outputs, **at_once),
+            self.gr.on(triggers, self._ask, [self.talk, self.question], asked, **at_once),
+            self.retry.click(self._retry, self.talk, asked, **at_once),
         ):
+            shown = [self.messages, self.said, self.question]
             answered = begun.then(
-                answer,
-                [talk, *settings],
-                [messages, said, question],
-                show_progress="hidden",
-                **model_at_a_time,
+                self._answer, [self.talk, *self.settings], shown, show_progress="hidden", **queued
             )
-            measured = answered.then(
-                lambda talk: frame(answerer, talk), talk, experts, **model_at_a_time
-            )
-            measured.then(end, None, buttons, **at_once)
-        stop.click(Talk.stop, talk, None, **at_once)
-        clear.click(forget, talk, [messages, said, experts], **at_once)
-    return page
+            measured = answered.then(self._measure, self.talk, self.experts, **queued)
+            measured.then(self._end, None, [self.question, *self._buttons], **at_once)
+        self.stop.click(Talk.stop, self.talk, None, **at_once)
+        cleared = [self.messages, self.said, self.experts]
+        self.clear.click(self._clear, self.talk, cleared, **at_once)
+
+    @property
+    def _buttons(self) -> list[Any]:
+        return [self.send, self.stop, self.retry, self.clear]
+
+    def _states(self, answering: bool) -> list[Any]:
+        """Of the buttons: while an answer is made, only Stop can be pressed."""
+        update = self.gr.update
+        return [update(interactive=(one is self.stop) == answering) for one in self._buttons]
+
+    def _ask(self, talk: Talk, question: str) -> list[Any]:
+        talk.ask(question)
+        return self._begin(talk)
+
+    def _retry(self, talk: Talk) -> list[Any]:
+        talk.retry()
+        return self._begin(talk)
+
+    def _begin(self, talk: Talk) -> list[Any]:
+        empty = self.gr.update(value="", interactive=False)
+        return [conversation(talk.shown), "", empty, *self._states(answering=True)]
+
+    def _answer(self, talk: Talk, *settings: float) -> Iterator[tuple[Any, ...]]:
+        for messages, said, refused in self.answerer.answer(talk, *settings):
+            yield conversation(messages), escape(said), refused
+
+    def _measure(self, talk: Talk) -> str:
+        return frame(self.answerer, talk)
+
+    def _end(self) -> list[Any]:
+        return [self.gr.update(interactive=True), *self._states(answering=False)]
+
+    def _clear(self, talk: Talk) -> tuple[Any, ...]:
+        talk.clear()
+        return conversation([]), "", ""
+
+    def serve(self, port: int | None) -> str:
+        """Begins to serve the page to this machine, and returns its address."""
+        _, address, _ = self.blocks.launch(
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            theme=self.gr.themes.Default(**FONTS),
+            css=CSS,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+        )
+        return address
+
+
+def conversation(messages: Sequence[Message]) -> str:
+    """Questions and answers in HTML, each with its text as it is."""
+    return "".join(
+        f'<div class="message {message["role"]}">{escape(message["content"])}</div>'
+        for message in messages
+    )
 
 
 def frame(answerer: Answerer, talk: Talk) -> str:
     """The page of the experts in a frame that reaches nothing around it; or why there is none."""
+    if not talk.ids:
+        return ""
     try:
-        page = answerer.experts_page(talk) if talk.ids else ""
+        page = answerer.experts_page(talk)
     except Exception as error:  # The conversation goes on.
         return escape(one_line(error))
     return f'<iframe sandbox="allow-scripts" title="The experts" srcdoc="{escape(page)}"></iframe>'
