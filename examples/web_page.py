@@ -21,6 +21,7 @@ BESIDE = (
     "The experts are measured after an answer is complete, by one plain forward pass over the "
     "conversation, so that answering stays fast."
 )
+HINT = "by its name this is a base model: it continues texts, and was not taught to chat"
 CSS = """
 .gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
 .experts iframe { width: 100%; height: calc(100vh - 8rem); min-height: 560px; display: block;
@@ -50,7 +51,9 @@ def serve(args: argparse.Namespace) -> None:
     name = args.model or str(BUNDLED_CHAT_MODEL)
     model, tokenizer = load_model(args, name)
     shown = name if args.model else f"models/{BUNDLED_CHAT_MODEL.name}"
-    page = Page(Answerer(Generator(model), tokenizer, shown, options), args.max_new_tokens)
+    shown += f" with {args.adapter}" if args.adapter else ""
+    hint = HINT if named_base(name) and not args.adapter else ""
+    page = Page(Answerer(Generator(model), tokenizer, shown, options), args.max_new_tokens, hint)
     with as_user_error(f"the page cannot be served at {HOST}", "give another --port"):
         address = page.serve(args.port)
     print(address, flush=True)
@@ -70,11 +73,12 @@ def gradio() -> Any:
 class Page:
     """What is on the page, and what happens there. `blocks` is what Gradio serves.
 
-    Texts of the model and of users are never HTML in it.
+    Texts of the model and of users are never HTML in it. Gradio's own Chatbot is not taken: it puts
+    them into the page as HTML, without scripts, also where it renders no Markdown.
     """
 
-    def __init__(self, answerer: Answerer, max_new_tokens: int) -> None:
-        self.answerer, self.gr = answerer, gradio()
+    def __init__(self, answerer: Answerer, max_new_tokens: int, hint: str = "") -> None:
+        self.answerer, self.hint, self.gr = answerer, hint, gradio()
         title = "Talk to DeepSeek-MoE"
         with self.gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as self.blocks:
             self.talk = self.gr.State(Talk())  # of each tab its own
@@ -89,11 +93,10 @@ class Page:
             self._connect()
 
     def _lay_out_chat(self) -> None:
-        gr, name = self.gr, self.answerer.name
-        gr.HTML(f"<b>{escape(name)}</b>")
+        gr = self.gr
+        gr.HTML(f"<b>{escape(self.answerer.name)}</b>")
         self.messages = gr.HTML(conversation([]), elem_classes="messages", autoscroll=True)
-        hint = "by its name this is a base model: it continues texts, and was not taught to chat"
-        self.said = gr.HTML(hint if named_base(name) else "", elem_classes="said")
+        self.said = gr.HTML(self.hint, elem_classes="said")
         self.question = gr.Textbox(
             label="Question",
             placeholder="Ask something",

@@ -68,6 +68,7 @@ def arguments_of(program: str) -> list[list[str]]:
     [
         ("examples/completion.py", "inference"),
         ("examples/chat.py", "inference"),
+        ("examples/web_chat.py", "inference"),
         ("examples/experts.py", "experts"),
         ("finetune.py", None),
     ],
