@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
+from threading import Event
 from typing import Any
 
 from conversation import named_base
@@ -57,7 +58,10 @@ def serve(args: argparse.Namespace) -> None:
     with as_user_error(f"the page cannot be served at {HOST}", "give another --port"):
         address = page.serve(args.port)
     print(address, flush=True)
-    page.blocks.block_thread()
+    try:
+        Event().wait()
+    finally:  # Ctrl-C
+        page.blocks.close(verbose=False)
 
 
 def gradio() -> Any:

@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psut
         yield address, psutil.Process(process.pid)
         assert process.poll() is None and "Traceback" not in errors.read_text()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(20) == 130 and not process.stdout.read()
     finally:
         process.kill()
 
