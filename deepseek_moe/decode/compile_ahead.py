@@ -94,8 +94,8 @@ def launches_of(
         try:
             decoder, cache = Decoder(model, triton_ops), StaticCache(model, 1, CAPACITY)
             for length in PROMPTS:
-                place = torch.empty(2, length, dtype=torch.int32)
-                decoder.prefill(torch.empty(length, dtype=torch.int32), *place, cache, [length])
+                ids, *place = torch.empty(3, length, dtype=torch.int32)
+                decoder.logits(decoder.prefill(ids, *place, cache, [length], [length - 1]))
             # Two tensors: of one the second row would not begin at a multiple of 16.
             position, slot = (torch.empty(1, dtype=torch.int32) for _ in range(2))
             ids = torch.empty(1, dtype=torch.int64)

@@ -131,31 +131,42 @@ class Decoder:
             place = Place(*cache.layers[i], position_T, slot_T)
             return self.ops.attend(q_TD, place, self.counters)
 
-        x_TD = self._many(hidden_TD, position_T, slot_T, cache, attention)
-        return self.ops.dense(x_TD, self.head, torch.float32)
+        return self.logits(self._many(hidden_TD, position_T, slot_T, cache, attention))
 
     def prefill(
-        self, ids_T: Tensor, position_T: Tensor, slot_T: Tensor, cache: StaticCache, ends: list[int]
+        self,
+        ids_T: Tensor,
+        position_T: Tensor,
+        slot_T: Tensor,
+        cache: StaticCache,
+        ends: list[int],
+        rows: list[int],
     ) -> Tensor:
-        """Logits [sequences, V] after the tokens of several sequences that are laid end to end.
+        """The hidden states [R, D], which `logits` takes, of the tokens in these R rising `rows`.
 
-        Sequence b ends before ends[b], and each goes into its slot. One sequence alone may begin at
-        any position, after what its slot holds already; several must begin at 0.
+        Several sequences are laid end to end. Sequence b ends before ends[b], and each goes into
+        its slot, after what that holds of it already.
         """
         longest = max(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True))
-        bounds = torch.tensor([[0, *ends], [-1, *(end - 1 for end in ends)]], device=ids_T.device)
-        ends_B, last_B = bounds[0].int(), bounds[1, 1:]
+        bounds = torch.tensor([0, *ends, *rows], device=ids_T.device)
+        ends_B, row_R = bounds.split([len(ends) + 1, len(rows)])
+        last_B, ends_B = ends_B[1:] - 1, ends_B.int()
         last_position_B, slot_B = position_T[last_B], slot_T[last_B]
 
         def attention(i: int, q_TD: Tensor) -> Tensor:
-            bounds, most = ends_B, longest
-            if len(q_TD) < len(ids_T):  # the last layer asks for the last tokens only
-                bounds, most = torch.arange(len(ends) + 1, device=q_TD.device).int(), 1
-            place = Place(*cache.layers[i], last_position_B, slot_B)
-            return self.ops.attend_prompt(q_TD, place, bounds, most)
+            if len(q_TD) == len(ids_T):
+                place = Place(*cache.layers[i], last_position_B, slot_B)
+                return self.ops.attend_prompt(q_TD, place, ends_B, longest)
+            # The last layer asks for these rows only, and each is a sequence of one query.
+            place = Place(*cache.layers[i], position_T[row_R], slot_T[row_R])
+            ends_R = torch.arange(len(rows) + 1, device=q_TD.device).int()
+            return self.ops.attend_prompt(q_TD, place, ends_R, 1)
 
-        x_BD = self._many(self.embedding[ids_T], position_T, slot_T, cache, attention, last_B)
-        return self.ops.dense(x_BD, self.head, torch.float32)
+        return self._many(self.embedding[ids_T], position_T, slot_T, cache, attention, row_R)
+
+    def logits(self, x_RD: Tensor) -> Tensor:
+        """Logits [R, V], fp32."""
+        return self.ops.dense(x_RD, self.head, torch.float32)
 
     def _side_stream(self) -> AbstractContextManager:
         """What is inside may run beside what follows, up to `_wait_side_stream`: the products of
@@ -202,9 +213,9 @@ class Decoder:
         slot_T: Tensor,
         cache: StaticCache,
         attention: Attention,
-        last_B: Tensor | None = None,
+        row_R: Tensor | None = None,
     ) -> Tensor:
-        """The normed hidden states [T, D] that the head takes, or [B, D] of the tokens `last_B`.
+        """The normed hidden states [T, D] that the head takes, or [R, D] of the tokens `row_R`.
         In that case the last layer has little to do after it has filled the cache."""
         ops, eps = self.ops, self.eps
         norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
@@ -212,8 +223,8 @@ class Decoder:
         for i, (layer, next_norm) in enumerate(zip(self.layers, norms, strict=True)):
             qkv_TO = ops.dense(x_TD, layer.qkv)
             q_TD = ops.rotate(qkv_TO, self.cos_sin, Place(*cache.layers[i], position_T, slot_T))
-            if last_B is not None and i == len(self.layers) - 1:
-                q_TD, hidden_TD, position_T = q_TD[last_B], hidden_TD[last_B], position_T[last_B]
+            if row_R is not None and i == len(self.layers) - 1:
+                q_TD, hidden_TD, position_T = q_TD[row_R], hidden_TD[row_R], position_T[row_R]
             out_TD = attention(i, q_TD)
             out_TD = ops.dense(out_TD, layer.o)
             hidden_TD, x_TD = ops.add_norm(out_TD, hidden_TD, layer.post_norm, eps)
@@ -225,7 +236,7 @@ class Decoder:
                     logits_TE, position_T, layer.top_k, layer.norm_topk
                 )
                 token_N, place_TK, ends_E = ops.sort_picks(index_TK, len(layer.gate))
-                step = last_B is None
+                step = row_R is None
                 act_NF = ops.grouped_gate_up(x_TD, layer.experts_gate_up, token_N, ends_E, step)
                 out_ND = ops.grouped_down(act_NF, layer.experts_down, ends_E, step)
             self._wait_side_stream()

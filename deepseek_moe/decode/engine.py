@@ -13,15 +13,14 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..memory import free_memory
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .batch import Batch
 from .decoder import Decoder, StaticCache
+from .reading import Text, read_texts
 from .sampling import Prompts, Sampler, Sampling, mark_broken, seen_in, sum_rows
 from .supported import find_unsupported, is_supported, signature_of
 
@@ -29,7 +28,6 @@ GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """Sizes of batches for which graphs are made. A batch takes the next that holds it; above these are
 the multiples of 128."""
 CHUNK = 8192  # tokens of prompts that go through the layers at once, if memory suffices
-LEAST_CHUNK = 256  # below that the weights are read too often
 CACHE_BLOCK = 64  # the cache's capacity is a multiple of it
 FIRST_CACHE = 1024  # positions of all sequences together, 0.23 GB of the 16B model
 
@@ -102,8 +100,7 @@ class Engine:
             UnsupportedModel: the model was changed into one that the engine does not compute.
         """
         self.batch = None  # the batch before loses its rows, also if this one fails
-        if self.signature != signature_of(self.model):
-            self._build()
+        self.refresh()
         self.graphs = {key: graph for key, graph in self.graphs.items() if key[1] in (sample, None)}
         longest = max(map(len, prompts))
         most = min(self.context, longest + steps)
@@ -111,6 +108,11 @@ class Engine:
             self._reserve(len(prompts), min(longest + 1, most), most)
             self.batch = EngineBatch(self, prompts, sample, steps)
         return self.batch
+
+    def refresh(self) -> None:
+        """Builds the engine anew if the model has changed."""
+        if self.signature != signature_of(self.model):
+            self._build()
 
     def on_device(self) -> AbstractContextManager:
         """Inside, the model's GPU is the current one, on which kernels are launched."""
@@ -140,24 +142,9 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> torch.Tensor:
         """Logits [B, V] after each prompt. Fills the slots 0 to B - 1 of the cache."""
-        logits = []
-        chunk = self.chunk
-        if self.fast:
-            chunk = chunk_for(chunk, self.decoder.bytes_of_prompt, free_memory(self.device))
-        for pieces in _chunks([len(prompt) for prompt in prompts], chunk):
-            parts = [
-                (prompts[b][start:end], np.arange(start, end), np.full(end - start, b))
-                for b, start, end in pieces
-            ]
-            rows = [np.concatenate(part, dtype=np.int32) for part in zip(*parts, strict=True)]
-            T = len(rows[0])
-            rows = np.pad(np.stack(rows), ((0, 0), (0, -T % 4)))  # by 16 bytes, as kernels expect
-            ids_T, position_T, slot_T = torch.from_numpy(rows).to(self.device)[:, :T]
-            ends = np.cumsum([end - start for _, start, end in pieces]).tolist()
-            out_BV = self.decoder.prefill(ids_T, position_T, slot_T, self.cache, ends)
-            whole = [i for i, (b, _, end) in enumerate(pieces) if end == len(prompts[b])]
-            logits.append(out_BV[whole] if len(whole) < len(pieces) else out_BV)
-        return torch.cat(logits)
+        texts = [Text(prompt, slot, wanted=1) for slot, prompt in enumerate(prompts)]
+        states = read_texts(self.decoder, self.cache, texts, self.chunk)
+        return torch.cat([self.decoder.logits(x_RD) for x_RD in states])
 
     @torch.inference_mode()
     def step(self, size: int, sample: Sampler) -> None:
@@ -321,28 +308,3 @@ def capacity_for(slots: int, positions: int, most: int) -> int:
     """A cache's capacity: a power of 2 that holds `positions`, but no more than `most` take."""
     capacity = max(2 ** (positions - 1).bit_length(), FIRST_CACHE // slots)
     return -(-min(capacity, most) // CACHE_BLOCK) * CACHE_BLOCK
-
-
-def chunk_for(most: int, bytes_of_token: int, free: int) -> int:
-    """How many tokens of prompts go through the layers at once: `most`, or so many that they take
-    no more than an eighth of the `free` bytes. The rest is for weights that are dequantised, and
-    may lie in pieces that are too small: half a GB was seen to."""
-    chunk = most
-    while chunk > LEAST_CHUNK and chunk * bytes_of_token > free // 8:
-        chunk //= 2
-    return chunk
-
-
-def _chunks(lengths: list[int], chunk: int) -> list[list[tuple[int, int, int]]]:
-    """Pieces (prompt, start, end) that go through the layers together: whole prompts of at most
-    `chunk` tokens in all, or one piece of a longer prompt."""
-    chunks, room = [], 0
-    for b, length in enumerate(lengths):
-        if length <= room:
-            chunks[-1].append((b, 0, length))
-            room -= length
-            continue
-        starts = range(0, length, chunk)
-        chunks += [[(b, start, min(start + chunk, length))] for start in starts]
-        room = chunk - length if length <= chunk else 0
-    return chunks

@@ -30,7 +30,7 @@ def test_a_text_launches_what_is_compiled(bits, length, tiny_model, tmp_path):
     token = planned.set([])
     try:
         place = torch.zeros(2, length, dtype=torch.int32, device="meta")
-        decoder.prefill(place[0], *place, cache, [length])
+        decoder.logits(decoder.prefill(place[0], *place, cache, [length], [length - 1]))
         decoder.step(place[0, :1].long(), *place[:, :1], cache)
         launched = {kind_of(launch) for launch in planned.get()}
     finally:

@@ -11,7 +11,7 @@ from gpu_fixtures import with_engine
 from text_fixtures import bundled_model
 
 from deepseek_moe import DeepseekForCausalLM
-from deepseek_moe.decode import engine
+from deepseek_moe.decode import engine, reading
 from deepseek_moe.decode.decoder import FEW, Decoder, StaticCache, joined_view
 from deepseek_moe.decode.engine import Engine, size_for
 from deepseek_moe.decode.generation import Generator
@@ -79,7 +79,7 @@ def test_sizes_of_the_cache_and_of_chunks_of_prompts():
     ):
         assert engine.capacity_for(slots, positions, most) == capacity
     for free, chunk in ((10**9, 1000), (800_000, 1000), (799_999, 500), (360_000, 250), (0, 250)):
-        assert engine.chunk_for(1000, 100, free) == chunk
+        assert reading.chunk_for(1000, 100, free) == chunk
 
 
 def test_another_generation_ends_the_one_before(prompts):
@@ -159,14 +159,17 @@ def one_step(rows: int, decoder: Decoder, cache: StaticCache) -> torch.Tensor:
 
 
 def prompts_in_chunks(decoder: Decoder, cache: StaticCache) -> torch.Tensor:
-    """Two prompts in one chunk, then another chunk of one of them."""
+    """Two prompts in one chunk, then another chunk of one of them, and then more of both. Some
+    tokens are asked for, then the last, then all."""
+    chunks = [[(3, 0, 5), (0, 0, 9)], [(0, 9, 28)], [(0, 28, 31), (3, 5, 22)]]  # slot, start, end
     logits = []
-    for pieces in [[(3, 0, 5), (0, 0, 9)], [(0, 9, 28)]]:  # (slot, start, end)
+    for pieces, rows in zip(chunks, ([2, 4, 13], [18], range(20)), strict=True):
         slot_T = torch.cat([torch.full((end - start,), slot) for slot, start, end in pieces])
         position_T = torch.cat([torch.arange(start, end) for _, start, end in pieces])
         ids_T = (position_T * 7 + slot_T * 5) % 96
         ends = torch.tensor([end - start for _, start, end in pieces]).cumsum(0).tolist()
-        logits.append(decoder.prefill(ids_T.int(), position_T.int(), slot_T.int(), cache, ends))
+        places = (position_T.int(), slot_T.int(), cache, ends, [*rows])
+        logits.append(decoder.logits(decoder.prefill(ids_T.int(), *places)))
     return torch.cat(logits)
 
 
