@@ -1,0 +1,1 @@
+"""What a model scores: log-likelihoods, and lm-evaluation-harness on them."""
