@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,7 @@ def arguments_of(program: str) -> list[list[str]]:
         ("examples/chat.py", "inference"),
         ("examples/web_chat.py", "inference"),
         ("examples/experts.py", "experts"),
+        ("examples/evaluate.py", "evaluation"),
         ("finetune.py", None),
     ],
 )
@@ -77,7 +79,7 @@ def test_commands_use_options_that_exist(program, page):
     file = program if "/" in program else f"finetune/{program}"
     shown = run(file, "--help").stdout
     for option in {word for words in arguments_of(program) for word in words if word[:2] == "--"}:
-        assert f"{option} " in shown or f"{option}," in shown or option in OLD_NAMES, option
+        assert re.search(rf"{option}[ ,\n]", shown) or option in OLD_NAMES, option
     if page:
         options = set(re.findall(r"--\w+", shown)) - {"--help"}
         assert len(options) > 8
@@ -116,6 +118,23 @@ def test_the_laptop_block_does_what_it_says(tmp_path):
         assert not losses or sum(losses[-5:]) < sum(losses[:5]) / 2
     assert "I am tiny-chat" in said and "grinds grain into flour" in said
     assert list((tmp_path / "runs").rglob("events.*"))
+
+
+@pytest.mark.slow
+def test_the_commands_of_evaluation_that_need_no_hub_run(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm_eval is not here: pip install lm_eval")
+    (tmp_path / "tasks").mkdir()
+    for language, name in (("yaml", "capitals.yaml"), ("json", "capitals.jsonl")):
+        [content] = blocks(PAGE["evaluation"], language)
+        (tmp_path / "tasks" / name).write_text(content)
+    shutil.copy(ROOT / "LICENSE-MODEL", tmp_path)
+    local = [words for words in commands(PAGE["evaluation"]) if "--model" not in words]
+    assert len(local) == 3
+    for _, script, *options in local:
+        words = [sys.executable, ROOT / script, *options]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^capitals +0 +2 +acc,none|^perplexity \d", done.stdout, re.MULTILINE)
 
 
 def test_the_first_output_is_the_real_one():

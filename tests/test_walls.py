@@ -67,6 +67,12 @@ def test_the_room_of_experts_uses_neither_decoding_nor_training():
     assert not {module for module in met if {"decode", "training"} & set(module.split(".")[:1])}
 
 
+def test_the_room_of_evaluation_uses_no_training():
+    met = set().union(*(reached(m) for m in MODULES if m.split(".")[0] == "evaluate"))
+    assert {"evaluate.harness", "decode.generation"} <= met
+    assert not {module for module in met if "training" in module.split(".")}
+
+
 @pytest.mark.parametrize(
     ("starts", "most"),
     [(("decode.generation",), 4714), (("training.examples", "training.build"), 5825)],
