@@ -15,6 +15,7 @@ import pytest
 import torch
 from finetune_fixtures import ROOT, write_base, write_rows
 from option_fixtures import parse_arguments
+from transformers import AutoTokenizer
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.bundled import BUNDLED_MODEL
@@ -76,6 +77,26 @@ def test_experts_profile(run, base):
     for row in rows:
         assert 0 < row["least"] <= row["x_seconds"] <= row["most"]
         assert row["plain_tokens_s"] > 0 < row["measured_tokens_s"]
+
+
+@slow
+def test_multiple_choice(run):
+    pytest.importorskip("lm_eval", reason="lm_eval is not here: pip install lm_eval")
+    changed = {"QUESTIONS": 5, "WARM": 2, "TOKENS": {"short": 9, "long": 30}, "ANSWER": 3}
+    rows = run("multiple_choice", model_of_layers=lambda *_: BUNDLED_MODEL, **changed)[
+        "multiple_choice"
+    ]
+    assert [row["name"] for row in rows] == ["short", "long"]
+    for row in rows:
+        assert 0 < row["ratio"] == pytest.approx(row["items_s"] / row["harness_items_s"])
+        assert row["apart"] < 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    one, other = [
+        request.args for request in import_module("multiple_choice").questions(9, tokenizer)
+    ][:2]
+    assert one[0] == other[0] and one[1] != other[1]
+    lengths = [len(tokenizer(text).input_ids) for text in (one[0], "".join(one))]
+    assert lengths[0] in (9, 10) and lengths[1] == lengths[0] + 3  # the first word has no space
 
 
 def test_random_model(run, tmp_path):
