@@ -41,10 +41,7 @@ def main() -> None:
         from deepseek_moe.errors import exit_on_user_error
 
     with exit_on_user_error():
-        given = [standard_input().read() if one == "-" else one for one in args.prompt]
-        if not given and not args.prompts_file and stdin_is_piped():
-            given = [text] if (text := standard_input().read()) else []
-        prompts = read_prompts(given, args.prompts_file)
+        prompts = read_prompts(given_prompts(args), args.prompts_file)
         sample = Sampling(**sampling_arguments(args))
         name, output = args.model or str(BUNDLED_MODEL), None
         if args.output_file:
@@ -79,11 +76,17 @@ def main() -> None:
                     output.add(completions)
                 else:
                     print_batch(at, prompts[at:], completions)
-        said = str(generator)
-        if early:
-            said += f"; {early} of {len(prompts)} texts ended, or filled the context of "
-            said += f"{generator.context} tokens, before --max_new_tokens {args.max_new_tokens}"
-        print(said, file=sys.stderr)
+        said = f"{early} of {len(prompts)} texts ended, or filled the context of "
+        said += f"{generator.context} tokens, before --max_new_tokens {args.max_new_tokens}"
+        print(generator, *([said] if early else []), sep="; ", file=sys.stderr)
+
+
+def given_prompts(args: argparse.Namespace) -> list[str]:
+    """Those of --prompt, with what is piped in."""
+    given = [standard_input().read() if one == "-" else one for one in args.prompt]
+    if not given and not args.prompts_file and stdin_is_piped():
+        given = [text] if (text := standard_input().read()) else []
+    return given
 
 
 def parse_arguments() -> argparse.Namespace:

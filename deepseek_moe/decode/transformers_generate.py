@@ -6,7 +6,7 @@ transformers. Letters: B sequences, L length of the padded prompts.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -87,8 +87,7 @@ def sample_by_engine(
         None, before anything has happened, where transformers must do it.
 
     Raises:
-        UserError: a prompt is longer than the model's context. Transformers' loop would go on, and
-            write what means nothing.
+        UserError: a prompt is longer than the context, beyond which text would mean nothing.
     """
     _refuse_longer(model, input_ids, model_kwargs.get("attention_mask"))
     sample = sampling_of(logits_processor, generation_config.do_sample)
@@ -106,14 +105,12 @@ def sample_by_engine(
         or (sample.repetition_penalty != 1 and not _leaves_padding_out(logits_processor, prompts))
     ):
         return None
-    shared = _engine_of(model)
-    if shared is None:
+    if (shared := _engine_of(model)) is None:
         return None
     with shared.reserved() as engine:
-        try:
-            batch = None if engine is None else engine.start(prompts, sample, steps)
-        except UnsupportedModel:
-            batch = None
+        batch = None
+        with suppress(UnsupportedModel):
+            batch = engine and engine.start(prompts, sample, steps)
         if batch is None:
             return None
         try:
@@ -123,9 +120,8 @@ def sample_by_engine(
             batch.close()
             if model.training:  # It will want the memory of the cache.
                 model.shared_engine = None
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=made)
-    return made
+    as_dict = generation_config.return_dict_in_generate
+    return GenerateDecoderOnlyOutput(sequences=made) if as_dict else made
 
 
 class _Loop:

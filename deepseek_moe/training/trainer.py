@@ -227,10 +227,8 @@ class FineTuner(Trainer):
     # ---- the order of examples ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Loads the examples in an order that a resumed run sees again.
-
-        Where attention takes packed rows, the rows of a batch lie end to end without padding.
-        """
+        """Loads the examples in an order that a resumed run sees again. Where attention takes
+        packed rows, the rows of a batch lie end to end without padding."""
         args, collate = self.args, self.data_collator
         if self.model.config._attn_implementation == VARLEN and args.world_size == 1:
             collate = partial(collate, flat=FLAT)
