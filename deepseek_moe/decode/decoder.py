@@ -110,7 +110,7 @@ class Decoder:
         self.side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         # What a token of a prompt takes in a layer: its picks in and out of the experts, the shared
         # or dense MLP, and the rest.
-        width, picked = config.hidden_size, config.num_experts_per_tok
+        width, picked = config.hidden_size, config.num_experts_per_tok or 0  # 0: a dense model
         picks = picked * (2 * width + 3 * config.moe_intermediate_size)
         numbers = picks + 3 * config.intermediate_size + 8 * width
         self.bytes_of_prompt = numbers * model.dtype.itemsize
