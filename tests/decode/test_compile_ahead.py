@@ -13,7 +13,7 @@ WIDE |= {"num_hidden_layers": 4, "max_position_embeddings": 2048}
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 100])
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 4))])
 @torch.inference_mode()
 def test_a_text_launches_what_is_compiled(bits, length, tiny_model, tmp_path):
     """A whole model that was loaded notes the kernels of a prompt of any length, and of a step."""

@@ -60,8 +60,8 @@ def losses_and_gradients(model: Any, checkpointing: bool) -> list[torch.Tensor]:
     ("checkpointing", "options"),
     [
         (False, {}),
-        (False, {"recompute_experts": True}),
-        (True, {}),
+        pytest.param(False, {"recompute_experts": True}, marks=pytest.mark.slow),
+        pytest.param(True, {}, marks=pytest.mark.slow),
         (True, {"chosen_experts": {2: [1, 3], 4: [0]}}),
     ],
 )
