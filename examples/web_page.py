@@ -61,6 +61,7 @@ def serve(args: argparse.Namespace) -> None:
     try:
         Event().wait()
     finally:  # Ctrl-C
+        page.answerer.closed = True  # The process waits for an answer that is being made.
         page.blocks.close(verbose=False)
 
 

@@ -76,6 +76,7 @@ class Answerer:
     ) -> None:
         self.generator, self.tokenizer, self.name = generator, tokenizer, name
         self.options = options
+        self.closed = False  # ends the answer that is being made
         self.sample = Sampling(**options)
 
     def answer(
@@ -96,7 +97,7 @@ class Answerer:
             sample = self._sampling(self.options | settings)
             talking = Conversation(self.generator, self.tokenizer, most, sample, notes.append)
             talking.messages, shown = talk.messages[: talk.kept], 0.0
-            for _ in talking.stream(talk.question, lambda: talk.stopped):
+            for _ in talking.stream(talk.question, lambda: talk.stopped or self.closed):
                 if monotonic() - shown > SHOWN_EVERY:
                     yield talking.messages, " ".join(notes), ""
                     shown = monotonic()
