@@ -8,11 +8,9 @@ own, with transformers' "grouped_mm" for the experts; neither computes logits.
 """
 
 import statistics
-import tempfile
-from pathlib import Path
 
 import torch
-from random_model import model_of_layers
+from random_model import add_model_options, model_of_layers
 from tables import DEVICE, Report, Row, make_parser
 from timing import random_prompts, release, seconds_of
 
@@ -27,9 +25,7 @@ REPEATS = 5  # of each, after one that does not count
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--num_hidden_layers", type=int, default=28)
-    folder = Path(tempfile.gettempdir(), "random-moe")
-    parser.add_argument("--folder", type=Path, default=folder, help="random models are kept here")
+    add_model_options(parser)
     args = parser.parse_args()
     report = Report(args)
     folder = model_of_layers(args.folder, args.num_hidden_layers)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from random_model import model_of_layers
+from random_model import add_model_options, model_of_layers
 from tables import Report, Row, make_parser, require_gpus
 from tqdm import tqdm
 
@@ -42,9 +42,7 @@ def make_settings_parser(description: str) -> argparse.ArgumentParser:
     """A parser of the options of all benchmarks that have a table of settings."""
     parser = make_parser(description)
     parser.add_argument("--only", default="", help="settings in which a word begins so: LoRA, ...")
-    parser.add_argument("--num_hidden_layers", type=int, default=28)
-    folder = Path(tempfile.gettempdir(), "random-moe")
-    parser.add_argument("--folder", type=Path, default=folder, help="random models are kept here")
+    add_model_options(parser)
     return parser
 
 

@@ -10,15 +10,13 @@ evaluate.py, because the harness imports a library of that name.
 
 import random
 import statistics
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import timing
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from random_model import model_of_layers
+from random_model import add_model_options, model_of_layers
 from tables import DEVICE, Report, Row, make_parser
 from transformers import PreTrainedTokenizerBase
 
@@ -35,9 +33,7 @@ BATCH_SIZE = 64  # of the harness's backend, which is the most that it chooses i
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--num_hidden_layers", type=int, default=28)
-    folder = Path(tempfile.gettempdir(), "random-moe")
-    parser.add_argument("--folder", type=Path, default=folder, help="random models are kept here")
+    add_model_options(parser)
     args = parser.parse_args()
     report = Report(args)
     folder = model_of_layers(args.folder, args.num_hidden_layers)

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -89,6 +90,13 @@ def write_skewed_model(folder: Path, source: Path) -> None:
         for weight_ED in routers.values():
             weight_ED[:HOT_EXPERTS] *= HOT
         save_file(routers, aside / ROUTERS, metadata={"format": "pt"})
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options by which benchmarks choose what `model_of_layers` makes."""
+    parser.add_argument("--num_hidden_layers", type=int, default=28)
+    folder = Path(tempfile.gettempdir(), "random-moe")
+    parser.add_argument("--folder", type=Path, default=folder, help="random models are kept here")
 
 
 def model_of_layers(folder: Path, layers: int, skewed: bool = False) -> Path:

@@ -199,12 +199,9 @@ def print_preset(lines: list[dict[str, Any]]) -> None:
         digits = 2 if line["benchmark"] == "Pile" else 1
         measured = "-" if line["measured"] is None else f"{line['measured']:.{digits}f}"
         setting = f"{line['task']} {line['metric']}" if line["task"] else ""
-        differs = f"{line['differs']}" if line["differs"] else ""
-        print(
-            f"{line['benchmark']:17} {line['shots']:>5} {line['published']:>9} {measured:>8}",
-            end="",
-        )
-        print(f" {'*' if differs else ' '} {setting:44} {differs}".rstrip())
+        figures = f"{line['shots']:>5} {line['published']:>9} {measured:>8}"
+        star = "*" if line["differs"] else " "
+        print(f"{line['benchmark']:17} {figures} {star} {setting:44} {line['differs']}".rstrip())
 
 
 def print_perplexity(report: dict[str, Any]) -> None:
