@@ -117,8 +117,12 @@ class EngineLM(LM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids with BOS in front, also where the text begins with it (as a rendered chat does)."""
-        return self.tokenizer(list(texts), verbose=False).input_ids if texts else []
+        """Ids with BOS in front, also where the text begins with it (as a rendered chat does).
+        A text that comes again, as the context of several answers does, is tokenised once."""
+        distinct = list(dict.fromkeys(texts))
+        ids = self.tokenizer(distinct, verbose=False).input_ids if distinct else []
+        ids_of = dict(zip(distinct, ids, strict=True))
+        return [ids_of[text] for text in texts]
 
     def _fitted(self, context: Sequence[int], continuation: Sequence[int]) -> Pair:
         """Leaves out the beginning of a context, after BOS, that is too long."""

@@ -73,6 +73,14 @@ def test_log_likelihoods(way):
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
 
 
+def test_a_context_of_several_answers_is_tokenised_once():
+    lm = ours()
+    with patch.object(lm, "tokenizer", wraps=lm.tokenizer) as tokenizer:
+        lm.loglikelihood(requests("loglikelihood", *[(STORY, f"answer {n}") for n in range(4)]))
+    texts = [text for call in tokenizer.call_args_list for text in call.args[0]]
+    assert texts.count(STORY.rstrip()) == 1 and len(texts) == 5
+
+
 @ways
 def test_rolling_log_likelihoods(way):
     """Here the other backend adds a second BOS, unless it is told to add none."""
