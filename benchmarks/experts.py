@@ -66,7 +66,9 @@ WAYS = {
     "chosen experts": Way(f"{FULL} {CHOSEN}", RATES),
     "LoRA on chosen experts": Way(f"{LORA} {CHOSEN}", (2e-3, 4e-3, 8e-3)),
     "random experts": Way(f"{FULL} --train_experts {{random}}", RATES),
-    "all routed experts": Way(f"{FULL} --train_experts {{profile}} --expert_share 1", RATES),
+    "all routed experts": Way(
+        f"{FULL} --train_experts {{profile}} --expert_share 1", (2.5e-4, *RATES[:3])
+    ),
     "chosen experts, attention": Way(f"{FULL} {CHOSEN} --trainable self_attn", RATES),
 }
 WHOLE = "all weights"
@@ -138,7 +140,7 @@ class Experiment:
     def cost(self, way: str) -> Row:
         """Tokens/s and the most GB of a run that has the machine for itself."""
         with tempfile.TemporaryDirectory() as folder:
-            options = f"{self.options_of(way, 0)} --logging_steps 1"
+            options = f"{self.options_of(way, 0)} --logging_steps 1 --eval_steps 1000"
             command = self.command(self.base, options, 1e-6, TIMED_STEPS, 0, Path(folder, "run"))
             speed, size = runs.speed_and_gigabytes(self.run(command), TIMED_STEPS, UNTIMED_STEPS)
         return {"hardware": machine()["hardware"], "tokens_s": speed, "gigabytes": size}
