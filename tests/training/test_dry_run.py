@@ -36,6 +36,8 @@ MEASURED = {
     "qlora_r16_replayed": (28, 1, 1, "", f"{QLORA_16} {RECOMPUTE} {IN_8_BITS}", 12.8),
     "qlora_r16_kept_replayed": (28, 1, 1, "", QLORA_16, 16.9),
     "lora_r16_kept_replayed": (28, 1, 1, "", "--use_lora True --lora_r 16", 39.9),
+    "lora_kept": (28, 1, 16, "", LORA, 87.9),
+    "qlora_kept": (28, 1, 16, "", QLORA, 64.6),
     "qlora": (28, 1, 16, "", f"{QLORA} {RECOMPUTE}", 27.8),
     "qlora_adam_in_8_bits": (28, 1, 16, "", f"{QLORA} {RECOMPUTE} {IN_8_BITS}", 22.0),
     "qlora_zero2": (28, 1, 16, "2_no_offload", f"{QLORA} {RECOMPUTE}", 30.8),
