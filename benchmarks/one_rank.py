@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import ExportableState
 
-from deepseek_moe.errors import end_without_teardown, exit_on_user_error, rank_zero_reports
+from deepseek_moe.errors import exit_on_user_error
 from deepseek_moe.files import write_text
+from deepseek_moe.processes import end_without_teardown, rank_zero_reports
 
 WAYS = ("one", "tensor", "expert")
 TALKS = ("nccl", "gloo:")  # how the names of kernels begin that reach other ranks

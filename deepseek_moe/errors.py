@@ -3,14 +3,11 @@
 Nothing beyond the standard library is imported before it is needed.
 """
 
-import atexit
 import errno
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 WRONG_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.EISDIR)
 LONGEST = 4000  # characters of a message; a damaged file may put any text into it
@@ -82,47 +79,6 @@ def is_memory_error(error: Exception) -> bool:
 
 
 @contextmanager
-def rank_zero_reports() -> Iterator[None]:
-    """Lets only rank 0 report a user error that every rank finds by itself.
-
-    The other ranks leave with the same exit code, 3 seconds later: when one process leaves, the
-    launcher ends all others. An error that only one rank has found is reported by that rank.
-    """
-    try:
-        yield
-    except UserError as error:
-        of_one = isinstance(error, RunError) and not isinstance(error, CollectiveRunError)
-        if of_one or int(os.environ.get("RANK", 0)) == 0:
-            raise
-        time.sleep(3)
-        raise SystemExit(error.exit_code) from error
-
-
-@contextmanager
-def end_without_teardown() -> Iterator[None]:
-    """Ends one of several processes after its work without shutting the interpreter down.
-
-    DeepSpeed keeps the threads of a process group alive. Python ends such a thread if it waits for
-    Python's lock during the shutdown, and C++ then aborts the process. So this does what an exit of
-    Python does before the shutdown (Py_FinalizeEx in CPython's pylifecycle.c), and leaves.
-    """
-    several, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
-    try:
-        yield
-    except SystemExit as leaving:
-        if not several or not isinstance(leaving.code, int):
-            raise
-        code = leaving.code
-    if several:
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-
-
-@contextmanager
 def as_user_error(what: str, remedy: str) -> Iterator[None]:
     """Turns any error of a library, but for memory that ran out, into a UserError."""
     try:
@@ -135,26 +91,6 @@ def as_user_error(what: str, remedy: str) -> Iterator[None]:
         if isinstance(error, ImportError):
             remedy = "install that package, or choose what needs none"
         raise UserError(f"{what}: {first_words(error)}; {remedy}") from error
-
-
-@contextmanager
-def unwrap_cache_error() -> Iterator[None]:
-    """Brings out the UserError, or makes one of the OSError, that `datasets` has wrapped while it
-    filled its cache."""
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        yield
-    except (DatasetGenerationError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if isinstance(cause, UserError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            raise UserError(
-                f"the examples cannot be written to the cache: {first_words(cause)}; "
-                "make room or give another --cache_dir"
-            ) from error
-        raise
 
 
 def first_words(error: BaseException, most: int = 400) -> str:

@@ -36,6 +36,7 @@ with quiet_interrupt():
     from deepseek_moe.checkpoint import find_checkpoint, own_tokenizer, refuse_other_base
     from deepseek_moe.checksums import verified_meanwhile
     from deepseek_moe.model.layout import weight_files
+    from deepseek_moe.processes import end_without_teardown, rank_zero_reports
     from deepseek_moe.training import arguments, dry_run, examples, packed_rows
     from deepseek_moe.training.adapter_config import ADAPTER_FILE
     from deepseek_moe.training.build import build_model, quantization_of
@@ -176,5 +177,5 @@ def fine_tune(
 
 
 if __name__ == "__main__":
-    with errors.end_without_teardown(), errors.exit_on_user_error(), errors.rank_zero_reports():
+    with end_without_teardown(), errors.exit_on_user_error(), rank_zero_reports():
         main()

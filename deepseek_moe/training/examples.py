@@ -19,9 +19,18 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .. import chat
-from ..errors import UserError, unwrap_cache_error
+from ..errors import UserError
 from ..model.configuration_deepseek import DeepseekConfig
-from .rows import FORMAT_VERSION, cache_key, column, digest, good_rows, read_rows, unused_fields
+from .rows import (
+    FORMAT_VERSION,
+    cache_key,
+    column,
+    digest,
+    good_rows,
+    read_rows,
+    unused_fields,
+    unwrap_cache_error,
+)
 
 IGNORED = -100  # a label that the loss leaves out
 ROWS_PER_PROCESS = 2000  # for fewer rows, starting a process takes longer than it saves

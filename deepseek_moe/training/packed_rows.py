@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
-from ..errors import unwrap_cache_error
 from .examples import TOKENS
-from .rows import FORMAT_VERSION, cache_key, column, digest
+from .rows import FORMAT_VERSION, cache_key, column, digest, unwrap_cache_error
 
 PACKED = Features(
     TOKENS

@@ -11,6 +11,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,9 +19,10 @@ from typing import Any, BinaryIO
 import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
-from ..errors import UserError, as_user_error, unwrap_cache_error
+from ..errors import UserError, as_user_error, first_words
 from .conversations import FIELDS, BadRow, find_conversation, make_object
 
 FORMAT_VERSION = 3
@@ -264,6 +266,24 @@ def parse_columns(given: str) -> dict[str, str]:
             )
         columns[ours] = theirs
     return columns
+
+
+@contextmanager
+def unwrap_cache_error() -> Iterator[None]:
+    """Brings out the UserError, or makes one of the OSError, that `datasets` has wrapped while it
+    filled its cache."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"the examples cannot be written to the cache: {first_words(cause)}; "
+                "make room or give another --cache_dir"
+            ) from error
+        raise
 
 
 def unused_fields(rows: Dataset) -> list[str]:
