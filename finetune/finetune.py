@@ -37,12 +37,14 @@ with quiet_interrupt():
     from deepseek_moe.checksums import verified_meanwhile
     from deepseek_moe.model.layout import weight_files
     from deepseek_moe.processes import end_without_teardown, rank_zero_reports
-    from deepseek_moe.training import arguments, dry_run, examples, packed_rows
+    from deepseek_moe.training import dry_run, examples, packed_rows
     from deepseek_moe.training.adapter_config import ADAPTER_FILE
+    from deepseek_moe.training.arguments import Arguments, FineTuningArguments
     from deepseek_moe.training.build import build_model, quantization_of
     from deepseek_moe.training.callbacks import leave_together
     from deepseek_moe.training.disk_need import disk_need
     from deepseek_moe.training.expert_choice import take_choice
+    from deepseek_moe.training.options import make_arguments
     from deepseek_moe.training.resume import Layout, refuse_damaged
     from deepseek_moe.training.rows import parse_columns
     from deepseek_moe.training.run import Run, settings_of
@@ -52,7 +54,7 @@ with quiet_interrupt():
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """Runs a command with the options `argv`, by default those of the command line; the trainer
     takes `callbacks` too."""
-    options, data, args = settings = arguments.make_arguments(parse_options(argv))
+    options, data, args = settings = make_arguments(parse_options(argv))
     start_process(args)
     with args.main_process_first():  # It downloads and prepares; the others find it done.
         folder = find_checkpoint(options.model_name_or_path, cache_dir=options.cache_dir)
@@ -99,7 +101,7 @@ def say(text: object) -> None:
         print(text, file=sys.stderr)
 
 
-def start_process(args: arguments.FineTuningArguments) -> None:
+def start_process(args: FineTuningArguments) -> None:
     """Sets the seed and imports DeepSpeed. On CPUs it joins the processes too, which accelerate
     does on GPUs only."""
     if is_deepspeed_available():
@@ -118,9 +120,7 @@ def start_process(args: arguments.FineTuningArguments) -> None:
         say(f"of {torch.cuda.device_count()} GPUs one is used; started by deepspeed, all are")
 
 
-def load_data(
-    settings: arguments.Arguments, tokenizer: DeepseekTokenizer
-) -> tuple[Dataset, Dataset | None]:
+def load_data(settings: Arguments, tokenizer: DeepseekTokenizer) -> tuple[Dataset, Dataset | None]:
     """The examples to train on and those to evaluate on; says what it read, and shows some."""
     options, data, args = settings
 
@@ -144,7 +144,7 @@ def load_data(
 def fine_tune(
     run: Run,
     folder: Path,
-    settings: arguments.Arguments,
+    settings: Arguments,
     tokenizer: DeepseekTokenizer,
     rows: Dataset,
     evaluation: Dataset | None,

@@ -1,8 +1,8 @@
 """The options of finetune.py as a table, and the parser that reads them.
 
 Only the standard library is imported here, so that --help and a mistyped option are answered at
-once. What options mean together is checked in deepseek_moe/training/arguments.py, which also holds
-the defaults that count; those in the table are what --help shows.
+once. What options mean together is checked in deepseek_moe/training/options.py. The defaults that
+count are in arguments.py beside it; those in the table are what --help shows.
 """
 
 import argparse

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from finetune_options import parse_options
 
-from deepseek_moe.training.arguments import Arguments, make_arguments
+from deepseek_moe.training.arguments import Arguments
+from deepseek_moe.training.options import make_arguments
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
