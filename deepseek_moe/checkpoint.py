@@ -24,7 +24,6 @@ from .model.configuration_deepseek import DeepseekConfig
 from .model.layout import (
     official_parts,
     official_tensors,
-    refuse_other_sizes,
     refuse_wrong_tensors,
     weight_files,
 )
@@ -78,7 +77,7 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
     _refuse_broken_generation_config(folder)
     with as_user_error("the weights cannot be used", "get the checkpoint anew"):
         _refuse_incomplete_weights(folder)
-        refuse_other_sizes(folder, config)
+        refuse_wrong_tensors(folder, config)
     return folder
 
 
@@ -168,9 +167,8 @@ class Checkpoint:
         self.folder = folder
         with as_user_error(f"{folder} cannot be read", "give a whole model"):
             self.config = DeepseekConfig.from_pretrained(folder)
-            refuse_other_sizes(folder, self.config)  # before a model of any size is laid out
+            refuse_wrong_tensors(folder, self.config)  # before a model of any size is laid out
             self._lay_out()
-            refuse_wrong_tensors(folder, self.model)
             opened = [VerifiedFile(file) for file in weight_files(folder)]
         # `refuse_wrong_tensors` accepts a bare DeepseekModel too. It has no head.
         self.places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import cached_file
@@ -173,7 +173,7 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
 def refuse_wrong_checkpoint(
     path: str | Path,
     kwargs: dict[str, Any],
-    model_class: type[PreTrainedModel],
+    config_class: type[PreTrainedConfig],
     free: tuple[str, ...] = (),
 ) -> None:
     """`refuse_wrong_tensors` for what `from_pretrained` would read, if it is on this disk."""
@@ -186,55 +186,76 @@ def refuse_wrong_checkpoint(
         return  # transformers says what it looked for
     config = kwargs.get("config")
     if config is None or isinstance(config, (str, Path)):
-        config = model_class.config_class.from_pretrained(config or Path(found).parent)
+        config = config_class.from_pretrained(config or Path(found).parent)
     if getattr(config, "transformers_weights", None) is not None:
         raise ValueError(
             f"{found} names weights of its own ({config.transformers_weights}), which may be a "
             "pickle; take transformers_weights out"
         )
-    refuse_other_sizes(Path(found).parent, config)
-    with torch.device("meta"):
-        wanted = model_class(config)
-    refuse_wrong_tensors(Path(found).parent, wanted, free)
+    refuse_wrong_tensors(Path(found).parent, config, free)
 
 
-def refuse_other_sizes(folder: Path, config: Any) -> None:
-    """Compares `config` with the headers of the safetensors files in `folder`, but for the head.
+def refuse_wrong_tensors(
+    folder: Path, config: PreTrainedConfig, free: tuple[str, ...] = ()
+) -> None:
+    """Compares the headers of the safetensors files in `folder` with what `config` wants.
 
     No model is built. Whatever sizes the config claims, the first few tensors that are not as it
-    says end the comparison.
+    says end the comparison. Tensors whose names begin with one of `free` are not compared. A bare
+    `DeepseekModel`, whose names do not begin with "model.", needs no head.
 
     Raises:
-        ValueError: names tensors that are missing or of another shape.
+        ValueError: names the tensors that are missing, surplus, of another shape or no floats.
     """
     stored = _stored_tensors(folder)
     if not stored:
         return  # transformers says what it looked for
-    _refuse_8_bit_floats(folder, stored)
-    prefix = "model." if any(name.startswith("model.") for name in stored) else ""
-    wrong = []
-    for name, shape in _trunk_tensors(config):
-        _, found = stored.get(prefix + name, ("", None))
-        if found != shape:
-            is_there = "is missing" if found is None else f"has shape {list(found)}"
-            wrong.append(f"{prefix}{name} {is_there}, the config wants {list(shape)}")
+    for name, (dtype, _) in stored.items():
+        if dtype.startswith("F8"):
+            raise ValueError(
+                f"{folder} is an FP8 checkpoint ({name} is stored as {dtype}), which this code "
+                "cannot read; get the original in bfloat16"
+            )
+    found = {name: shape for name, (_, shape) in stored.items() if not name.startswith(free)}
+    is_bare = not any(name.startswith("model.") for name in stored)
+    wanted, wrong = set(), []
+    for name, shape in _tensors_of(config):
+        name = name.removeprefix("model.") if is_bare else name
+        if name.startswith(free) or (is_bare and name == "lm_head.weight"):
+            continue
+        wanted.add(name)
+        if found.get(name) != shape:
+            is_there = f"has shape {list(found[name])}" if name in found else "is missing"
+            wrong.append(f"{name} {is_there}, the config wants {list(shape)}")
             if len(wrong) == FIRST_FEW:
                 break
+    if not wrong:  # else `wanted` may not be whole
+        faults = ((name, dtype_fault(dtype)) for name, (dtype, _) in stored.items())
+        wrong = [f"{name} {fault}" for name, fault in faults if fault]
+        is_tied = config.tie_word_embeddings
+        for name in found:
+            tied_head = is_tied and name == "lm_head.weight"
+            if name not in wanted and not tied_head and "rotary_emb.inv_freq" not in name:
+                wrong.append(f"{name} is not of this model")
+        if is_tied and not wrong and not _is_tied(folder):
+            wrong.append("lm_head.weight is not the embedding, though config.json ties them")
     if wrong:
         raise ValueError(f"{folder} does not hold this model: {first_few(wrong)}")
 
 
-def _trunk_tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names in a `DeepseekModel` and shapes of its tensors on disk, by the sizes in `config`."""
+def _tensors_of(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes on disk of the tensors of a model, by the sizes in `config`."""
     D, width = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * width, config.num_key_value_heads * width
-    yield "embed_tokens.weight", (config.vocab_size, D)
+    yield "model.embed_tokens.weight", (config.vocab_size, D)
     for number in range(config.num_hidden_layers):
-        layer = f"layers.{number}."
+        layer = f"model.layers.{number}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{layer}{norm}.weight", (D,)
         for name, shape in (("q", (q, D)), ("k", (kv, D)), ("v", (kv, D)), ("o", (D, q))):
             yield f"{layer}self_attn.{name}_proj.weight", shape
+            if config.attention_bias:
+                yield f"{layer}self_attn.{name}_proj.bias", shape[:1]
         if not config.is_moe_layer(number):
             yield from _mlp_tensors(f"{layer}mlp.", D, config.intermediate_size)
             continue
@@ -244,45 +265,14 @@ def _trunk_tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from _mlp_tensors(f"{layer}mlp.shared_experts.", D, config.n_shared_experts * F)
         for expert in range(config.n_routed_experts):
             yield from _mlp_tensors(f"{layer}mlp.experts.{expert}.", D, F)
-    yield "norm.weight", (D,)
+    yield "model.norm.weight", (D,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, D)
 
 
 def _mlp_tensors(prefix: str, D: int, F: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
         yield f"{prefix}{name}_proj.weight", shape
-
-
-def refuse_wrong_tensors(folder: Path, model: PreTrainedModel, free: tuple[str, ...] = ()) -> None:
-    """Compares the headers of the safetensors files in `folder` with what `model` (on meta) wants.
-
-    Tensors whose names begin with one of `free` are not compared.
-
-    Raises:
-        ValueError: names the tensors that are missing, surplus, of another shape or no floats.
-    """
-    stored = _stored_tensors(folder)
-    if not stored:
-        return  # transformers says what it looked for
-    _refuse_8_bit_floats(folder, stored)
-    found = {name: shape for name, (_, shape) in stored.items()}
-    if not any(name.startswith("model.") for name in found):  # a bare DeepseekModel
-        found = {f"model.{name}": shape for name, shape in found.items()}
-        found["lm_head.weight"] = (model.config.vocab_size, model.config.hidden_size)
-    wanted = official_tensors(model)
-    wanted = {name: shape for name, shape in wanted.items() if not name.startswith(free)}
-    found = {name: shape for name, shape in found.items() if not name.startswith(free)}
-    wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{n} {fault}" for n, (dtype, _) in stored.items() if (fault := dtype_fault(dtype))]
-    for name, shape in found.items():
-        if name in wanted and shape != wanted[name]:
-            wrong.append(f"{name} has shape {list(shape)}, the config wants {list(wanted[name])}")
-        tied_head = model.config.tie_word_embeddings and name == "lm_head.weight"
-        if name not in wanted and not tied_head and "rotary_emb.inv_freq" not in name:
-            wrong.append(f"{name} is not of this model")
-    if model.config.tie_word_embeddings and not wrong and not _is_tied(folder):
-        wrong.append("lm_head.weight is not the embedding, though config.json ties them")
-    if wrong:
-        raise ValueError(f"{folder} does not hold this model: {first_few(wrong)}")
 
 
 def _is_tied(folder: Path) -> bool:
@@ -309,15 +299,6 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is truncated or corrupt ({error})") from error
     return stored
-
-
-def _refuse_8_bit_floats(folder: Path, stored: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    for name, (dtype, _) in stored.items():
-        if dtype.startswith("F8"):
-            raise ValueError(
-                f"{folder} is an FP8 checkpoint ({name} is stored as {dtype}), which this code "
-                "cannot read; get the original in bfloat16"
-            )
 
 
 def dtype_fault(dtype: str) -> str:

@@ -308,15 +308,14 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 "finetune.py --bits 4"
             )
         path = pretrained_model_name_or_path
-        whole = cls if cls._free_heads else DeepseekForCausalLM
         local = path is not None and Path(path).is_dir()
         if local:
-            refuse_wrong_checkpoint(path, kwargs, whole, cls._free_heads)
+            refuse_wrong_checkpoint(path, kwargs, cls.config_class, cls._free_heads)
         try:
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         finally:  # Now the files of a hub id are here. An error that names tensors says more.
             if path is not None and not local:
-                refuse_wrong_checkpoint(path, kwargs, whole, cls._free_heads)
+                refuse_wrong_checkpoint(path, kwargs, cls.config_class, cls._free_heads)
         wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         wrong += [f"{key} is not of this model" for key in sorted(info["unexpected_keys"])]
         wrong = [fault for fault in wrong if not fault.startswith(cls._free_heads)]

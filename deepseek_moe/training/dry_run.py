@@ -6,10 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import as_user_error
 from ..files import readable_size
 from ..model.configuration_deepseek import DeepseekConfig
-from ..model.layout import refuse_wrong_tensors
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import FineTuningArguments, ModelArguments, optimizer_name
 from .deepspeed_file import zero_stage
@@ -21,12 +19,10 @@ def meta_model(folder: Path, options: ModelArguments) -> nn.Module:
     """The model that would train, with its adapters, on the meta device.
 
     Raises:
-        UserError: `options` name what cannot train, or the weights are of another model.
+        UserError: `options` name what cannot train.
     """
     with torch.device("meta"):
         model = DeepseekForCausalLM(DeepseekConfig.from_pretrained(folder))
-        with as_user_error("the weights cannot be used", "get the checkpoint anew"):
-            refuse_wrong_tensors(folder, model)
         return adapt(model, options)
 
 

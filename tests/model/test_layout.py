@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
 from deepseek_moe.decode.int_quantizer import IntConfig
-from deepseek_moe.model.layout import official_tensors, refuse_other_sizes, weight_files
+from deepseek_moe.model.layout import official_tensors, refuse_wrong_tensors, weight_files
 
 MakeModel = Callable[..., DeepseekForCausalLM]
 Tensors = dict[str, torch.Tensor]
@@ -77,7 +77,7 @@ def test_sizes_of_a_config_are_compared_without_a_model(bare, changes, tiny_mode
     model = tiny_model(**changes)
     (model.model if bare else model).save_pretrained(tmp_path)
     config = model.config
-    refuse_other_sizes(tmp_path, config)
+    refuse_wrong_tensors(tmp_path, config)
     sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
     if config.moe_layers:
         sizes += ["n_routed_experts", "moe_intermediate_size"]
@@ -86,7 +86,7 @@ def test_sizes_of_a_config_are_compared_without_a_model(bare, changes, tiny_mode
             changed = copy.deepcopy(config)
             setattr(changed, name, size)
             with pytest.raises(ValueError, match=r"does not hold this model: .*, the config wants"):
-                refuse_other_sizes(tmp_path, changed)
+                refuse_wrong_tensors(tmp_path, changed)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_weight_file_may_be_a_link_out_of_its_folder(saved, tmp_path):
     (files / "a.safetensors").symlink_to(saved / "model.safetensors")
     (files / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
     assert weight_files(files) == [files / "a.safetensors"]
-    refuse_other_sizes(files, DeepseekConfig.from_pretrained(saved))
+    refuse_wrong_tensors(files, DeepseekConfig.from_pretrained(saved))
 
 
 @pytest.mark.parametrize(
