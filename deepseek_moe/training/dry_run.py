@@ -12,7 +12,8 @@ from ..model.modeling_deepseek import DeepseekForCausalLM
 from .arguments import FineTuningArguments, ModelArguments, optimizer_name
 from .deepspeed_file import zero_stage
 from .memory_need import CUDA, estimate, smaller
-from .trainable import adapt, parameter_table
+from .parameter_counts import parameter_table
+from .trainable import adapt
 
 
 def meta_model(folder: Path, options: ModelArguments) -> nn.Module:

@@ -44,9 +44,9 @@ from .deepspeed_file import zero_stage
 from .epoch_sampler import load_in_order
 from .examples import FLAT
 from .expert_load import ExpertBoard, ExpertLoad
+from .parameter_counts import weights_passed
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
-from .trainable import weights_passed
 
 
 class FineTuner(Trainer):

@@ -30,9 +30,9 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.experts.choose import choice_as_text
 from deepseek_moe.training.arguments import FineTuningArguments, ModelArguments
 from deepseek_moe.training.build import build_model
+from deepseek_moe.training.parameter_counts import parameter_table, weights_passed
 from deepseek_moe.training.quantized_base import dequantize
 from deepseek_moe.training.run import WRITTEN
-from deepseek_moe.training.trainable import parameter_table, weights_passed
 
 MakeArgv = Callable[..., list[str]]
 CHOSEN = {1: [1, 4, 6], 3: [7]}

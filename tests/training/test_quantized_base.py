@@ -21,8 +21,8 @@ from torch import nn
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.errors import UserError
 from deepseek_moe.training.compute import grouped_experts as experts
+from deepseek_moe.training.parameter_counts import parameter_table
 from deepseek_moe.training.quantized_base import Linear4bit, Quantization, dequantize, full_shape
-from deepseek_moe.training.trainable import parameter_table
 
 MakeModel = Callable[..., DeepseekForCausalLM]
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91, 33], [0, 3, 62, 9, 9, 31, 7, 1]])

@@ -18,12 +18,12 @@ from deepseek_moe.errors import UserError
 from deepseek_moe.training import expert_lora
 from deepseek_moe.training.arguments import ModelArguments
 from deepseek_moe.training.compute import grouped_experts as experts
+from deepseek_moe.training.parameter_counts import parameter_table
 from deepseek_moe.training.trainable import (
     EXPERT_PARAMETERS,
     adapt,
     add_lora,
     freeze_all_but,
-    parameter_table,
 )
 
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])

@@ -24,7 +24,8 @@ from deepseek_moe.processes import rank_zero_reports
 from deepseek_moe.training.callbacks import StopTogether
 from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
 from deepseek_moe.training.packed_rows import pack
-from deepseek_moe.training.trainable import add_lora, weights_passed
+from deepseek_moe.training.parameter_counts import weights_passed
+from deepseek_moe.training.trainable import add_lora
 from deepseek_moe.training.trainer import FineTuner
 
 datasets.disable_progress_bars()
