@@ -20,6 +20,8 @@ from deepseek_moe.decode.decoder import FEW
 from deepseek_moe.decode.int_quantizer import quantize
 from deepseek_moe.kernels.decode import Place, torch_ops, triton_ops
 from deepseek_moe.kernels.int_weights import Weight
+from deepseek_moe.kernels.optimizer import torch_ops as optimizer_torch_ops
+from deepseek_moe.kernels.optimizer import triton_ops as optimizer_triton_ops
 from deepseek_moe.kernels.training import torch_ops as training_torch_ops
 from deepseek_moe.kernels.training import triton_ops as training_triton_ops
 
@@ -29,7 +31,11 @@ PRUNED = ((1, 1), (7, 6), (24, 6), (40, 2))
 """Numbers of experts, and of those that a token uses, which a model may have after pruning."""
 KERNELS_OF_FEW_TOKENS = {"experts_down", "experts_gate_up", "gate_up", "linear", "qkv", "route"}
 """Kernels of steps of up to FEW tokens, which are compiled for each number of tokens."""
-ROOMS = ((triton_ops, torch_ops), (training_triton_ops, training_torch_ops))
+ROOMS = (
+    (triton_ops, torch_ops),
+    (training_triton_ops, training_torch_ops),
+    (optimizer_triton_ops, optimizer_torch_ops),
+)
 TWINS = {
     name: (kernel, getattr(plain, name))
     for fused, plain in ROOMS

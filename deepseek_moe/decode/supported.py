@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
-from ..kernels import has_triton
+from ..kernels import runs_triton
 from ..model import modeling_deepseek as deepseek
 from ..model.configuration_deepseek import DeepseekConfig
 from .decoder import joined_view
@@ -54,9 +54,7 @@ def is_supported(model: PreTrainedModel) -> bool:
     """Whether the engine takes `model`: one of this architecture, whole and as it was loaded, in
     bf16 or fp16 or int8 or int4, of sizes that the kernels take, on one NVIDIA GPU."""
     return (
-        model.device.type == "cuda"
-        and torch.version.hip is None
-        and has_triton()
+        runs_triton(model.device)
         and torch.cuda.get_device_capability(model.device) >= (8, 0)
         and model.dtype in (torch.bfloat16, torch.float16)
         and find_unsupported(model) is None

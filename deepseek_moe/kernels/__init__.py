@@ -1,9 +1,11 @@
 """Triton kernels. Each has a twin in torch of the same name and signature in a file torch_ops.py,
 which says what both compute. `decode/` holds those of the engine, `training/` those of fine-tuning,
-and what serves both stands beside them.
+`optimizer/` that of its optimizer, and what serves several of them stands beside them.
 """
 
 import functools
+
+import torch
 
 
 @functools.cache
@@ -14,3 +16,8 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return True
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels can be compiled for `device`: an NVIDIA GPU."""
+    return device.type == "cuda" and torch.version.hip is None and has_triton()

@@ -62,7 +62,7 @@ def test_a_choice_among_scores_that_are_no_numbers_shows(norm_topk, value):
 @pytest.mark.parametrize("name", ["m_scale", "v_scale"])
 def test_a_step_that_breaks_a_number_shows(name):
     """In what stands for the gradients' norm, which is the only number that is looked at."""
-    for make in (fused.adamw, plain.adamw):
+    for make in TWINS["adamw"]:
         for seed in (0, 1):  # blocks that are whole, and a shorter one at the end
             weight, grad, state, options, seed = CASES["adamw"](Case("adamw", tokens=3, seed=seed))
             state["m"][-1, -1] = 100  # no zero

@@ -4,13 +4,13 @@ from types import ModuleType
 
 import torch
 
-from .. import has_triton
+from .. import runs_triton
 from . import torch_ops
 
 
 def ops_for(device: torch.device) -> ModuleType:
     """triton_ops on an NVIDIA GPU, elsewhere torch_ops."""
-    if device.type != "cuda" or torch.version.hip is not None or not has_triton():
+    if not runs_triton(device):
         return torch_ops
     from . import triton_ops
 

@@ -3,7 +3,6 @@
 # ruff: noqa: F401
 
 from ..dispatch import sort_picks
-from .adamw import adamw
 from .dropout import drop_out
 from .nf4 import unpack_4bit
 from .weighted_swiglu import sum_picks, weighted_swiglu, weighted_swiglu_backward

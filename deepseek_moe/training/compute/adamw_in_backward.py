@@ -8,7 +8,7 @@
   gradients are never in memory together. They cannot be clipped by their norm, which is known only
   at the end.
 
-The step itself is kernels/training/adamw.py. torchao's took four times as long on an H200.
+The step itself is kernels/optimizer/adamw.py. torchao's took four times as long on an H200.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ...kernels.training import ops_for
+from ...kernels.optimizer import ops_for
 from ...kernels.training.torch_ops import ADAMW_BLOCK
 
 

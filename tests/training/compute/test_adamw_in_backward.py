@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from deepseek_moe.errors import RunError
-from deepseek_moe.kernels.training.torch_ops import read_averages
+from deepseek_moe.kernels.optimizer.torch_ops import read_averages
 from deepseek_moe.training.compute.adamw_in_backward import StepInBackward
 
 
