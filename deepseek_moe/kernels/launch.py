@@ -87,15 +87,11 @@ def product_options(kernel: str, T: int, weight: Weight) -> dict[str, int | bool
 
 
 @functools.cache
-def has_dependent_launch() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-
-
 def launch_options(warps: int) -> dict[str, int | bool]:
     """num_warps, and programmatic dependent launch where the GPU has it."""
-    if not has_dependent_launch():
-        return {"num_warps": warps, "PDL": False}
-    return {"num_warps": warps, "PDL": True, "launch_pdl": True}
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        return {"num_warps": warps, "PDL": True, "launch_pdl": True}
+    return {"num_warps": warps, "PDL": False}
 
 
 @triton.jit
