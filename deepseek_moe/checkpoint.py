@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from .checksums import VerifiedFile
 from .errors import UserError, as_user_error
-from .json_file import read_object
+from .json_file import read_object, run_records
 from .model.configuration_deepseek import DeepseekConfig
 from .model.layout import (
     official_parts,
@@ -261,24 +261,21 @@ def refuse_other_base(folder: Path, base: Path) -> None:
     Raises:
         UserError: what is in `folder` was trained over another base.
     """
-    whole = folder.resolve()  # "." and links have another parent by name
-    for file in (whole / "run.json", whole.parent / "run.json"):
-        if file.is_file():
-            settings = read_object(file, "get it anew, or remove it").get("settings")
-            if not isinstance(settings, dict) or "model" not in settings:
-                continue  # a run.json of another program
-            trained_over = settings["model"]
-            if is_outdated(trained_over):
-                print(
-                    f"{file} is of an older version of this code, so it was not checked that "
-                    f"{folder} was trained over {base}",
-                    file=sys.stderr,
-                )
-            elif trained_over != fingerprint(base):
-                raise UserError(
-                    f"{folder} was not trained over {base}, by {file}; give the --model that was"
-                )
-            return
+    for file, record in run_records(folder):
+        if "model" not in record["settings"]:
+            continue  # a run.json of another program
+        trained_over = record["settings"]["model"]
+        if is_outdated(trained_over):
+            print(
+                f"{file} is of an older version of this code, so it was not checked that "
+                f"{folder} was trained over {base}",
+                file=sys.stderr,
+            )
+        elif trained_over != fingerprint(base):
+            raise UserError(
+                f"{folder} was not trained over {base}, by {file}; give the --model that was"
+            )
+        return
 
 
 def _describe_tensors(file: Path) -> Iterator[tuple[str, bytes]]:

@@ -1,6 +1,7 @@
 """JSON files, which a stranger may have written."""
 
 import json
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ def read_object(file: str | Path, remedy: str = "get it anew") -> dict[str, Any]
     if not isinstance(content, dict):
         raise UserError(f"{file} holds {type(content).__name__}, no JSON object; {remedy}")
     return content
+
+
+def run_records(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each run.json of fine-tuning that says of which run `folder` is, in it or above it, and what
+    it holds."""
+    whole = folder.resolve()  # "." and links have another parent by name
+    for file in (whole / "run.json", whole.parent / "run.json"):
+        if file.is_file():
+            record = read_object(file, "get it anew, or remove it")
+            if isinstance(record.get("settings"), dict):  # else another program's
+                yield file, record
 
 
 def _depth(content: Any) -> int:

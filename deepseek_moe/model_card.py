@@ -9,7 +9,7 @@ from yaml import YAMLError
 
 from .bundled import MODELS
 from .checkpoint import HUB_ID
-from .json_file import read_object
+from .json_file import read_object, run_records
 
 CARD = "README.md"
 OFFICIAL = "deepseek-ai/deepseek-moe-16b-"
@@ -84,14 +84,9 @@ def last_losses(history: Iterable[Any]) -> dict[str, float]:
 def record_of_run(folder: Path) -> dict[str, Any] | None:
     """What the run.json in `folder`, or above it, says of the run. Of a checkpoint, the losses are
     those up to its own step. None without a run.json of fine-tuning."""
-    whole = folder.resolve()
-    for file in (whole / "run.json", whole.parent / "run.json"):
-        if file.is_file() and isinstance((record := read_object(file)).get("settings"), dict):
-            break
-    else:
-        return None
-    state = whole / "trainer_state.json"
-    if state.is_file():
+    _, record = next(run_records(folder), (None, None))
+    state = folder / "trainer_state.json"
+    if record and state.is_file():
         history = read_object(state).get("log_history")
         record["losses"] = last_losses(history if isinstance(history, list) else [])
     return record

@@ -21,7 +21,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from ..errors import UserError, first_words
-from ..json_file import read_object
+from ..json_file import read_object, run_records
 from ..kernels.training import ops_for, torch_ops
 from ..model.layout import EXPERT_STACKS
 from .offload import HostStack
@@ -114,10 +114,8 @@ class Quantization:
 
 def _refuse_lost(file: Path) -> None:
     """Refuses an adapter without its `file` if a run.json says that its base was quantised."""
-    folder = file.parent.resolve()
-    for note in (folder / "run.json", folder.parent / "run.json"):
-        settings = read_object(note).get("settings") if note.is_file() else None
-        if isinstance(settings, dict) and settings.get("bits") in (4, 8):
+    for note, record in run_records(file.parent):
+        if record["settings"].get("bits") in (4, 8):
             raise UserError(f"{file} is missing, and by {note} there was one; get it anew")
 
 
