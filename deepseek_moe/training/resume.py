@@ -36,7 +36,7 @@ from .deepspeed_file import zero_stage
 from .quantized_base import QUANTIZATION_FILE
 from .saving import is_out_of_memory
 
-Check = Callable[[Path], None]
+Check = Callable[[Path], object]
 """Raises any exception if the file is damaged."""
 OF_A_WEIGHT = ("exp_avg", "exp_avg_sq", "m", "v")
 """The states of AdamW (torch's or ours) that have the shape of their weight."""
@@ -71,7 +71,7 @@ class Layout:
         for name in [f"rng_state_{rank}.pth" for rank in ranks] if ranks[1:] else ["rng_state.pth"]:
             yield folder / name, _check_archive
         if self.quantized:
-            yield folder / QUANTIZATION_FILE, _check_object
+            yield folder / QUANTIZATION_FILE, read_object
         yield folder / "scheduler.pt", partial(_check_schedule, step=step)
         if self.stage is None:
             yield folder / "optimizer.pt", _check_optimizer
@@ -82,12 +82,12 @@ class Layout:
 
     def _weights(self, folder: Path) -> Iterator[tuple[Path, Check]]:
         if self.adapter:
-            yield folder / "adapter_config.json", _check_object
+            yield folder / "adapter_config.json", read_object
             yield folder / ADAPTER_FILE, _check_safetensors
             return
         stem = STEM if self.delta else "model"
         if not self.delta:
-            yield folder / "config.json", _check_object
+            yield folder / "config.json", read_object
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             yield index, _check_index
@@ -282,10 +282,6 @@ def _check_latest(file: Path) -> None:
     name = file.read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"global_step\d+", name) or not file.with_name(name).is_dir():
         raise ValueError(f"it names {name[:40]!r}, which is no folder beside it")
-
-
-def _check_object(file: Path) -> None:
-    read_object(file)
 
 
 def _check_index(file: Path) -> None:
