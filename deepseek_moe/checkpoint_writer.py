@@ -1,5 +1,6 @@
 """Writes checkpoint folders in the official layout, with the model's code in them."""
 
+import argparse
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import convert_file_size_to_int
 
-from .checkpoint import Checkpoint, own_tokenizer
+from .checkpoint import DTYPES, Checkpoint, own_tokenizer
 from .checksums import KEY, checksum
 from .errors import RunError, UserError, as_user_error
 from .files import complete_or_absent, free_bytes_at, readable_size, refuse_occupied, write_aside
@@ -82,6 +83,20 @@ def write_checkpoint(
             write_shards(_checked(tensors, base, dtype), aside, limit)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be written: {error}; free space, or move it") from error
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Adds where a command writes its checkpoint, and how."""
+    add, says = parser.add_argument, "a folder that is not there yet"
+    add("--output", metavar="DIR", type=path_of, required=True, help=says)
+    says = "of the weights; auto (the default) keeps each tensor's dtype in BASE"
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help=says)
+    add("--max_shard_size", metavar="SIZE", default="5GB", help="of a weight file; default 5GB")
+
+
+def path_of(name: str) -> Path:
+    """For argparse: a path in which ~ may stand for the user's home."""
+    return Path(name).expanduser()
 
 
 def _refuse_full_disk(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import DTYPES, Checkpoint, find_checkpoint, refuse_other_base
-from .checkpoint_writer import write_checkpoint
+from .checkpoint_writer import add_output_options, path_of, write_checkpoint
 from .checksums import CHECKSUMS, find_damage
 from .delta import STEM, delta_tensors, refuse_delta_of_another, whole_tensors
 from .errors import UserError, as_user_error, exit_on_user_error
@@ -68,34 +68,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m deepseek_moe.export", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-    def folder(name: str) -> Path:
-        return Path(name).expanduser()
-
     parser.add_argument("--model", metavar="BASE", required=True, help="a folder or a hub id")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--adapter", metavar="DIR", type=folder, help="a LoRA adapter, to merge")
-    source.add_argument(
-        "--delta", metavar="DIR", type=folder, help="what a training of chosen experts has changed"
-    )
-    source.add_argument(
-        "--deepspeed_checkpoint",
-        metavar="DIR",
-        type=folder,
-        help="checkpoint-N of a full fine-tuning under ZeRO; it is unpickled, so only your own",
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", type=folder, required=True, help="a folder that is not there yet"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", *DTYPES],
-        help="of the weights; auto (the default) keeps each tensor's dtype in the base",
-    )
-    parser.add_argument(
-        "--max_shard_size", metavar="SIZE", default="5GB", help="of a weight file; default 5GB"
-    )
+    folder = {"metavar": "DIR", "type": path_of}
+    source.add_argument("--adapter", help="a LoRA adapter, to merge", **folder)
+    source.add_argument("--delta", help="what a training of chosen experts has changed", **folder)
+    says = "checkpoint-N of a full fine-tuning under ZeRO; it is unpickled, so only your own"
+    source.add_argument("--deepspeed_checkpoint", help=says, **folder)
+    add_output_options(parser)
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import DTYPES, Checkpoint, find_checkpoint, fingerprint, own_tokenizer
-from .checkpoint_writer import write_checkpoint
+from .checkpoint_writer import add_output_options, path_of, write_checkpoint
 from .decode.load import load
 from .errors import RunError, UserError, exit_on_user_error
 from .experts.profile import Profile, read_profile, refuse_other_model
@@ -101,25 +101,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m deepseek_moe.prune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-    def path(name: str) -> Path:
-        return Path(name).expanduser()
-
     add = parser.add_argument
     add("--model", metavar="BASE", required=True, help="a folder or a hub id")
-    add("--profile", metavar="FILE", type=path, required=True, help="of BASE: profile.json")
+    add("--profile", metavar="FILE", type=path_of, required=True, help="of BASE: profile.json")
     add("--keep", metavar="N", type=int, required=True, help="experts that stay in each layer")
-    add("--output", metavar="DIR", type=path, required=True, help="a folder that is not there yet")
     add("--num_experts_per_tok", metavar="K", type=int, help="default: as many as in BASE")
     add("--text", metavar="FILE", help='held-out text: plain, or .jsonl with a "text" in each line')
     add("--window", metavar="N", type=int, help=f"tokens seen together; default up to {WINDOW}")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", *DTYPES],
-        help="of the weights; auto (the default) keeps each tensor's dtype in BASE",
-    )
-    add("--max_shard_size", metavar="SIZE", default="5GB", help="of a weight file; default 5GB")
+    add_output_options(parser)
     return parser.parse_args()
 
 
