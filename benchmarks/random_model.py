@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
+from deepseek_moe import DeepseekConfig
 from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.errors import RunError, exit_on_user_error
 from deepseek_moe.files import complete_or_absent, refuse_occupied
@@ -50,8 +50,7 @@ def write_random_model(folder: Path, config: DeepseekConfig) -> None:
 def fill_folder(folder: Path, config: DeepseekConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    with torch.device("meta"):
-        tensors = official_tensors(DeepseekForCausalLM(config))
+    tensors = dict(official_tensors(config))
     files: dict[str, list[str]] = {}
     for name in tensors:
         layer = name.split(".")[2] if ".layers." in name else "ends"

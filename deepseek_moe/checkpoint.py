@@ -179,7 +179,7 @@ class Checkpoint:
         """Sets what follows from `config`."""
         with torch.device("meta"):
             self.model = DeepseekForCausalLM(self.config)
-        self.official = official_tensors(self.model)
+        self.official = dict(official_tensors(self.config))
         self.parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

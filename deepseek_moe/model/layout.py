@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import cached_file
@@ -43,20 +43,16 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 def official_parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Yields the official names of a parameter in memory, each with its index in that parameter: ()
     for one that is stored as it is, else (expert, rows)."""
-    prefix, _, stack = name.rpartition(".")
-    if not prefix.endswith(".experts"):
+    *_, stack = name.rpartition(".")
+    if stack not in EXPERT_STACKS:
         yield name, ()
         return
-    for part, where in _parts_of_stack(stack, shape):
-        yield f"{prefix}.{part}", where
-
-
-def _parts_of_stack(stack: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, slice]]]:
     matrices = EXPERT_STACKS[stack]
-    rows = shape[1] // len(matrices)
+    prefix, rows = name.removesuffix(stack), shape[1] // len(matrices)
     for expert in range(shape[0]):
         for number, matrix in enumerate(matrices):
-            yield f"{expert}.{matrix}.weight", (expert, slice(number * rows, (number + 1) * rows))
+            where = expert, slice(number * rows, (number + 1) * rows)
+            yield f"{prefix}{expert}.{matrix}.weight", where
 
 
 def stack_official_experts(
@@ -87,10 +83,7 @@ def stack_official_experts(
         parameter = getattr(experts, stack)
         if parameter.dim() != 3:  # divided by DeepSpeed's ZeRO-3; torch says what is missing
             continue
-        places = {
-            f"{prefix}{part}": where
-            for part, where in _parts_of_stack(stack, tuple(parameter.shape))
-        }
+        places = dict(official_parts(f"{prefix}{stack}", tuple(parameter.shape)))
         given = next((state_dict[name] for name in places if name in state_dict), None)
         if given is None:
             continue
@@ -132,15 +125,6 @@ def refuse_adapters_of_experts(names: Iterable[str]) -> None:
                 "have no place; merge it into its base: python -m deepseek_moe.export --model BASE "
                 "--adapter ADAPTER --output FOLDER"
             )
-
-
-def official_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of `model` (may be on meta) has on disk."""
-    return {
-        official: tuple(parameter[where].shape)
-        for name, parameter in model.named_parameters()  # a tied head is listed as embed_tokens
-        for official, where in official_parts(name, tuple(parameter.shape))
-    }
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
@@ -219,7 +203,7 @@ def refuse_wrong_tensors(
     found = {name: shape for name, (_, shape) in stored.items() if not name.startswith(free)}
     is_bare = not any(name.startswith("model.") for name in stored)
     wanted, wrong = set(), []
-    for name, shape in _tensors_of(config):
+    for name, shape in official_tensors(config):
         name = name.removeprefix("model.") if is_bare else name
         if name.startswith(free) or (is_bare and name == "lm_head.weight"):
             continue
@@ -243,36 +227,38 @@ def refuse_wrong_tensors(
         raise ValueError(f"{folder} does not hold this model: {first_few(wrong)}")
 
 
-def _tensors_of(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes on disk of the tensors of a model, by the sizes in `config`."""
-    D, width = config.hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * width, config.num_key_value_heads * width
+def official_tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a checkpoint of a causal model has on disk, in the order
+    of the model's parameters."""
+    D, head = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
     yield "model.embed_tokens.weight", (config.vocab_size, D)
     for number in range(config.num_hidden_layers):
         layer = f"model.layers.{number}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{layer}{norm}.weight", (D,)
         for name, shape in (("q", (q, D)), ("k", (kv, D)), ("v", (kv, D)), ("o", (D, q))):
             yield f"{layer}self_attn.{name}_proj.weight", shape
             if config.attention_bias:
                 yield f"{layer}self_attn.{name}_proj.bias", shape[:1]
-        if not config.is_moe_layer(number):
-            yield from _mlp_tensors(f"{layer}mlp.", D, config.intermediate_size)
-            continue
-        F = config.moe_intermediate_size
-        yield f"{layer}mlp.gate.weight", (config.n_routed_experts, D)
-        if config.n_shared_experts:
-            yield from _mlp_tensors(f"{layer}mlp.shared_experts.", D, config.n_shared_experts * F)
-        for expert in range(config.n_routed_experts):
-            yield from _mlp_tensors(f"{layer}mlp.experts.{expert}.", D, F)
+        if config.is_moe_layer(number):
+            F, experts = config.moe_intermediate_size, range(config.n_routed_experts)
+            yield f"{layer}mlp.gate.weight", (config.n_routed_experts, D)
+            for expert in experts:
+                yield f"{layer}mlp.experts.{expert}.gate_proj.weight", (F, D)
+                yield f"{layer}mlp.experts.{expert}.up_proj.weight", (F, D)
+            for expert in experts:
+                yield f"{layer}mlp.experts.{expert}.down_proj.weight", (D, F)
+            mlp, width = "mlp.shared_experts", F * (config.n_shared_experts or 0)
+        else:
+            mlp, width = "mlp", config.intermediate_size
+        if width:
+            yield f"{layer}{mlp}.gate_proj.weight", (width, D)
+            yield f"{layer}{mlp}.up_proj.weight", (width, D)
+            yield f"{layer}{mlp}.down_proj.weight", (D, width)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{layer}{norm}.weight", (D,)
     yield "model.norm.weight", (D,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", (config.vocab_size, D)
-
-
-def _mlp_tensors(prefix: str, D: int, F: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
-        yield f"{prefix}{name}_proj.weight", shape
 
 
 def _is_tied(folder: Path) -> bool:

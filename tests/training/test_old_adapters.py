@@ -20,7 +20,7 @@ def write_old_adapter(base: Path, folder: Path, **fields: Any) -> dict[str, torc
     """Writes an adapter on all linears of a checkpoint, and returns B A of each."""
     torch.manual_seed(0)
     adapter, products = {}, {}
-    for name, (rows, *columns) in official_tensors(load(base)).items():
+    for name, (rows, *columns) in official_tensors(load(base).config):
         if name.split(".")[-2] in LINEARS:
             a, b = torch.randn(RANK, *columns), torch.randn(rows, RANK)
             stem = "base_model.model." + name.removesuffix(".weight")
