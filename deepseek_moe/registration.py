@@ -25,7 +25,7 @@ from .model.classifiers import (
 )
 from .model.configuration_deepseek import DeepseekConfig
 from .model.modeling_deepseek import DeepseekForCausalLM, DeepseekModel
-from .model.tokenization_deepseek import DeepseekTokenizer
+from .model.tokenization_deepseek import DeepseekTokenizer, warn_of_other_tokenizer
 
 MODELS = {
     AutoModel: DeepseekModel,
@@ -47,6 +47,7 @@ def register() -> None:
     tokenization_auto.TOKENIZER_MAPPING_NAMES["deepseek"] = DeepseekTokenizer.__name__
     # Trainer shifts the labels for its label smoothing only of classes that this table names.
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["deepseek"] = DeepseekForCausalLM.__name__
+    DeepseekConfig.warn_of_tokenizer = warn_of_other_tokenizer
     DeepseekForCausalLM.decode_fast = _sample_by_engine
     # TRL and `transformers serve` look for the class that a config names in transformers itself.
     for copy in _copies_of_transformers():

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.utils import logging
 
 # Newer transformers dispatch tokens to the ranks; 5.17 masked the picks of other ranks and summed.
 if find_spec("transformers.distributed.expert_parallel"):
@@ -21,8 +20,6 @@ else:
         "layers.*.mlp.gate": "ep_router",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
-
-logger = logging.get_logger(__name__)
 
 DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LIMIT = 2**40  # of numbers in a config
@@ -109,6 +106,9 @@ class DeepseekConfig(PreTrainedConfig):
     auto_map = {}  # TRL asks for it; it is no field, so that files do not get it
     attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 
+    warn_of_tokenizer = None
+    """The package puts `warn_of_other_tokenizer` here (tokenization_deepseek.py); no field."""
+
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -189,8 +189,9 @@ class DeepseekConfig(PreTrainedConfig):
         `return_unused_kwargs`, and needs no warning. How the model is computed is not for a file to
         say: it could name code of the hub.
         """
-        if "name_or_path" in kwargs and not kwargs.get("return_unused_kwargs"):
-            _warn_of_other_tokenizer(str(kwargs["name_or_path"]))
+        for_tokenizer = "name_or_path" in kwargs and not kwargs.get("return_unused_kwargs")
+        if for_tokenizer and cls.warn_of_tokenizer:
+            cls.warn_of_tokenizer(str(kwargs["name_or_path"]))
         kept = {n: value for n, value in config_dict.items() if not cls._is_of_code(n)}
         return super().from_dict(kept, **kwargs)
 
@@ -287,29 +288,6 @@ class DeepseekConfig(PreTrainedConfig):
             value = rope.get(field, 1)
             number = isinstance(value, (int, float)) and 0 < value < LIMIT
             need(field, number, f"numbers above 0 and below {LIMIT}", value)
-
-
-def _warn_of_other_tokenizer(checkpoint: str) -> None:
-    """Warns if tokenizer_config.json has an `auto_map`: AutoTokenizer then takes the class that it
-    names, which adds no BOS, not the registered one.
-
-    In that case transformers calls no code of this package but the config's. Of a hub id only files
-    that were downloaded before are read.
-    """
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    try:
-        fields = get_tokenizer_config(checkpoint, local_files_only=True)
-        code, named = fields.get("auto_map"), fields.get("tokenizer_class")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return  # AutoTokenizer says what is wrong with it
-    if code and named and not named.startswith("DeepseekTokenizer"):
-        logger.warning_once(
-            f"{checkpoint}: tokenizer_config.json has an auto_map, so AutoTokenizer takes the "
-            f"{named} that it names, which adds no BOS: the model then writes worse. Use "
-            "deepseek_moe.DeepseekTokenizer.from_pretrained, as this package's programs do, or "
-            "take auto_map out of the file"
-        )
 
 
 __all__ = ["DeepseekConfig"]

@@ -10,8 +10,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, TokenizersBackend
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging
 
 from .chat_format import CHAT_TEMPLATE, writes_this_format
+
+logger = logging.get_logger(__name__)
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -97,6 +101,27 @@ class DeepseekTokenizer(TokenizersBackend):
         }
         path.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
         return files
+
+
+def warn_of_other_tokenizer(checkpoint: str) -> None:
+    """Warns if tokenizer_config.json has an `auto_map`: AutoTokenizer then takes the class that it
+    names, which adds no BOS, not the registered one.
+
+    In that case transformers calls no code of this package but the config's. Of a hub id only files
+    that were downloaded before are read.
+    """
+    try:
+        fields = get_tokenizer_config(checkpoint, local_files_only=True)
+        code, named = fields.get("auto_map"), fields.get("tokenizer_class")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # AutoTokenizer says what is wrong with it
+    if code and named and not named.startswith("DeepseekTokenizer"):
+        logger.warning_once(
+            f"{checkpoint}: tokenizer_config.json has an auto_map, so AutoTokenizer takes the "
+            f"{named} that it names, which adds no BOS: the model then writes worse. Use "
+            "deepseek_moe.DeepseekTokenizer.from_pretrained, as this package's programs do, or "
+            "take auto_map out of the file"
+        )
 
 
 def _find_special_tokens(

@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from deepseek_moe.model import configuration_deepseek
+from deepseek_moe.model import tokenization_deepseek
 from deepseek_moe.model.chat_format import CHAT_TEMPLATE
 from deepseek_moe.model.tokenization_deepseek import BOS, EOS, DeepseekTokenizer
 
@@ -208,7 +208,7 @@ def test_code_that_the_files_name_makes_autotokenizer_warn(code, tmp_path, monke
     """transformers then takes the class that is named beside it, whatever is registered."""
     copy(BUNDLED, tmp_path)
     said: list[str] = []
-    monkeypatch.setattr(configuration_deepseek.logger, "warning_once", said.append)
+    monkeypatch.setattr(tokenization_deepseek.logger, "warning_once", said.append)
     AutoTokenizer.from_pretrained(tmp_path)
     assert not said
     change_config(tmp_path, auto_map=code, tokenizer_class="LlamaTokenizerFast")
