@@ -25,10 +25,6 @@ class RunError(UserError):
     exit_code = 1
 
 
-class CollectiveRunError(RunError):
-    """An error that every process of a run raises at the same place. Only rank 0 prints it."""
-
-
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the process after an error that is the user's to mend, without a traceback.
@@ -93,6 +89,6 @@ def as_user_error(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{what}: {first_words(error)}; {remedy}") from error
 
 
-def first_words(error: BaseException, most: int = 400) -> str:
-    """What `error` says in one line of at most `most` characters; its class if it says nothing."""
-    return " ".join(str(error).split())[:most].rstrip(".;:") or type(error).__name__
+def first_words(error: BaseException) -> str:
+    """What `error` says in one line of at most 400 characters; its class if it says nothing."""
+    return " ".join(str(error).split())[:400].rstrip(".;:") or type(error).__name__

@@ -11,7 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from .errors import CollectiveRunError, RunError, UserError
+from .errors import RunError, UserError
+
+
+class CollectiveRunError(RunError):
+    """An error that every process of a run raises at the same place. Only rank 0 prints it."""
 
 
 @contextmanager

@@ -292,7 +292,7 @@ def dtype_fault(dtype: str) -> str:
     return "" if dtype in FLOATS else f"is stored as {dtype}, not as one of {', '.join(FLOATS)}"
 
 
-def first_few(findings: list[str], most: int = FIRST_FEW) -> str:
+def first_few(findings: list[str]) -> str:
     """The first few of `findings` in one line, and how many more there are."""
-    more = f" and {len(findings) - most} more" if len(findings) > most else ""
-    return "; ".join(findings[:most]) + more
+    more = f" and {len(findings) - FIRST_FEW} more" if len(findings) > FIRST_FEW else ""
+    return "; ".join(findings[:FIRST_FEW]) + more

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import CollectiveRunError, first_words
+from ..errors import first_words
 from ..model.layout import first_few
+from ..processes import CollectiveRunError
 from .finite import broken_names, has_broken, names_of_trained
 
 

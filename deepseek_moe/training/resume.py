@@ -26,9 +26,10 @@ from transformers import TrainerState
 from .. import checksums
 from ..checkpoint import Checkpoint
 from ..delta import STEM
-from ..errors import CollectiveRunError, RunError, UserError, first_words
+from ..errors import RunError, UserError, first_words
 from ..json_file import read_object
 from ..model.layout import weight_files
+from ..processes import CollectiveRunError
 from .adapter_config import ADAPTER_FILE
 from .arguments import FineTuningArguments
 from .compute.adamw_in_backward import StepInBackward

@@ -33,8 +33,9 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..delta import STEM
-from ..errors import CollectiveRunError, as_user_error
+from ..errors import as_user_error
 from ..model.layout import weight_files
+from ..processes import CollectiveRunError
 from . import callbacks, saving
 from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward

@@ -14,7 +14,7 @@ import torch
 from accident_fixtures import TUNER, before_call
 from finetune_fixtures import SCRIPT, checkpoints, run_ranks
 
-from deepseek_moe.errors import CollectiveRunError
+from deepseek_moe.processes import CollectiveRunError
 from deepseek_moe.training.trainer import FineTuner
 
 NORM = "the gradient norm is (nan|inf|-1)"

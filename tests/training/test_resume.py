@@ -16,7 +16,8 @@ from flip_fixtures import flip, flipped
 from safetensors.torch import load_file, save_file
 
 from deepseek_moe.checkpoint_writer import write_shards
-from deepseek_moe.errors import CollectiveRunError, RunError
+from deepseek_moe.errors import RunError
+from deepseek_moe.processes import CollectiveRunError
 from deepseek_moe.training.resume import (
     Layout,
     find_damage,

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
-from deepseek_moe.errors import CollectiveRunError, RunError, UserError
-from deepseek_moe.processes import rank_zero_reports
+from deepseek_moe.errors import RunError, UserError
+from deepseek_moe.processes import CollectiveRunError, rank_zero_reports
 from deepseek_moe.training.callbacks import StopTogether
 from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
 from deepseek_moe.training.packed_rows import pack
