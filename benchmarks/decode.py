@@ -16,9 +16,9 @@ from tables import DEVICE, Figure, Report, Row, make_parser, ratio
 
 from deepseek_moe.bundled import BUNDLED_MODEL
 from deepseek_moe.decode.generation import Generator
+from deepseek_moe.decode.int_quantizer import BITS
 from deepseek_moe.decode.load import load
 from deepseek_moe.errors import exit_on_user_error
-from deepseek_moe.kernels.int_weights import BITS
 
 PREFILLS = ((1, 4096), (16, 512))  # prompts, and tokens of each
 BATCHES = (1, 8, 64, 256)

@@ -11,7 +11,8 @@ from tables import DEVICE
 from timing import median_seconds
 
 from deepseek_moe import DeepseekConfig
-from deepseek_moe.kernels.int_weights import GROUP, HEAD_BITS, Weight
+from deepseek_moe.decode.int_quantizer import HEAD_BITS
+from deepseek_moe.kernels.int_weights import GROUP, Weight
 
 
 class LayerNumbers(NamedTuple):

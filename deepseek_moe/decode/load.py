@@ -14,14 +14,13 @@ from safetensors import safe_open
 from ..checkpoint import DTYPES, find_checkpoint, own_tokenizer, read_config
 from ..checksums import verified_meanwhile
 from ..errors import UserError, as_user_error
-from ..kernels.int_weights import BITS
 from ..memory import free_memory
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import weight_files
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from ..model.tokenization_deepseek import DeepseekTokenizer
 from .compile_ahead import compile_ahead
-from .int_quantizer import IntConfig, quantized_bytes
+from .int_quantizer import BITS, IntConfig, quantized_bytes
 
 CONTEXT = 4096  # tokens for whose cache `auto` leaves room
 WORK = 0.8e9

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.decode import int_quantizer
 from deepseek_moe.decode import load as load_module
-from deepseek_moe.decode.int_quantizer import IntConfig, quantize, quantized_bytes
+from deepseek_moe.decode.int_quantizer import BITS, IntConfig, quantize, quantized_bytes
 from deepseek_moe.decode.load import load as load_checkpoint
 from deepseek_moe.decode.quantized import QuantizedExperts, QuantizedLinear
 from deepseek_moe.errors import UserError
-from deepseek_moe.kernels.int_weights import BITS, dequantize
+from deepseek_moe.kernels.int_weights import dequantize
 from deepseek_moe.memory import free_memory
 
 MakeModel = Callable[..., DeepseekForCausalLM]
