@@ -79,8 +79,9 @@ two_ways = functools.cache(TwoWays)
 
 def with_engine(model: PreTrainedModel, chunk: int = CHUNK) -> Generator:
     """A generator with an engine, which on a CPU runs the twins in torch step by step."""
-    ops = torch_ops if model.device.type == "cpu" else None
-    return Generator(model, engine=Engine(model, chunk, ops))
+    generator = Generator(model, fast=False)
+    generator.engine = Engine(model, chunk, torch_ops if model.device.type == "cpu" else None)
+    return generator
 
 
 class Forced:

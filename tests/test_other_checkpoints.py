@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from finetune_fixtures import options, run, succeed, write_base, write_rows
+from gpu_fixtures import with_engine
 
 from deepseek_moe import DeepseekConfig, Generator, export, load
 from deepseek_moe.checkpoint import find_checkpoint
-from deepseek_moe.decode.engine import Engine
 from deepseek_moe.decode.texts import end_ids
 from deepseek_moe.errors import UserError
-from deepseek_moe.kernels.decode import torch_ops
 
 NO_EFFECT = {"attention_bias": False, "pretraining_tp": 1, "rope_scaling": None}
 
@@ -70,26 +69,24 @@ def twin(name: str, folder: Path) -> Path:
     return change_config(write_base(folder, **changes), **NO_EFFECT, **seen_through)
 
 
-def continuation(folder: Path, **how: Any) -> list[list[int]]:
+def continuation(folder: Path, engine: bool = False) -> list[list[int]]:
     model, tokenizer = load(str(folder), dtype="float32", device="cpu")
-    if how.pop("engine", False):
-        how["engine"] = Engine(model, ops=torch_ops)
-    prompts = tokenizer(["The old king", "Gold"]).input_ids
-    return Generator(model, **how).generate(prompts, 12)
+    generator = with_engine(model) if engine else Generator(model, fast=False)
+    return generator.generate(tokenizer(["The old king", "Gold"]).input_ids, 12)
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_it_loads_generates_trains_and_is_exported(name, tmp_path, run_module):
     folder = twin(name, tmp_path / "twin")
-    assert continuation(folder, engine=True) == continuation(folder, fast=False)
+    assert continuation(folder, engine=True) == continuation(folder)
 
     rows, trained = write_rows(tmp_path / "rows.jsonl", 4), tmp_path / "trained"
     words = options(model_name_or_path=folder, data_path=rows, output_dir=trained, max_steps=1)
     succeed([*words, *options(use_cpu=True, report_to="none")], tmp_path / "log")
-    assert continuation(trained, fast=False)
+    assert continuation(trained)
 
     run_module(export, *options(model=folder, output=tmp_path / "exported"))
-    assert continuation(tmp_path / "exported", fast=False) == continuation(folder, fast=False)
+    assert continuation(tmp_path / "exported") == continuation(folder)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class Decoder:
 
     def __init__(self, model: DeepseekForCausalLM, ops: ModuleType) -> None:
         config = model.config
-        self.ops, self.config = ops, config
+        self.ops = ops
         self.eps = model.model.norm.variance_epsilon  # supported.py asks that all norms have it
         self.embedding = model.model.embed_tokens.weight.data
         self.layers = [_Layer(layer) for layer in model.model.layers]

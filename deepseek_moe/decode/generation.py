@@ -44,16 +44,14 @@ class Generator:
     Args:
         fast: None takes the engine where it can run, True refuses to go without it, and False
             never takes it.
-        engine: one that was made of this model, to take in place of the Generator's own.
 
     Raises:
         UserError: `fast` is True where the engine cannot run (here, or at a later call).
     """
 
-    def __init__(
-        self, model: PreTrainedModel, fast: bool | None = None, engine: Engine | None = None
-    ) -> None:
-        self.model, self.fast, self.engine = model, fast, engine
+    def __init__(self, model: PreTrainedModel, fast: bool | None = None) -> None:
+        self.model, self.fast = model, fast
+        self.engine: Engine | None = None
         self._find_engine()
         if fast and self.engine is None:
             raise UserError(refusal_of(model))
