@@ -87,7 +87,6 @@ class Engine:
         # mode.
         with torch.inference_mode(False), torch.no_grad():
             self.decoder = Decoder(model, ops)
-        self.context = model.config.max_position_embeddings
         # Last, because the decoder moves weights. While they are held, nothing new gets the
         # addresses by which the signature knows them.
         self.held = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
@@ -102,10 +101,7 @@ class Engine:
         self.batch = None  # the batch before loses its rows, also if this one fails
         self.refresh()
         self.graphs = {key: graph for key, graph in self.graphs.items() if key[1] in (sample, None)}
-        longest = max(map(len, prompts))
-        most = min(self.context, longest + steps)
         with self.on_device():
-            self._reserve(len(prompts), min(longest + 1, most), most)
             self.batch = EngineBatch(self, prompts, sample, steps)
         return self.batch
 
@@ -226,9 +222,10 @@ class EngineBatch(Batch):
         self.engine, self.sample = engine, sample
         self.left = steps - 1  # after the one that the prompts themselves give
         longest = max(map(len, prompts))
-        self.most = min(engine.context, longest + steps)
+        self.most = min(engine.model.config.max_position_embeddings, longest + steps)
         # That the cache must hold: a row also holds the place of the token that comes next.
         self.positions = longest + 1
+        engine._reserve(len(prompts), min(self.positions, self.most), self.most)
         self.under_way: deque[Sent] = deque()
         self.started = False
         rows, count = engine.rows, len(prompts)
