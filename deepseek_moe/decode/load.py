@@ -6,17 +6,15 @@ or do not fit into memory.
 
 import math
 import sys
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..checkpoint import DTYPES, find_checkpoint, own_tokenizer, read_config
 from ..checksums import verified_meanwhile
 from ..errors import UserError, as_user_error
 from ..memory import free_memory
 from ..model.configuration_deepseek import DeepseekConfig
-from ..model.layout import weight_files
+from ..model.layout import official_tensors, weight_files
 from ..model.modeling_deepseek import DeepseekForCausalLM
 from ..model.tokenization_deepseek import DeepseekTokenizer
 from .compile_ahead import compile_ahead
@@ -52,10 +50,9 @@ def load(
         raise UserError(f"dtype {dtype} is unknown; use auto, {', '.join(DTYPES)}")
     folder = find_checkpoint(model)
     place = _device(device)
-    numbers = _count_numbers(folder)
     config = read_config(folder)
     tokenizer = own_tokenizer(folder)  # first, since the weights take longer
-    number_type = _choose_dtype(dtype, place, config, numbers, quantization)
+    number_type = _choose_dtype(dtype, place, config, quantization)
     bits = BITS[quantization] if quantization else None
     threads = compile_ahead(config, number_type, bits, place)
     unread = as_user_error(f"{folder} cannot be loaded", "get the checkpoint anew")
@@ -81,13 +78,13 @@ def pick_quantization(model: str, dtype: str = "auto", device: str = "auto") -> 
         UserError: as for `load`.
     """
     folder, place = find_checkpoint(model), _device(device)
-    config, numbers, free = read_config(folder), _count_numbers(folder), free_memory(place)
+    config, free = read_config(folder), free_memory(place)
     stored = DTYPES.get(dtype) or config.dtype or torch.bfloat16
     positions = min(CONTEXT, config.max_position_embeddings)
     heads = config.num_hidden_layers * config.num_key_value_heads
     cache = 2 * positions * heads * config.head_dim * stored.itemsize
     for picked in (None, *BITS):
-        size = _bytes_of_weights(numbers, config, picked, stored)
+        size = _bytes_of_weights(config, picked, stored)
         if size + cache + WORK <= free:
             break
     name = picked or f"none, {str(stored).removeprefix('torch.')}"
@@ -99,25 +96,11 @@ def pick_quantization(model: str, dtype: str = "auto", device: str = "auto") -> 
     return picked
 
 
-def _bytes_of_weights(
-    numbers: int, config: DeepseekConfig, quantization: str | None, dtype: torch.dtype
-) -> int:
+def _bytes_of_weights(config: DeepseekConfig, quantization: str | None, dtype: torch.dtype) -> int:
+    numbers = sum(math.prod(shape) for _, shape in official_tensors(config))
     if quantization is None:
         return numbers * dtype.itemsize
     return quantized_bytes(numbers, config, BITS[quantization], dtype)
-
-
-def _count_numbers(folder: Path) -> int:
-    """How many numbers the weight files hold. Opening a file also checks that it is whole."""
-    count = 0
-    for file in weight_files(folder):
-        with (
-            as_user_error(f"{file} is truncated or corrupt", "get it anew"),
-            safe_open(file, framework="pt") as tensors,
-        ):
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                count += math.prod(tensors.get_slice(name).get_shape())
-    return count
 
 
 def _device(device: str) -> torch.device:
@@ -137,16 +120,16 @@ def _device(device: str) -> torch.device:
 
 
 def _choose_dtype(
-    dtype: str, device: torch.device, config: DeepseekConfig, numbers: int, quantization: str | None
+    dtype: str, device: torch.device, config: DeepseekConfig, quantization: str | None
 ) -> torch.dtype:
     """The dtype of that name, or what `load` says of auto.
 
     Raises:
-        UserError: the weights, `numbers` in all, do not fit into the free memory of `device`.
+        UserError: the weights do not fit into the free memory of `device`.
     """
 
     def size(number_type: torch.dtype) -> int:
-        return _bytes_of_weights(numbers, config, quantization, number_type)
+        return _bytes_of_weights(config, quantization, number_type)
 
     free = free_memory(device)
     if dtype != "auto":
