@@ -21,12 +21,7 @@ from .checksums import VerifiedFile
 from .errors import UserError, as_user_error
 from .json_file import read_object, run_records
 from .model.configuration_deepseek import DeepseekConfig
-from .model.layout import (
-    official_parts,
-    official_tensors,
-    refuse_wrong_tensors,
-    weight_files,
-)
+from .model.layout import official_parts, official_tensors, refuse_wrong_tensors, weight_files
 from .model.modeling_deepseek import DeepseekForCausalLM
 from .model.tokenization_deepseek import DeepseekTokenizer
 

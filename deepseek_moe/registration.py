@@ -19,10 +19,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto, tokenization_auto
 
-from .model.classifiers import (
-    DeepseekForSequenceClassification,
-    DeepseekForTokenClassification,
-)
+from .model.classifiers import DeepseekForSequenceClassification, DeepseekForTokenClassification
 from .model.configuration_deepseek import DeepseekConfig
 from .model.modeling_deepseek import DeepseekForCausalLM, DeepseekModel
 from .model.tokenization_deepseek import DeepseekTokenizer, warn_of_other_tokenizer

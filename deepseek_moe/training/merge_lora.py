@@ -22,12 +22,7 @@ from ..memory import free_memory
 from ..model.configuration_deepseek import DeepseekConfig
 from ..model.layout import dtype_fault, official_parts
 from ..model.modeling_deepseek import DeepseekForCausalLM, DeepseekMLP
-from .adapter_config import (
-    ADAPTER_FILE,
-    find_changes,
-    read_adapter_config,
-    refuse_other_tensors,
-)
+from .adapter_config import ADAPTER_FILE, find_changes, read_adapter_config, refuse_other_tensors
 from .quantized_base import Quantization
 
 

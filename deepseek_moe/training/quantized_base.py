@@ -72,10 +72,7 @@ class Quantization:
         (folder / QUANTIZATION_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def config(
-        self,
-        skip: list[str],
-        order: dict[str, list[int]] | None = None,
-        offload: bool = False,
+        self, skip: list[str], order: dict[str, list[int]] | None = None, offload: bool = False
     ) -> "ExpertsTooConfig":
         """The `quantization_config` of `from_pretrained`.
 

@@ -15,12 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError, as_user_error
 from ..model.layout import EXPERT_STACKS, first_few
-from .adapter_config import (
-    ADAPTER_FILE,
-    find_changes,
-    read_adapter_config,
-    refuse_other_tensors,
-)
+from .adapter_config import ADAPTER_FILE, find_changes, read_adapter_config, refuse_other_tensors
 from .arguments import ALL_LINEARS, ModelArguments, split_commas
 from .chosen_experts import train_chosen_experts
 from .expert_lora import keep_experts, register_expert_lora
