@@ -37,6 +37,7 @@ from ..errors import as_user_error
 from ..model.layout import weight_files
 from ..processes import CollectiveRunError
 from . import callbacks, saving
+from .arguments import optimizer_name
 from .chosen_experts import has_chosen_experts, read_trained
 from .compute.adamw_in_backward import StepInBackward
 from .compute.replayed_model import use_replays
@@ -139,8 +140,7 @@ class FineTuner(Trainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> Any:
         if not args.single_gpu_full:
-            name = getattr(args.optim, "value", args.optim)
-            with as_user_error(f"--optim {name} cannot be made", "choose another"):
+            with as_user_error(f"--optim {optimizer_name(args)} cannot be made", "choose another"):
                 return Trainer.get_optimizer_cls_and_kwargs(args, model)
         betas = (args.adam_beta1, args.adam_beta2)
         options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}

@@ -105,29 +105,22 @@ class FusedDecoderLayer(DeepseekDecoderLayer):
 
 
 class FusedHead(nn.Linear):
-    """Gives the logits or, of labels, the loss."""
-
     computes_loss = True  # `DeepseekForCausalLM.forward` asks for it
 
     def forward(
-        self, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        if labels_BL is None:
-            return super().forward(hidden_BLD)
-        return self.loss(hidden_BLD, labels_BL, **kwargs)
-
-    def loss(
         self,
         hidden_BLD: torch.Tensor,
-        labels_BL: torch.Tensor,
+        labels_BL: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The loss that transformers' `ForCausalLMLoss` computes from the logits.
+        """The logits or, of labels, the loss that transformers' `ForCausalLMLoss` computes of them.
 
         Labels are shifted here, and -100 is not counted. It is the sum over `num_items_in_batch`,
         or the mean if that is None.
         """
+        if labels_BL is None:
+            return super().forward(hidden_BLD)
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         next_T = F.pad(labels_BL, (0, 1), value=-100)[:, 1:].flatten()
