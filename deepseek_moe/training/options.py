@@ -83,14 +83,8 @@ def _refuse_unneeded(
     given: Mapping[str, Any], model: ModelArguments, training: FineTuningArguments
 ) -> None:
     """Refuses options that have no effect beside the others."""
-    lora = (
-        "adapter",
-        "lora_rank",
-        "lora_alpha",
-        "lora_dropout",
-        "modules_to_save",
-        "merge_on_save",
-    )
+    lora = ("adapter", "lora_rank", "lora_alpha", "lora_dropout")
+    lora += ("modules_to_save", "merge_on_save")
     experts = ("expert_score", "expert_threshold", "expert_share", "save_delta")
     for options, is_used, wanted in (
         (lora, model.use_lora, "--use_lora True"),
