@@ -4,8 +4,9 @@ import io
 import os
 import runpy
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from typing import TextIO
 from unittest.mock import patch
 
 import pytest
@@ -36,13 +37,27 @@ class Run:
     err: str
 
 
-def run(script: str, *args: object, stdin: bytes = b"", terminal: bool = False) -> Run:
-    """Runs an example as `python examples/...` does, but in this process, which is faster."""
+def piped(content: bytes | None, encoding: str = "utf-8") -> TextIO:
+    """The stdin of a process into which `content` is piped; without any it is /dev/null."""
+    if content is None:
+        return open(os.devnull)
+    read, write = os.pipe()
+    with open(write, "wb") as stream:
+        stream.write(content)
+    return open(read, encoding=encoding)
+
+
+Stdin = AbstractContextManager[TextIO | None]
+
+
+def run(script: str, *args: object, stdin: Stdin | bytes | None = None) -> Run:
+    """Runs an example as `python examples/...` does, but in this process, which is faster.
+
+    `stdin` may be bytes to be piped in. `nullcontext()` is one that is closed.
+    """
     code, out, err = 0, io.StringIO(), io.StringIO()
-    given = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
-    given.isatty = lambda: terminal
-    given.fileno = lambda: 0  # pytest's own, which is no pipe
     with (
+        stdin if isinstance(stdin, AbstractContextManager) else piped(stdin) as given,
         patch("sys.argv", [script, *map(str, args)]),
         patch("sys.path", [str(EXAMPLES), *sys.path]),
         patch("sys.stdin", given),

@@ -187,12 +187,6 @@ def test_templates_of_this_family_are_known_as_such(folder):
     assert not has_own_template(tokenizer)
 
 
-def test_other_trainers_get_the_mask_from_the_template():
-    tokenizer = tokenizer_of(BUNDLED)
-    made = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
-    assert (made["input_ids"], made["assistant_masks"]) == render(tokenizer, TALK)
-
-
 @pytest.mark.parametrize(
     "message",
     [

@@ -45,12 +45,13 @@ def set_fields(folder: Path, **fields: Any) -> None:
     file.write_text(json.dumps(old | fields), encoding="utf-8")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_whole_checkpoint_loads_ready_to_generate(dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
+def test_a_whole_checkpoint_loads_ready_to_generate(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model, tokenizer = load(str(BUNDLED), dtype=dtype)
     assert type(model) is DeepseekForCausalLM and type(tokenizer) is DeepseekTokenizer
-    assert model.dtype == getattr(torch, dtype)
-    assert not model.training
+    assert model.dtype == getattr(torch, dtype, torch.float32)
+    assert model.device.type == "cpu" and not model.training
 
 
 def test_the_home_folder_may_be_abbreviated(monkeypatch):
@@ -63,12 +64,6 @@ def test_a_sharded_checkpoint_is_found_too(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     shutil.copy(BUNDLED / "tokenizer.json", tmp_path)
     assert find_checkpoint(str(tmp_path)) == tmp_path
-
-
-def test_auto_on_a_cpu_is_float32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model, _ = load(str(BUNDLED))
-    assert (model.device.type, model.dtype) == ("cpu", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -185,11 +180,15 @@ BROKEN: list[tuple[Change, tuple[str, ...]]] = [
     (write("config.json", b"{}"), ("holds a None model", "type deepseek")),
     (fields(model_type="other"), ("holds a other model", "type deepseek")),
     (fields(scoring_func="sigmoid"), ("scoring_func",)),
+    (fields(kv_lora_rank=512), ("kv_lora_rank is 512", "no latent attention")),
     (fields(hidden_size="wide"), ("hidden_size",)),
     (fields(tie_word_embeddings=True), ("lm_head.weight is not the embedding", "config.json")),
     (fields(a="\ud800"), ("config.json is not JSON", "surrogates", "get it anew")),
     (fields(a=nested(100)), ("config.json is not JSON", "nested", "get it anew")),
-    (fields(model_type=None, architectures=[5]), ("holds a 5 model", "type deepseek")),
+    *(
+        (fields(model_type=None, architectures=[name]), (f"holds a {name} model", "type deepseek"))
+        for name in (5, "DeepseekV2ForCausalLM")
+    ),
     *(
         (fields(**{name: value}), ("config.json", name))
         for values, names in (
@@ -210,7 +209,10 @@ BROKEN: list[tuple[Change, tuple[str, ...]]] = [
     (fields(num_experts=float("inf")), ("n_routed_experts",)),
     # No file can hold these; a model would be built for ever.
     *((fields(**{name: 6 * 10**8}), ("does not hold this model",)) for name in SIZES),
-    (fields(quantization_config={"quant_method": "gptq", "bits": 4}), ("stored as gptq",)),
+    *(
+        (fields(quantization_config={"quant_method": kind, "bits": 4}), (f"stored as {kind}",))
+        for kind in ("gptq", "fp8", "bitsandbytes")
+    ),
     # transformers would read these weights unchecked, and a pickle too, if it has such a name.
     (fields(transformers_weights="adapter_model.bin"), ("take transformers_weights out",)),
     (write("adapter_config.json", b"{}"), ("holds an adapter", "merge it first")),

@@ -3,13 +3,12 @@
 import json
 import random
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import xxhash
-from adapter_fixtures import add_random_adapters, add_tokenizer
+from adapter_fixtures import add_random_adapters
 from flip_fixtures import flip, flipped
 from safetensors.torch import load_file, save_file
 
@@ -23,22 +22,12 @@ from deepseek_moe.model.layout import weight_files
 from deepseek_moe.training.merge_lora import merged_tensors
 from deepseek_moe.training.saving import save_trained
 
-MakeModel = Callable[..., DeepseekForCausalLM]
 WRONG = r"is damaged \(the checksum of \S+ is wrong\); get it anew"
 
 
 @pytest.fixture
-def base(tiny_model: MakeModel, tmp_path: Path) -> Path:
-    """A checkpoint as transformers writes it, without checksums."""
-    folder = tmp_path / "base"
-    tiny_model().save_pretrained(folder)
-    add_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture
 def written(base: Path, tmp_path: Path) -> Path:
-    """The same as this code writes it, in several files."""
+    """The base, which has no checksums, as this code writes it, in several files."""
     folder, whole = tmp_path / "written", Checkpoint(base)
     write_checkpoint(whole.tensors(), whole, folder, None, 40_000)
     return folder

@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
+import deepseek_moe
 from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.files import complete_or_absent, refuse_occupied, write_aside, write_text
 
-# A writer in a process of its own, which waits for a line of input before it is complete.
-SLOW_WRITER = """
+PACKAGE = Path(deepseek_moe.__file__).parent
+# A writer in a process of its own, which waits for a line of input before it is complete. It leaves
+# out what the package imports, which takes seconds.
+SLOW_WRITER = f"""
 import sys
 from pathlib import Path
+from types import ModuleType
+sys.modules["deepseek_moe"] = ModuleType("deepseek_moe")
+sys.modules["deepseek_moe"].__path__ = [{str(PACKAGE)!r}]
 from deepseek_moe.errors import exit_on_user_error
 from deepseek_moe.files import complete_or_absent
 with exit_on_user_error(), complete_or_absent(Path(sys.argv[1])) as aside:

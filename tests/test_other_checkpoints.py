@@ -1,19 +1,16 @@
 """Public checkpoints of this architecture, as small twins: their fields and shapes in ratio."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from finetune_fixtures import options, run, succeed, write_base, write_rows
+from finetune_fixtures import options, succeed, write_base, write_rows
 from gpu_fixtures import with_engine
 
 from deepseek_moe import DeepseekConfig, Generator, export, load
-from deepseek_moe.checkpoint import find_checkpoint
 from deepseek_moe.decode.texts import end_ids
-from deepseek_moe.errors import UserError
 
 NO_EFFECT = {"attention_bias": False, "pretraining_tp": 1, "rope_scaling": None}
 
@@ -87,45 +84,6 @@ def test_it_loads_generates_trains_and_is_exported(name, tmp_path, run_module):
 
     run_module(export, *options(model=folder, output=tmp_path / "exported"))
     assert continuation(tmp_path / "exported") == continuation(folder)
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"kv_lora_rank": 512}, "kv_lora_rank is 512, .* no latent attention"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "stored as fp8"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "stored as bitsandbytes"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
-        ({"n_routed_experts": 2.5}, "n_routed_experts"),
-    ],
-)
-def test_what_would_be_another_model_is_refused_in_one_line(fields, said, tmp_path, run_module):
-    """By each program. test_configuration_deepseek.py has all fields that are refused."""
-    folder, new = change_config(write_base(tmp_path / "base"), **fields), tmp_path / "new"
-    for program in (
-        lambda: load(str(folder)),
-        lambda: run_module(export, *options(model=folder, output=new)),
-    ):
-        with pytest.raises(UserError, match=said) as caught:
-            program()
-        assert "config.json cannot be used" in str(caught.value)
-        assert "\n" not in str(caught.value)
-    words = options(model_name_or_path=folder, data_path=write_rows(tmp_path / "rows.jsonl", 4))
-    assert re.search(said, run([*words, "--output_dir", str(new)], tmp_path / "log").refusal)
-    assert not new.exists()
-
-
-@pytest.mark.parametrize(
-    "fields", [{"model_type": "bailing_moe"}, {"architectures": ["DeepseekV2ForCausalLM"]}]
-)
-def test_another_type_of_model_is_named(fields, tmp_path):
-    folder = write_base(tmp_path / "base")
-    config = json.loads((folder / "config.json").read_text())
-    del config["model_type"]
-    (folder / "config.json").write_text(json.dumps(config | fields))
-    named = "bailing_moe|DeepseekV2ForCausalLM"
-    with pytest.raises(UserError, match=f"holds a ({named}) model; give one of type deepseek"):
-        find_checkpoint(str(folder))
 
 
 def test_a_field_that_the_model_computes_is_not_written_again(tmp_path):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from example_fixtures import run as run_example
 from finetune_options import OLD_NAMES
 
 from deepseek_moe import export, prune
@@ -140,8 +141,8 @@ def test_the_commands_of_evaluation_that_need_no_hub_run(tmp_path):
 def test_the_first_output_is_the_real_one():
     shown = re.search(r"^> (.*?)…", PAGE["README"], flags=re.DOTALL | re.MULTILINE)[1]
     command = next(words for words in commands(PAGE["README"]) if words[0] == "python")
-    done = run(*command[1:], "--device", "cpu")
-    assert " ".join(done.stdout.split()).startswith(" ".join(shown.replace("\n> ", " ").split()))
+    done = run_example(command[1].removeprefix("examples/"), *command[2:], "--device", "cpu")
+    assert " ".join(done.out.split()).startswith(" ".join(shown.replace("\n> ", " ").split()))
 
 
 def test_the_requirements_files_exist_and_are_pinned():

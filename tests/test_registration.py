@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from deepseek_moe import __main__ as runner
 from deepseek_moe.__main__ import find_program
 
 LINES = 'import transformers; print(transformers.DeepseekForCausalLM.__module__, "{}")'
@@ -61,14 +62,10 @@ def test_a_program_and_its_children_know_the_model(tmp_path):
 
 
 def test_a_process_that_needs_no_transformers_imports_none(tmp_path):
-    file = tmp_path / "program.py"
-    file.write_text(KNOWS)
-    assert python("-m", "deepseek_moe", file).stdout == "False False\n"
-
-
-def test_a_module_runs_by_its_name():
-    done = python("-m", "deepseek_moe", "json.tool", "--help")
-    assert done.stdout.startswith("usage: "), done.stderr
+    """Here it is a module, which runs by its name."""
+    (tmp_path / "program.py").write_text(KNOWS)
+    done = python("-m", "deepseek_moe", "program", PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert done.stdout == "False False\n", done.stderr
 
 
 @pytest.mark.parametrize("program", ["python3", "python", "pip"])
@@ -90,13 +87,14 @@ def test_programs_of_its_own_environment_come_first(program, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("words", "code"), [((), 2), (("--help",), 0), (("no-such",), 2)])
-def test_without_a_program_it_says_what_there_is(words, code):
-    done = python("-m", "deepseek_moe", *words)
-    assert done.returncode == code
+def test_without_a_program_it_says_what_there_is(words, code, run_module, capsys):
+    with pytest.raises(SystemExit, match=str(code)):
+        run_module(runner, *words)
+    out, err = capsys.readouterr()
     if words == ("no-such",):
-        assert done.stderr.startswith("error: no-such is no command, Python module or file here")
+        assert err.startswith("error: no-such is no command, Python module or file here")
     else:
-        said = done.stdout if words else done.stderr
+        said = out if words else err
         assert "usage: python -m deepseek_moe PROGRAM ARGUMENTS..." in said
         assert "accelerate" in said
 

@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,10 @@ MODULES = {
 }
 
 
-def imports(module: str) -> Iterator[str]:
+@cache
+def imports(module: str) -> set[str]:
     """The modules of this package that `module` imports, inside its functions too."""
-    folder = MODULES[module].relative_to(PACKAGE).parts[:-1]
+    found, folder = set(), MODULES[module].relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom):
             continue
@@ -28,7 +29,8 @@ def imports(module: str) -> Iterator[str]:
             continue
         for alias in node.names:
             inner = ".".join([*path, alias.name])
-            yield inner if inner in MODULES else ".".join(path)
+            found.add(inner if inner in MODULES else ".".join(path))
+    return found
 
 
 def reached(start: str) -> set[str]:

@@ -41,9 +41,10 @@ def test_prompts_in_chunks_equal_prompts_at_once(prompts, chunk, most):
     assert max(sizes) == most
 
 
-def test_the_cache_grows_and_is_used_again(prompts):
+def test_the_cache_grows_and_is_used_again(prompts, monkeypatch):
     """It takes no more than the texts that are there, and twice their room at a time."""
-    generator, new = with_engine(bundled_model()), 3 * engine.CACHE_BLOCK
+    monkeypatch.setattr(engine, "CACHE_BLOCK", 16)
+    generator, new = with_engine(bundled_model()), 4 * engine.CACHE_BLOCK
     whole = generator.generate(prompts, new)
     assert whole == Generator(bundled_model(), fast=False).generate(prompts, new)
     growing = with_engine(bundled_model())
@@ -54,9 +55,9 @@ def test_the_cache_grows_and_is_used_again(prompts):
             capacities.append(growing.engine.cache.capacity)
         assert growing.generate(prompts, new) == whole
     longest = max(map(len, prompts))
-    assert list(dict.fromkeys(capacities)) == [64, 128, 256]
+    assert list(dict.fromkeys(capacities)) == [32, 64, 80]
     for made, capacity in enumerate(capacities, 1):
-        assert longest + made - 1 <= capacity and capacity <= max(64, 2 * (longest + made + 2))
+        assert longest + made - 1 <= capacity and capacity <= max(32, 2 * (longest + made + 2))
     cache = growing.engine.cache
     assert growing.generate(prompts[1:2], 3) == [whole[1][:3]]
     assert growing.engine.cache is cache

@@ -99,7 +99,7 @@ def test_a_terminal(tmp_path):
     file = tmp_path / "chat.json"
     with create_pipe_input() as keys, create_app_session(input=keys):
         keys.send_text(f"Hello\r/save\rhalf a line\x03/save {file}\r\x04")
-        done = run("chat.py", "--max_new_tokens", 6, terminal=True)
+        done = run("chat.py", "--max_new_tokens", 6, stdin=os.fdopen(os.openpty()[1]))
     assert done.code == 0, done.err
     said = ["Ctrl-D leaves", "error: /save needs a file name", "2 messages are in"]
     assert re.search(".*".join(said), done.err, flags=re.DOTALL), done.err
@@ -108,14 +108,15 @@ def test_a_terminal(tmp_path):
     assert done.out == messages[1]["content"] + "\n"
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_the_chat(capsys):
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_stops_an_answer_and_keeps_the_chat(presses, capsys):
     conversation = talk("Again")
     whole = conversation.messages.pop()["content"]
     calls = []
 
     def interrupted(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         calls.append(len(logits))
-        if len(calls) == 3:
+        for _ in range(presses if len(calls) == 3 else 0):
             os.kill(os.getpid(), signal.SIGINT)
         return greedy(logits, seen)
 

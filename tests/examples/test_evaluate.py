@@ -1,7 +1,6 @@
 """examples/evaluate.py: every figure that it writes, what it refuses, and how it goes on."""
 
 import json
-import math
 import re
 import shutil
 import signal
@@ -15,12 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 from example_fixtures import ENVIRONMENT, ROOT, Run, assert_error, run
 from text_fixtures import BUNDLED, bundled_model, tokenizer_of
 
 from deepseek_moe.errors import UserError
 from deepseek_moe.evaluate.presets import NOTES, PRESETS, beside_published
+from deepseek_moe.perplexity import measure_loss, read_held_out
 
 pytest.importorskip("lm_eval", reason="lm_eval is not here: pip install lm_eval")
 slow = pytest.mark.slow  # The harness takes seconds to import.
@@ -144,23 +143,21 @@ def test_figures_are_those_of_the_harness(evaluate, folder, tasks, options, thei
 
 @pytest.mark.parametrize(("options", "window"), [([], 1024), (["--window", 9], 9)])
 def test_perplexity(tmp_path, monkeypatch, options, window):
-    """The usual 2,048 are more than the bundled model's context."""
+    """The usual 2,048 are more than the bundled model's context. test_perplexity.py sums up."""
     text, output = tmp_path / "text.txt", tmp_path / "scores.json"
     text.write_text(TEXT, encoding="utf-8")
     command = ["evaluate.py", "--perplexity", text, "--output_file", output, *options]
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # it is not needed
     done = run(*command)
     assert done.code == 0, done.err
-    ids, nats = tokenizer_of(BUNDLED)(TEXT, add_special_tokens=False).input_ids, 0.0
-    for start in range(0, len(ids), window - 1):
-        seen = torch.tensor([[BOS, *ids[start : start + window - 1]]])
-        with torch.no_grad():
-            logs = bundled_model()(seen[:, :-1]).logits[0].double().log_softmax(-1)
-        nats -= logs.gather(1, seen[0, 1:, None]).sum().item()
-    report = json.loads(output.read_text())
-    assert (report["tokens"], report["bytes"], report["window"]) == (len(ids), len(TEXT), window)
-    assert report["perplexity"] == pytest.approx(math.exp(nats / len(ids)), rel=1e-5)
-    assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT), rel=1e-5)
+    held_out = read_held_out(text, tokenizer_of(BUNDLED))
+    loss, report = (
+        measure_loss(bundled_model(), held_out, window, BOS),
+        json.loads(output.read_text()),
+    )
+    assert (report["tokens"], report["bytes"], report["window"]) == (loss.tokens, len(TEXT), window)
+    assert report["perplexity"] == pytest.approx(loss.perplexity, rel=1e-5)
+    assert report["bits_per_byte"] == pytest.approx(loss.bits_per_byte, rel=1e-5)
     assert f"perplexity {report['perplexity']:.4f}, bits a byte {report['bits_per_byte']:.4f}" in (
         done.out
     )

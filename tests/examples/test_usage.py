@@ -1,24 +1,22 @@
 """What people type and pipe into both examples, and what they are told."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from adapter_fixtures import ADAPTED, load, make_adapter
-from example_fixtures import ENVIRONMENT, EXAMPLES, assert_error, both_scripts, run, talk
+from example_fixtures import ENVIRONMENT, EXAMPLES, assert_error, both_scripts, piped, run, talk
 from text_fixtures import BUNDLED, ROOT, bundled_model, tokenizer_of
 
 from deepseek_moe import Generator
 from deepseek_moe.checkpoint import Checkpoint
 from deepseek_moe.checkpoint_writer import write_checkpoint
-from deepseek_moe.decode.sampling import greedy
 from deepseek_moe.errors import UserError
 from deepseek_moe.training.merge_lora import merged_tensors
 
@@ -108,41 +106,43 @@ def completion(line: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("line", "begins"),
+    ("content", "options", "begins"),
     [
-        ("printf 'The old king\nhad' | \"$@\"", "The old king\nhad"),
-        ("printf 'A bird' | \"$@\" --prompt -", "A bird"),
-        ("printf 'A bird' | \"$@\" --prompt Gold", "Gold"),
-        ('"$@" < /dev/null', "Once upon a time"),
-        ('printf "" | "$@"', "Once upon a time"),
+        (b"The old king\nhad", (), "The old king\nhad"),
+        (b"A bird", ("--prompt", "-"), "A bird"),
+        (b"A bird", ("--prompt", "Gold"), "Gold"),
+        (None, (), "Once upon a time"),
+        (b"", (), "Once upon a time"),
     ],
 )
-def test_what_is_piped_in_is_a_prompt(line, begins):
-    done = completion(line)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(begins)
-    assert done.stdout.count("A bird") == begins.count("A bird")
+def test_what_is_piped_in_is_a_prompt(content, options, begins):
+    """None is /dev/null. test_completion.py has the pipe of a shell."""
+    done = run("completion.py", "--max_new_tokens", 4, *options, stdin=content)
+    assert done.code == 0, done.err
+    assert done.out.startswith(begins)
+    assert done.out.count("A bird") == begins.count("A bird")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("script", "options", "encoding", "said"),
     [
-        ('"$@" --prompt - <&-', "the standard input is closed; pipe some text in"),
-        ('"${@/completion/chat}" <&-', "the standard input is closed; pipe some text in"),
-        ("printf 'ab\\xff' | PYTHONUTF8=0 PYTHONIOENCODING=utf-8:strict \"$@\"", "not UTF-8"),
-        ("printf 'ab\\xff' | PYTHONUTF8=0 PYTHONIOENCODING=ascii \"$@\" --prompt -", "not UTF-8"),
+        ("completion.py", ("--prompt", "-"), None, "the standard input is closed; pipe some text"),
+        ("chat.py", (), None, "the standard input is closed; pipe some text in"),
+        ("completion.py", (), "utf-8", "not UTF-8"),
+        ("completion.py", ("--prompt", "-"), "ascii", "not UTF-8"),
     ],
 )
-def test_an_input_that_cannot_be_read_is_one_line(line, said):
-    done = completion(line)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and said in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+def test_an_input_that_cannot_be_read_is_one_line(script, options, encoding, said):
+    """Python decodes it by PYTHONIOENCODING. Where it is closed, there is none."""
+    stdin = piped(b"ab\xff", encoding) if encoding else nullcontext()
+    done = run(script, *options, stdin=stdin)
+    assert_error(done, said)
+    assert done.err.count("\n") == 1, done.err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_or_closed_output_is_one_line():
-    for line, code in (('"$@" > /dev/full', 1), ('"$@" >&-', 2)):
+    for line, code in (('"$@" > /dev/full <&-', 1), ('"$@" >&-', 2)):
         done = completion(line)
         assert done.returncode == code
         assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
@@ -216,18 +216,3 @@ def test_an_answer_that_is_cut_is_marked(capsys):
     with patch("conversation.end_ids", lambda *_: range(4096)):
         conversation.turn("Two?")
     assert "cut" not in capsys.readouterr().err
-
-
-def test_two_ctrl_c_stop_the_answer_and_keep_the_chat(capsys):
-    def pressed_twice(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        return greedy(logits, seen)
-
-    conversation = talk("One?")
-    conversation.sample = pressed_twice
-    conversation.turn("Two?")
-    assert "(stopped)" in capsys.readouterr().err
-    conversation.sample = greedy
-    conversation.turn("Three?")
-    assert [m["content"] for m in conversation.messages[::2]] == ["One?", "Two?", "Three?"]

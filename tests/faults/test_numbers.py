@@ -3,6 +3,7 @@
 Infinite and missing numbers in the rows are refused before a run: tests/training/test_rows.py.
 """
 
+import itertools
 import math
 import os
 import re
@@ -46,9 +47,11 @@ def inject(where: str, value: float, trainer: FineTuner, *_: Any) -> None:
         states.get(weight, next(iter(states.values())))[where].flatten()[0] = value
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("where", SAID)
+@pytest.mark.parametrize(
+    ("where", "value"), zip(SAID, itertools.cycle([math.nan, math.inf]), strict=False)
+)
 def test_one_process(where, value, tuner, tmp_path, monkeypatch):
+    """tests/gpu/test_training.py looks for both numbers in all places."""
     trainer = tuner(optim="adamw_torch", save_strategy="steps", save_steps=1, max_steps=3)
     original = trainer.compute_loss
 

@@ -1,13 +1,16 @@
 """Where the tests of this folder run.
 
 Each test that takes `device` is two: one on the GPU (`-m gpu`), and one on the CPU with small sizes
-(`-m slow`), which tries the test itself.
+(`-m slow`), which tries the test itself in the first of its cases.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+HERE = Path(__file__).parent
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -17,6 +20,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param("cpu", marks=pytest.mark.slow),
         ]
         metafunc.parametrize("device", devices, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out all but the first case of each test on a CPU."""
+    first, left_out = {}, []
+    for item in items:
+        on_cpu = item.path.parent == HERE and "[cpu" in item.name
+        if on_cpu and first.setdefault((item.path, item.originalname), item) is not item:
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_a_step_that_breaks_a_number_shows(name):
             assert not make(weight, grad, state, options, seed).isfinite()
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 3])
 def test_attention_gives_the_same_bits_in_a_cache_of_any_capacity(tokens):
     """So a text goes on as it would have, when its cache has grown."""
     torch.manual_seed(0)

@@ -127,31 +127,38 @@ def test_label_smoothing_shifts_the_labels(tiny_model, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def one_rank(rank: int, folder: Path, port: int, batch: int, seq_aux: bool) -> None:
+WAYS = ((4, True), (1, True), (1, False))
+"""Rows in a batch of each process, and `seq_aux`."""
+
+
+def one_rank(rank: int, folder: Path, port: int) -> None:
     """What each of two processes does. The first writes the gradients that both have."""
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
-    model = DeepseekForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = gradients(model, folder / "run", batch, seq_aux, ranks=2)
-    if rank == 0:
-        torch.save(found, folder / "gradients.pt")
+    for batch, seq_aux in WAYS:
+        model = DeepseekForCausalLM.from_pretrained(folder / f"{seq_aux}", dtype=torch.float32)
+        found = gradients(model, folder / "run", batch, seq_aux, ranks=2)
+        if rank == 0:
+            torch.save(found, folder / f"{batch} {seq_aux}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch", "seq_aux"), [(4, True), (1, True), (1, False)])
-def test_two_processes_count_as_one(batch, seq_aux, tiny_model, tmp_path):
-    options = {"aux_loss_alpha": 5.0, "seq_aux": seq_aux}
-    tiny_model(**options).save_pretrained(tmp_path)
-    alone = gradients(tiny_model(**options), tmp_path / "alone", 8, seq_aux)
-    arguments = (tmp_path, free_port(), batch, seq_aux)
+def test_two_processes_count_as_one(tiny_model, tmp_path):
+    alone = {}
+    for seq_aux in (True, False):
+        model = tiny_model(aux_loss_alpha=5.0, seq_aux=seq_aux)
+        model.save_pretrained(tmp_path / f"{seq_aux}")
+        alone[seq_aux] = gradients(model, tmp_path / "alone", 8, seq_aux)
+    arguments = (tmp_path, free_port())
     multiprocessing.start_processes(one_rank, arguments, nprocs=2, start_method="spawn", join=True)
-    together = torch.load(tmp_path / "gradients.pt")
-    assert together.keys() == alone.keys()
-    for name, gradient in alone.items():
-        torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5)
+    for batch, seq_aux in WAYS:
+        together = torch.load(tmp_path / f"{batch} {seq_aux}.pt")
+        assert together.keys() == alone[seq_aux].keys()
+        for name, gradient in alone[seq_aux].items():
+            torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_counts_as_the_language_loss_counts_it(tiny_model):

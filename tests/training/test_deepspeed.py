@@ -161,16 +161,16 @@ def be_alone_on_a_machine() -> None:
 
 CASES = {
     "two machines": ("zero3", 2, ADAM, be_alone_on_a_machine),
-    "full as on a GPU, ZeRO-2": ("zero2_no_offload", 2, ADAM, use_fused_forwards_on_a_cpu),
     "full as on a GPU, ZeRO-3": ("zero3", 2, ADAM, use_fused_forwards_on_a_cpu),
     "lora as on a GPU, ZeRO-2": ("zero2_no_offload", 2, LORA, use_fused_forwards_on_a_cpu),
     "lora as on a GPU, ZeRO-3": ("zero3", 2, LORA, use_fused_forwards_on_a_cpu),
-    "lora of experts, ZeRO-2": ("zero2_no_offload", 2, LORA_OF_EXPERTS, None),
     "lora of experts, ZeRO-3": ("zero3", 2, LORA_OF_EXPERTS, None),
     "experts, ZeRO-2": ("zero2_no_offload", 2, EXPERTS, None),
     "experts, ZeRO-3": ("zero3", 2, EXPERTS, None),
 }
 SLOW_CASES = {
+    "full as on a GPU, ZeRO-2": ("zero2_no_offload", 2, ADAM, use_fused_forwards_on_a_cpu),
+    "lora of experts, ZeRO-2": ("zero2_no_offload", 2, LORA_OF_EXPERTS, None),
     "experts, ZeRO-3, four processes": ("zero3", 4, EXPERTS, None),
     "chosen experts, ZeRO-2": ("zero2_no_offload", 2, CHOSEN, None),
     "chosen experts, ZeRO-3": ("zero3", 2, CHOSEN, None),
@@ -189,6 +189,9 @@ def test_several_processes_take_the_steps_of_one(case, place, steps, tmp_path, o
     count = changes.get("max_steps", 3)
     assert checkpoints(output) == [count]
     assert_equal_curves(output, wanted, count, 1e-4 if count == 3 else 1e-3)
+    for key in ("load_over_mean", "expert_entropy", "starved_experts"):
+        # It is summed over processes. Later rounding may change a pick.
+        assert logged(output, key)[0] == pytest.approx(logged(wanted, key)[0], rel=1e-6), key
     losses = logged(wanted, "loss")
     assert count == 3 or losses[-1] < 0.75 * losses[0]
     if changes in (EXPERTS, CHOSEN):
@@ -198,17 +201,6 @@ def test_several_processes_take_the_steps_of_one(case, place, steps, tmp_path, o
     if changes is LORA_OF_CHOSEN:
         for name, factor in weights(wanted).items():
             torch.testing.assert_close(weights(output)[name], factor, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("zero", "changes"), [("zero2_no_offload", LORA), ("zero3", ADAM)])
-def test_the_load_of_experts_is_summed_over_processes(zero, changes, steps, tmp_path, one_process):
-    """With a learning rate of 0, rounding changes no pick."""
-    changes = changes | {"learning_rate": 0}
-    wanted, output = one_process(**changes), tmp_path / "out"
-    succeed_ranks(steps(output, zero, 2, **changes), tmp_path / "log")
-    for key in ("load_over_mean", "expert_entropy", "starved_experts"):
-        assert len(set(logged(wanted, "load_over_mean"))) == 3
-        assert logged(output, key) == pytest.approx(logged(wanted, key), rel=1e-6), key
 
 
 @slow

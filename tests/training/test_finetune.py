@@ -69,7 +69,6 @@ def assert_complete(output: Path, reference: Path) -> None:
 # Accidents one after another, and the checkpoints that must be there after each.
 KILLS = {
     "full": [
-        (partial(die_in_step, 2), []),
         (partial(die_in_file, 2), []),  # in the first save
         (partial(die_in_step, 8), [3, 6]),
         (partial(die_in_step, 5), [3, 6, 9]),  # resumed between two epochs
@@ -107,25 +106,28 @@ def stop_and_die_after_it(step: int, number: int) -> None:
     before_call(TUNER, "_save_checkpoint", 2, die)
 
 
-@pytest.mark.parametrize(
-    ("number", "strategy", "step"), [(signal.SIGTERM, "steps", 3), (signal.SIGINT, "epoch", 5)]
-)
-def test_a_signal_saves_once_and_the_repeat_goes_on(number, strategy, step, argv, tmp_path):
-    """Of ten steps, five an epoch, it comes in one that is to be evaluated."""
+def test_a_signal_saves_once_and_the_repeat_goes_on(argv, tmp_path):
+    """Of ten steps, five an epoch, it comes in the third and in the fifth, which are evaluated."""
     whole, output, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
-    settings = LORA | {"save_strategy": "epoch", "eval_strategy": strategy, "eval_steps": 3}
-    settings |= {"eval_fraction": 0.25}
-    succeed(argv(whole, **settings), log)
-    stopped = run(argv(output, **settings), log, partial(stop_and_die_after_it, step, number))
-    assert stopped.code == 128 + number, stopped.err
-    assert "Traceback" not in stopped.err and stopped.out == ""
-    assert checkpoints(output) == [step]
-    assert_complete(output, whole)
-    repeated = succeed(argv(output, **settings), log)
-    assert f"step {step + 1}/10" in repeated.err and f"step {step}/10" not in repeated.err
+    settings = LORA | {"save_strategy": "epoch", "eval_fraction": 0.25}
+    by_step = settings | {"eval_strategy": "steps", "eval_steps": 3}
+    by_epoch = settings | {"eval_strategy": "epoch"}
+    succeed(argv(whole, **by_step), log)
+    for number, evaluated, taken, there in (
+        (signal.SIGTERM, by_step, 3, [3]),
+        (signal.SIGINT, by_epoch, 2, [3, 5]),
+    ):
+        accident = partial(stop_and_die_after_it, taken, number)
+        stopped = run(argv(output, **evaluated), log, accident)
+        assert stopped.code == 128 + number, stopped.err
+        assert "Traceback" not in stopped.err and stopped.out == ""
+        assert checkpoints(output) == there
+        assert_complete(output, whole)
+    repeated = succeed(argv(output, **by_step), log)
+    assert "step 6/10" in repeated.err and "step 5/10" not in repeated.err
     assert_same(output, whole)
     assert logged(output, "loss") == logged(whole, "loss")
-    # The evaluation that would have come at the stop is left out.
+    # The evaluations that would have come at the stops are left out.
     assert logged(output, "eval_loss") == logged(whole, "eval_loss")[1:]
 
 
@@ -175,27 +177,26 @@ def test_a_base_that_cannot_be_used_is_refused_before_a_file_is_written(
 def test_every_file_of_a_result_is_known_as_one_that_a_run_writes(finished, argv, tmp_path):
     """A new run refuses a folder where the user has a file of such a name."""
     quantised = tmp_path / "quantised"
-    succeed(argv(quantised, **(LORA | {"bits": 4})), tmp_path / "log")
+    succeed(argv(quantised, **LORA, bits=4, max_steps=1), tmp_path / "log")
     for folder in (*finished.values(), quantised):
         names = {file.name for file in folder.iterdir()} - {"run.json", ".lock", "runs"}
         names.discard("README.md")  # one of the user's stays
         assert names == {file.name for pattern in WRITTEN for file in folder.glob(pattern)}
 
 
-@pytest.mark.parametrize(("size", "there"), [(600_000, []), (1_500_000, [3])])
-def test_a_full_disk_is_one_line_and_the_repeat_goes_on(size, there, finished, argv, tmp_path):
-    """It is full in the weights of the first checkpoint, or in the second one's optimizer."""
+def test_a_full_disk_is_one_line_and_the_repeat_goes_on(finished, argv, tmp_path):
+    """It is full in the weights of the first checkpoint, and then in the second one's optimizer."""
     output, log = tmp_path / "out", tmp_path / "log"
-    full_disk = partial(limit_file_size, size)
-    in_save = partial(before_call, TUNER, "_save_checkpoint", 1 + len(there), full_disk)
-    full = run(argv(output), log, in_save)
-    assert full.code == 1
-    assert f"{output} could not be written to" in full.error
-    named = output / "checkpoint-3" if there else "none"
-    assert f"the last complete checkpoint is {named}" in full.error
-    assert checkpoints(output) == there
-    assert_complete(output, finished["full"])
-    assert not (output / "incomplete").exists()
+    for size, there, named in ((600_000, [], "none"), (1_500_000, [3], output / "checkpoint-3")):
+        full_disk = partial(limit_file_size, size)
+        in_save = partial(before_call, TUNER, "_save_checkpoint", 1 + len(there), full_disk)
+        full = run(argv(output), log, in_save)
+        assert full.code == 1
+        assert f"{output} could not be written to" in full.error
+        assert f"the last complete checkpoint is {named}" in full.error
+        assert checkpoints(output) == there
+        assert_complete(output, finished["full"])
+        assert not (output / "incomplete").exists()
     succeed(argv(output), log)
     assert_same(output, finished["full"])
 
@@ -214,7 +215,7 @@ def test_the_result_is_a_model_that_learnt(finished, place):
 
 def test_an_adapter_that_cannot_be_merged_is_kept(argv, tmp_path):
     output = tmp_path / "out"
-    words = argv(output, merge_on_save=True, use_lora=True, learning_rate=0)
+    words = argv(output, merge_on_save=True, use_lora=True, learning_rate=0, max_steps=1)
     done = run(words, tmp_path / "log")
     assert done.code == 2 and "changes nothing" in done.error
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
