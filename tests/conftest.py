@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,10 @@ from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's script ignores Ctrl-C in what it starts with "&", and programs that tests interrupt
+    # would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Waiting threads leave their core to others, since scripts start as many as there are cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

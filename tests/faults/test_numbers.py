@@ -48,7 +48,7 @@ def inject(where: str, value: float, trainer: FineTuner, *_: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "value"), zip(SAID, itertools.cycle([math.nan, math.inf]), strict=False)
+    ("where", "value"), list(zip(SAID, itertools.cycle([math.nan, math.inf]), strict=False))
 )
 def test_one_process(where, value, tuner, tmp_path, monkeypatch):
     """tests/gpu/test_training.py looks for both numbers in all places."""
