@@ -138,7 +138,7 @@ class Experiment:
         return {"text_loss": loss.nats_per_token}
 
     def cost(self, way: str) -> Row:
-        """Tokens/s and the most GB of a run that has the machine for itself."""
+        """Tokens/s and the most GB of a run that has the machine for itself, without evaluation."""
         with tempfile.TemporaryDirectory() as folder:
             options = f"{self.options_of(way, 0)} --logging_steps 1 --eval_steps 1000"
             command = self.command(self.base, options, 1e-6, TIMED_STEPS, 0, Path(folder, "run"))

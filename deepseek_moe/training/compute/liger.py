@@ -114,7 +114,7 @@ class FusedHead(nn.Linear):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The logits or, of labels, the loss that transformers' `ForCausalLMLoss` computes of them.
+        """The logits or, with labels, the loss that `ForCausalLMLoss` of transformers computes.
 
         Labels are shifted here, and -100 is not counted. It is the sum over `num_items_in_batch`,
         or the mean if that is None.
