@@ -27,6 +27,10 @@ with quiet_interrupt():
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+    # Memory in segments that grow is hardly ever in pieces. PyTorch reads this at its import.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback, set_seed

@@ -12,6 +12,9 @@ So the way turns at either end, where both layers that come next are in the buff
 Two events of each buffer keep the order: it is read when it is full, and filled again when what
 read it has been computed. The scales of the packed numbers, a thirtieth of their bytes, stay on the
 GPU. On a CPU the same code makes plain copies.
+
+A pass that is recorded as a CUDA graph (compute/replayed_model.py) holds its copies too. It begins
+with empty buffers and waits for its last copy, so that it can follow any other pass.
 """
 
 import weakref
@@ -94,11 +97,16 @@ class _Buffer:
     """Room on the device for the stacks of one layer."""
 
     def __init__(self, stacks: Sequence[HostStack], device: torch.device) -> None:
-        self.layer = -1  # whose stacks are in it, or on their way
         self.packed = [torch.empty_like(stack.host, device=device) for stack in stacks]
-        if device.type == "cuda":
+        self.empty()
+
+    def empty(self) -> None:
+        """Forgets what it holds. It can be filled when what was started before has been computed,
+        on the current stream."""
+        self.layer = -1  # whose stacks are in it, or on their way
+        if self.packed[0].device.type == "cuda":
             self.full, self.read = torch.cuda.Event(), torch.cuda.Event()
-            self.read.record()  # What had this memory before may not be computed yet.
+            self.read.record()
 
 
 class ExpertStream:
@@ -109,12 +117,21 @@ class ExpertStream:
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers = [_Buffer(layers[0], device) for _ in range(BUFFERS)]  # last used last
         self.now = self.buffers[-1]  # of the layer that was asked for last
+        self.copying = False  # whether copies were begun since `restart`
         for buffer in self.buffers if self.copies else ():
             for packed in buffer.packed:
                 packed.record_stream(self.copies)
         for number, stacks in enumerate(layers):
             for place, stack in enumerate(stacks):
                 stack.stream, stack.layer, stack.place = self, number, place
+
+    def restart(self) -> None:
+        """Begins anew with empty buffers, when all copies that were begun are complete."""
+        if self.copying:
+            torch.cuda.current_stream().wait_stream(self.copies)
+        self.copying = False
+        for buffer in self.buffers:
+            buffer.empty()
 
     @contextmanager
     def lend(self, layer: int, place: int) -> Iterator[torch.Tensor]:
@@ -149,6 +166,7 @@ class ExpertStream:
         buffer.layer = layer
         with torch.cuda.stream(self.copies):  # which is this one on a CPU
             if self.copies:
+                self.copying = True
                 self.copies.wait_event(buffer.read)
             for here, stack in zip(buffer.packed, self.layers[layer], strict=True):
                 here.copy_(stack.host, non_blocking=True)

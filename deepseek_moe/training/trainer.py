@@ -27,25 +27,23 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..delta import STEM
-from ..errors import as_user_error
 from ..model.layout import weight_files
 from ..processes import CollectiveRunError
 from . import callbacks, saving
-from .arguments import optimizer_name
 from .chosen_experts import has_chosen_experts, read_trained
-from .compute.adamw_in_backward import StepInBackward
 from .compute.replayed_model import use_replays
 from .compute.varlen_attention import VARLEN
 from .deepspeed_file import zero_stage
 from .epoch_sampler import load_in_order
 from .examples import FLAT
 from .expert_load import ExpertBoard, ExpertLoad
+from .optimizer import optimizer_of
 from .parameter_counts import weights_passed
 from .quantized_base import Quantization
 from .resume import Layout, refuse_other_adapter, refuse_other_states, report_unreadable
@@ -137,14 +135,7 @@ class FineTuner(Trainer):
             # Several processes stop together at the gradient norm, which is NaN on all of them.
         return loss
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> Any:
-        if not args.single_gpu_full:
-            with as_user_error(f"--optim {optimizer_name(args)} cannot be made", "choose another"):
-                return Trainer.get_optimizer_cls_and_kwargs(args, model)
-        betas = (args.adam_beta1, args.adam_beta2)
-        options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
-        return StepInBackward, options | {"seed": args.seed}
+    get_optimizer_cls_and_kwargs = staticmethod(optimizer_of)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         self.own_optimizer = super().create_optimizer(*args, **kwargs)

@@ -7,13 +7,15 @@ and loss are not.
 
 A graph is for one shape, so shapes are rounded up: the row by the collator (`examples.FLAT`), and
 here the number of examples and the longest one, to powers of two. The first batch of a shape is
-computed plainly, which also compiles kernels; the second one is recorded. All graphs share their
-memory, since only one is in use at a time.
+computed plainly, which also compiles kernels; the second one is recorded, if memory has room. All
+graphs share their memory, since only one is in use at a time.
 
 Whatever changes from step to step is a tensor whose place stays: the inputs, the seed of dropout,
 and the gradients, to which the backward graph adds.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from transformers import TrainingArguments
 
 from ...kernels.training.torch_ops import Seed
 from ...model.modeling_deepseek import DeepseekModel, DeepseekModelOutput
-from ..offload import HostStack
+from ..offload import ExpertStream, HostStack
 from .varlen_attention import VARLEN
 
 MOST_TOKENS = 8192  # of a batch; larger ones keep the GPU busy, and their graphs much memory
@@ -35,15 +37,13 @@ MOST_TOKENS = 8192  # of a batch; larger ones keep the GPU busy, and their graph
 def use_replays(model: nn.Module, args: TrainingArguments, bits: int) -> None:
     """Makes the decoder in `model` replay its passes, if it has adapters and the process no others.
 
-    Offloaded experts are not there when a graph starts. Layers must not draw random numbers, apart
-    from the dropout of adapters, which gets seeds here, so checkpointing need not bring back
-    random states, which a graph cannot. Products in 8 `bits` are bitsandbytes', with PEFT's own
-    dropout.
+    Layers must not draw random numbers, apart from the dropout of adapters, which gets seeds here,
+    so checkpointing need not bring back random states, which a graph cannot. Products in 8 `bits`
+    are bitsandbytes', with PEFT's own dropout.
     """
     config = model.config
     is_alone = args.world_size == 1 and not args.deepspeed
     adapts = isinstance(model, PeftModel) and bits != 8 and not config.attention_dropout
-    adapts = adapts and not any(isinstance(one, HostStack) for one in model.parameters())
     takes_bounds = config._attn_implementation == VARLEN and args.device.type == "cuda"
     if not (args.cuda_graphs and is_alone and adapts and takes_bounds):
         return
@@ -63,6 +63,8 @@ def replay(model: PeftModel) -> None:
     decoder.__class__ = ReplayedModel
     decoder.step_seed, decoder.graphs, decoder.gradients = step, {}, {}
     decoder.pool = torch.cuda.graph_pool_handle()
+    stacks = [one for one in model.parameters() if isinstance(one, HostStack)]
+    decoder.expert_stream = stacks[0].stream if stacks else None
 
 
 class Graphs(NamedTuple):
@@ -73,6 +75,14 @@ class Graphs(NamedTuple):
     outputs: DeepseekModelOutput
     gradient_BLD: torch.Tensor  # of the last hidden state
     backward: torch.cuda.CUDAGraph
+    expert_stream: ExpertStream | None  # that fills buffers in both
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        if self.expert_stream:
+            self.expert_stream.restart()
+        graph.replay()
+        if self.expert_stream:  # What follows must not find in the buffers what was there before.
+            self.expert_stream.restart()
 
 
 class ReplayedModel(DeepseekModel):
@@ -84,15 +94,16 @@ class ReplayedModel(DeepseekModel):
         self.step_seed.fill_(int(torch.randint(2**31 - 1, ())))  # by the host's random state
         if "cu_seq_lens_q" not in inputs or input_ids.numel() > MOST_TOKENS:
             return super().forward(input_ids, **inputs)
-        self.place_gradients()
+        if self.gradients:
+            self.place_gradients()
         tensors, numbers = rounded(input_ids, **inputs)
         key = (*numbers.values(), *(x.shape for x in tensors.values()))
         if key not in self.graphs:
             self.graphs[key] = None  # which a second batch of this shape will record
+        elif self.graphs[key] is None:
+            self.graphs[key] = self._has_room() and self._record(tensors, numbers)
+        if not (graphs := self.graphs[key]):
             return super().forward(**tensors, **numbers)
-        if self.graphs[key] is None:
-            self.graphs[key] = self._record(tensors, numbers)
-        graphs = self.graphs[key]
         for name, tensor in graphs.inputs.items():
             tensor.copy_(tensors[name])
         anchor = torch.zeros((), device=input_ids.device, requires_grad=True)
@@ -101,29 +112,57 @@ class ReplayedModel(DeepseekModel):
         return found
 
     def place_gradients(self) -> None:
-        """Gives each parameter that trains the gradient to which the graphs add. It holds what it
-        held before, or zeros where the optimizer had set it to None."""
+        """Gives each parameter that trains the gradient to which the graphs add. It holds what the
+        parameter had, or zeros where the optimizer had set it to None."""
         if not self.gradients:
-            trained = [one for one in self.parameters() if one.requires_grad]
-            self.gradients = {one: torch.zeros_like(one) for one in trained}
+            self.gradients = {one: torch.zeros_like(one) for one in self._trained()}
         unset = [gradient for one, gradient in self.gradients.items() if one.grad is None]
         if unset:
             torch._foreach_zero_(unset)
         for one, gradient in self.gradients.items():
+            if one.grad is not None and one.grad is not gradient:  # a plain pass made it
+                gradient.copy_(one.grad)
             one.grad = gradient
 
+    def _trained(self) -> list[nn.Parameter]:
+        return [one for one in self.parameters() if one.requires_grad]
+
+    def _has_room(self) -> bool:
+        """Whether graphs can have as much memory as a step has taken at most, beside as much again
+        for the plain passes of other shapes. Gradients then stay."""
+        device = self.step_seed.device
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        free = min(free, allowed - torch.cuda.memory_reserved(device))
+        unset = sum(one.nbytes for one in self._trained() if one.grad is None)
+        taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        return unset + 2 * max(0, taken - unset) <= free
+
     def _record(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> Graphs:
+        self.place_gradients()
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self.pool):
+        with self._recording(forward):
             outputs = super().forward(**inputs, **numbers)
         hidden_BLD = outputs.last_hidden_state
         gradient_BLD = torch.empty_like(hidden_BLD)
         # A backward pass runs outside of autocast. Layers that it computes again turn it on.
-        with torch.autocast("cuda", enabled=False), torch.cuda.graph(backward, pool=self.pool):
+        with torch.autocast("cuda", enabled=False), self._recording(backward):
             torch.autograd.backward(hidden_BLD, gradient_BLD)
         outputs.last_hidden_state = hidden_BLD.detach()
-        return Graphs(inputs, forward, outputs, gradient_BLD, backward)
+        return Graphs(inputs, forward, outputs, gradient_BLD, backward, self.expert_stream)
+
+    @contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Records what is inside, with all copies of offloaded experts that it begins."""
+        restart = self.expert_stream.restart if self.expert_stream else lambda: None
+        restart()  # A graph cannot wait for what is not in it.
+        with torch.cuda.graph(graph, pool=self.pool):
+            restart()
+            yield
+            restart()
+        restart()
 
 
 class _Replay(torch.autograd.Function):
@@ -133,13 +172,13 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graphs: Graphs, anchor: torch.Tensor) -> torch.Tensor:
         ctx.graphs = graphs
-        graphs.forward.replay()
+        graphs.replay(graphs.forward)
         return graphs.outputs.last_hidden_state.view_as(graphs.outputs.last_hidden_state)
 
     @staticmethod
     def backward(ctx: Any, grad_BLD: torch.Tensor) -> tuple[None, None]:
         ctx.graphs.gradient_BLD.copy_(grad_BLD)
-        ctx.graphs.backward.replay()
+        ctx.graphs.replay(ctx.graphs.backward)
         return None, None
 
 
