@@ -25,7 +25,9 @@ from deepseek_moe.errors import exit_on_user_error
 
 LENGTH = 1024  # tokens of a row
 CAPPED = """\
-import os, runpy, sys, torch
+import os, runpy, sys
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as finetune.py does
+import torch
 if torch.cuda.is_available():
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, float(sys.argv[1]) / total))
