@@ -190,7 +190,7 @@ def _weighted_swiglu_backward(c: Case, width: int, low: bool) -> list[Any]:
 
 def _adamw(c: Case) -> list[Any]:
     shape = (c.tokens, 300 if c.seed % 2 else 512)  # Odd: the last block is shorter.
-    blocks = -(-shape[0] * shape[1] // training_torch_ops.ADAMW_BLOCK)
+    blocks = -(-shape[0] * shape[1] // optimizer_torch_ops.ADAMW_BLOCK)
     state = {name: c.integers(256, *shape).to(torch.uint8) for name in ("m", "v")}
     state |= {name: c.normal(blocks).float().abs() for name in ("m_scale", "v_scale")}
     state["step"] = torch.tensor(1 + c.seed)

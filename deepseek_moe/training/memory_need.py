@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from ..files import readable_size
-from ..kernels.training.torch_ops import ADAMW_BLOCK
+from ..kernels.optimizer.torch_ops import ADAMW_BLOCK
 from ..model.configuration_deepseek import DeepseekConfig
 from .arguments import FineTuningArguments, ModelArguments, optimizer_name
 from .chosen_experts import is_of_chosen

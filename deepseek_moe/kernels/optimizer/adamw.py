@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..training.torch_ops import ADAMW_BLOCK
+from .torch_ops import ADAMW_BLOCK
 
 ROWS = 4  # blocks a program
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..training.torch_ops import ADAMW_BLOCK
+ADAMW_BLOCK = 256
+"""Weights that share a scale of each of AdamW's averages."""
 
 
 def adamw(

@@ -12,9 +12,6 @@ from ..torch_ops import swiglu
 if TYPE_CHECKING:  # experts are measured without this package too
     from bitsandbytes.functional import QuantState
 
-ADAMW_BLOCK = 256
-"""Weights that share a scale of each of AdamW's averages."""
-
 # Dropout before adapters.
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.optim import Optimizer
 
 from ...kernels.optimizer import ops_for
-from ...kernels.training.torch_ops import ADAMW_BLOCK
+from ...kernels.optimizer.torch_ops import ADAMW_BLOCK
 
 
 class StepInBackward(Optimizer):
