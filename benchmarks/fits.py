@@ -52,7 +52,7 @@ SETTINGS = {
     "QLoRA r64, Adam in 8 bits": Setting(24, runs.QLORA_8BIT_ADAM, 16),
     "QLoRA r16, Adam in 8 bits": Setting(16, runs.QLORA_16_8BIT_ADAM, 1),
     "QLoRA r16, experts offloaded": Setting(8, runs.OFFLOADED, 1),
-    "QLoRA r16, experts offloaded, 8 rows": Setting(8, runs.OFFLOADED, 8),
+    "QLoRA r16, experts offloaded, 8 rows": Setting(10, runs.OFFLOADED, 8),
     "completion, bf16": Setting(40, "--dtype bfloat16"),
     "completion, int8": Setting(24, "--quantization int8"),
     "completion, int4": Setting(16, "--quantization int4"),

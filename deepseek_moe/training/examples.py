@@ -202,12 +202,16 @@ class Collator:
     def __init__(self, pad_token_id: int, packing: bool) -> None:
         self.pad_token_id, self.packing = pad_token_id, packing
 
-    def __call__(self, features: list[dict[str, Any]], flat: int = 0) -> dict[str, Any]:
+    def __call__(
+        self, features: list[dict[str, Any]], flat: int = 0, most_equal: int | None = None
+    ) -> dict[str, Any]:
         """Tensors [B, L], int64, of examples or (when packing) of rows of `packed_rows.pack`.
 
         Args:
             flat: if not 0, all rows lie end to end in one packed row, B = 1, which is filled up to
                 a multiple of so many ids.
+            most_equal: examples of one length stay rows if they are more tokens than this. They
+                need no padding, and attention within rows is faster without bounds.
 
         Returns:
             input_ids; labels (IGNORED for ids that are not trained on); sequence_ids (the number of
@@ -218,6 +222,8 @@ class Collator:
         """
         num_tokens = sum(row["length"] for row in features)
         width = max(row["length"] for row in features)
+        if most_equal is not None and not self.packing and num_tokens > most_equal:
+            flat = 0 if num_tokens == width * len(features) else flat
         if flat:
             features, width = [_end_to_end(features)], -(-num_tokens // flat) * flat
         shape = (len(features), width)

@@ -37,7 +37,7 @@ from ..model.layout import weight_files
 from ..processes import CollectiveRunError
 from . import callbacks, saving
 from .chosen_experts import has_chosen_experts, read_trained
-from .compute.replayed_model import use_replays
+from .compute.replayed_model import MOST_TOKENS, use_replays
 from .compute.varlen_attention import VARLEN
 from .deepspeed_file import zero_stage
 from .epoch_sampler import load_in_order
@@ -56,7 +56,8 @@ class FineTuner(Trainer):
         """`quantization` is that of the base under the adapters; all else is transformers'."""
         super().__init__(*args, **kwargs)
         self.base_quantization = quantization
-        use_replays(self.model, self.args, quantization.bits if quantization else 16)
+        bits = quantization.bits if quantization else 16
+        self.most_replayed = MOST_TOKENS if use_replays(self.model, self.args, bits) else 0
         quiet, names = self.args.disable_tqdm, self.args.report_to
         self.pop_callback(PrinterCallback if quiet else ProgressCallback)
         self.progress = callbacks.ProgressWithoutBars() if quiet else callbacks.Progress()
@@ -220,10 +221,10 @@ class FineTuner(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Loads the examples in an order that a resumed run sees again. Where attention takes
-        packed rows, the rows of a batch lie end to end without padding."""
+        packed rows, the rows of a batch lie end to end without padding, as replays need it."""
         args, collate = self.args, self.data_collator
         if self.model.config._attn_implementation == VARLEN and args.world_size == 1:
-            collate = partial(collate, flat=FLAT)
+            collate = partial(collate, flat=FLAT, most_equal=self.most_replayed)
         if args.train_sampling_strategy == "sequential":
             with changed(self, data_collator=collate):
                 return super().get_train_dataloader()

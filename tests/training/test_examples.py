@@ -229,6 +229,12 @@ def test_padded_and_packed_batches():
     again = Collator(pad_token_id=1, packing=True)(rows, flat=12)
     for name, value in flat.items():
         assert torch.equal(again[name], value) if isinstance(value, torch.Tensor) else value
+    equal = [examples[1], examples[2]]
+    assert len({one["length"] for one in equal}) == 1
+    for most, shape in ((5, (2, 3)), (6, (1, 12))):  # 6 tokens in all
+        made = Collator(pad_token_id=1, packing=False)(equal, flat=12, most_equal=most)
+        assert made["input_ids"].shape == shape and ("cu_seq_lens_q" in made) == (most == 6)
+    assert "cu_seq_lens_q" in Collator(1, packing=False)(examples, flat=12, most_equal=0)
     rows[1]["trained"][3] = 1  # a label across the border of two examples
     with pytest.raises(AssertionError):
         Collator(1, packing=True)(rows)

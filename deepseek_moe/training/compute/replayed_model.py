@@ -34,8 +34,9 @@ from .varlen_attention import VARLEN
 MOST_TOKENS = 8192  # of a batch; larger ones keep the GPU busy, and their graphs much memory
 
 
-def use_replays(model: nn.Module, args: TrainingArguments, bits: int) -> None:
+def use_replays(model: nn.Module, args: TrainingArguments, bits: int) -> bool:
     """Makes the decoder in `model` replay its passes, if it has adapters and the process no others.
+    Returns whether it does.
 
     Layers must not draw random numbers, apart from the dropout of adapters, which gets seeds here,
     so checkpointing need not bring back random states, which a graph cannot. Products in 8 `bits`
@@ -46,11 +47,12 @@ def use_replays(model: nn.Module, args: TrainingArguments, bits: int) -> None:
     adapts = isinstance(model, PeftModel) and bits != 8 and not config.attention_dropout
     takes_bounds = config._attn_implementation == VARLEN and args.device.type == "cuda"
     if not (args.cuda_graphs and is_alone and adapts and takes_bounds):
-        return
+        return False
     options = {"use_reentrant": False, "preserve_rng_state": False}
     # transformers 5.23 gave it a second name.
     args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = options
     replay(model)
+    return True
 
 
 def replay(model: PeftModel) -> None:
