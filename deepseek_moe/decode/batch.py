@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from ..model.modeling_deepseek import CACHE
 from .sampling import Prompts, Sampler, mark_broken, seen_in, sum_rows
 
 
@@ -66,9 +67,9 @@ class PlainBatch(Batch):
                 input_ids=self.ids_BL,
                 attention_mask=self.mask_BL,
                 position_ids=position_BL[:, -self.ids_BL.shape[1] :],
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE: self.cache},
             ).logits[:, -1]
         logits_BV = logits_BV.float()
         sums_B = sum_rows(logits_BV)  # before the sampler, which may change them

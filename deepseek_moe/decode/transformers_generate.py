@@ -39,8 +39,8 @@ OPTIONS = {
 }
 """Processors in the order in which transformers and `Sampling` apply them: the option that each is,
 and its attribute that holds the value."""
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-PREPARED |= {"cache_position", "tokenizer"}
+PREPARED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache"}
+PREPARED |= {"logits_to_keep", "cache_position", "tokenizer"}
 """What transformers hands to the model's forward in every call."""
 RETURNED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 

@@ -102,7 +102,7 @@ class DeepseekConfig(PreTrainedConfig):
     """
 
     model_type = "deepseek"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     auto_map = {}  # TRL asks for it; it is no field, so that files do not get it
     attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
-BY_TRANSFORMERS = {"past_key_values", "inputs_embeds", "position_ids", "custom_generate"}
+BY_TRANSFORMERS = {"cache", "past_key_values", "inputs_embeds", "position_ids", "custom_generate"}
 """Arguments with which transformers' own loop runs."""
 _fast: ContextVar[bool] = ContextVar("fast", default=True)
 

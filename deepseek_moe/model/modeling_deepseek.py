@@ -48,6 +48,9 @@ from .layout import (
     stack_official_experts,
 )
 
+CACHE = "cache" if hasattr(MoeModelOutputWithPast, "cache") else "past_key_values"
+"""What transformers calls the cache in arguments and outputs: before 5.24 `past_key_values`."""
+
 
 @dataclass
 class Routing:
@@ -265,7 +268,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -358,13 +361,14 @@ class DeepseekModel(DeepseekPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         sequence_ids: torch.LongTensor | None = None,
         num_sequences: int | None = None,
         aux_loss_scale: float = 1.0,
         sequence_weights: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> "DeepseekModelOutput":
         """Four arguments are for the balance loss in training.
@@ -377,23 +381,27 @@ class DeepseekModel(DeepseekPreTrainedModel):
             aux_loss_scale: multiplies the gradient of the balance loss. Where gradients are
                 accumulated, it is the share of this batch in the sequences of the step.
             sequence_weights: how much each sequence counts. Without it they count alike.
+            past_key_values: the `cache`, by the name that transformers before 5.24 has for it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("give either cache or past_key_values, which is its older name")
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             length = inputs_embeds.shape[1]
             position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
 
         hidden_BLD = inputs_embeds
@@ -417,8 +425,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 attention_mask=mask,
                 position_ids=position_ids,
                 position_embeddings=cos_sin,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
             if routing.index_TK is not None:
@@ -428,10 +436,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
         aux_losses = torch.stack(losses) if losses else None
         return DeepseekModelOutput(
             last_hidden_state=self.norm(hidden_BLD),
-            past_key_values=past_key_values,
             aux_loss=aux_losses.sum() if losses else None,
             aux_losses=aux_losses,
             router_picks=tuple(picks) or None,
+            **{CACHE: cache},
         )
 
 
@@ -473,11 +481,12 @@ class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> DeepseekCausalLMOutput:
         """`loss` is the language loss of `labels`, which are shifted here (-100 does not count).
@@ -496,9 +505,10 @@ class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            past_key_values=past_key_values,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -516,10 +526,10 @@ class DeepseekForCausalLM(FastGenerationMixin, DeepseekPreTrainedModel):
             aux_losses=outputs.aux_losses,
             router_picks=outputs.router_picks,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

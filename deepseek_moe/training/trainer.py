@@ -272,11 +272,11 @@ class FineTuner(Trainer):
         return None
 
     # ---- private methods of Trainer ----
-    # These overrides follow transformers/trainer.py from 5.17 to 5.23; the line numbers are those
-    # of 5.23. A test fails when Trainer changes their signatures or calls.
+    # These overrides follow transformers/trainer.py from 5.17 to 5.24; the line numbers are those
+    # of 5.24. A test fails when Trainer changes their signatures or calls.
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses a step by its gradient norm (line 2781, called at 1932 by `_run_epoch`).
+        """Refuses a step by its gradient norm (line 2789, called at 1940 by `_run_epoch`).
 
         The callback after this call, on_pre_optimizer_step, is not given the norm.
         """
@@ -290,7 +290,7 @@ class FineTuner(Trainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Gives a checkpoint its name when it is complete (line 3355).
+        """Gives a checkpoint its name when it is complete (line 3363).
 
         No callback comes before a save. The one after it comes when the folder has its name.
         """
@@ -309,7 +309,7 @@ class FineTuner(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Lets DeepSpeed leave out frozen weights beside chosen experts, as Trainer does beside
-        adapters (line 3513, called at 3392 by `_save_checkpoint`)."""
+        adapters (line 3521, called at 3400 by `_save_checkpoint`)."""
         if not (self.is_deepspeed_enabled and has_chosen_experts(self.model)):
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -318,7 +318,7 @@ class FineTuner(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """Reads weights by the names that they have on disk (line 3602, called at 1564 by `train`).
+        """Reads weights by the names that they have on disk (line 3610, called at 1564 by `train`).
 
         Trainer does not apply the conversion mapping that `from_pretrained` applies. It would find
         none of the stacked experts, warn, and go on with those of the base model.

@@ -24,6 +24,7 @@ from deepseek_moe.decode.engine import Engine
 from deepseek_moe.decode.transformers_generate import SharedEngine
 from deepseek_moe.errors import UserError
 from deepseek_moe.kernels.decode import torch_ops
+from deepseek_moe.model.modeling_deepseek import CACHE
 
 TEXTS = ["Once upon a time", "The", "It was a cold night, and nobody in the house could sleep. He"]
 TOKENIZER = tokenizer_of(BUNDLED)
@@ -115,7 +116,7 @@ class Unchanged(LogitsProcessor):
     [
         {"logits_processor": [Unchanged()]},
         {"output_scores": True, "return_dict_in_generate": True},
-        {"past_key_values": DynamicCache()},
+        {CACHE: DynamicCache()},
         {"min_new_tokens": 3},
         {"no_repeat_ngram_size": 2},
         {"use_cache": False},

@@ -5,7 +5,7 @@ import torch
 
 from deepseek_moe import DeepseekForCausalLM
 from deepseek_moe.model.balance_loss import balance_loss
-from deepseek_moe.model.modeling_deepseek import DeepseekExperts, DeepseekGate
+from deepseek_moe.model.modeling_deepseek import CACHE, DeepseekExperts, DeepseekGate
 
 # transformers 5.23 says activation checkpointing; 5.17 and its Trainer do not know that name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*_checkpointing_:FutureWarning")
@@ -73,14 +73,17 @@ def test_router_computes_in_fp32(autocast, tiny_config):
 
 
 @torch.no_grad()
-def test_cached_decoding_equals_full_forward(tiny_model):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cached_decoding_equals_full_forward(name, tiny_model):
     model = tiny_model(num_key_value_heads=2)
     out = model(IDS[:, :4], use_cache=True)
     steps = [out.logits]
     for token in IDS[:, 4:].split(1, dim=1):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, **{name: out[CACHE]}, use_cache=True)
         steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), model(IDS).logits, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="either cache or past_key_values"):
+        model(IDS, cache=out[CACHE], past_key_values=out[CACHE])
 
 
 @torch.no_grad()

@@ -234,7 +234,7 @@ OVERRIDDEN = {  # private methods of Trainer: their parameters, and how Trainer 
 }
 
 
-def test_the_overridden_private_methods_of_trainer_are_as_in_transformers_5_17_to_5_23():
+def test_the_overridden_private_methods_of_trainer_are_as_in_transformers_5_17_to_5_24():
     """If this fails, compare the last section of FineTuner with the new version of Trainer."""
     private = {name for name in vars(FineTuner) if name.startswith("_") and name[:2] != "__"}
     assert {name for name in private if hasattr(Trainer, name)} == set(OVERRIDDEN)

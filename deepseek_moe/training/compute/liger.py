@@ -8,7 +8,7 @@
 The base class of each class below is its plain twin. transformers offers no public seam for them:
 its kernel mapping needs the package `kernels`, and replaces neither the projections of
 `LlamaAttention` nor a head with its loss. `FusedAttention.forward` repeats that of `LlamaAttention`
-(transformers 5.23, models/llama/modeling_llama.py) apart from what it replaces;
+(transformers 5.24, models/llama/modeling_llama.py) apart from what it replaces;
 tests/training/compute/test_liger.py fails when the original changes.
 """
 
@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from ...model.modeling_deepseek import DeepseekDecoderLayer, DeepseekForCausalLM, DeepseekMLP
+from ...model.modeling_deepseek import CACHE, DeepseekDecoderLayer, DeepseekForCausalLM, DeepseekMLP
 from .fused_lora import linears
 from .grouped_experts import compute_dtype, refuse_other_than_silu
 
@@ -73,19 +73,19 @@ class FusedAttention(LlamaAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         from liger_kernel.transformers.functional import liger_rope
 
+        cache = kwargs.pop(CACHE, None)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BHLD, k_BHLD, v_BHLD = (
             out.view(heads).transpose(1, 2)
             for out in linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         )
         q_BHLD, k_BHLD = liger_rope(q_BHLD, k_BHLD, *position_embeddings)
-        if past_key_values is not None:
-            k_BHLD, v_BHLD = past_key_values.update(k_BHLD, v_BHLD, self.layer_idx)
+        if cache is not None:
+            k_BHLD, v_BHLD = cache.update(k_BHLD, v_BHLD, self.layer_idx, kwargs=kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

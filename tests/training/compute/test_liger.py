@@ -105,7 +105,7 @@ def test_training_and_evaluation_take_turns(tiny_model):
 
 def test_the_attention_that_is_repeated_here_has_not_changed():
     """If this fails, compare transformers' forward with `FusedAttention.forward`, mend that, and
-    put the new hash here."""
+    put the new hash here. The first one is that of 5.17 to 5.23, the second that of 5.24."""
     source = inspect.getsource(LlamaAttention.forward)
     found = hashlib.sha256("".join(source.split()).encode()).hexdigest()
-    assert found.startswith("3c5ec3430ccfa6ac")
+    assert found[:16] in ("3c5ec3430ccfa6ac", "9e3ca961f287a83b")

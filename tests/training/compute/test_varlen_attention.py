@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from deepseek_moe.model.modeling_deepseek import CACHE
 from deepseek_moe.training.compute import varlen_attention as attention
 
 IDS = torch.tensor([[0, 17, 5, 44, 80, 2, 91], [0, 3, 62, 9, 9, 31, 7]])
@@ -34,8 +35,8 @@ def test_varlen_without_examples_in_a_row_is_sdpa(tiny_model):
     assert not torch.equal(want(IDS, attention_mask=mask).logits, want(IDS).logits)
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(have.generate(IDS, **options), want.generate(IDS, **options))
-    cache = have(IDS[:, :3], use_cache=True).past_key_values
-    later = have(IDS[:, 3:], past_key_values=cache).logits
+    cache = have(IDS[:, :3], use_cache=True)[CACHE]
+    later = have(IDS[:, 3:], cache=cache).logits
     torch.testing.assert_close(later, want(IDS).logits[:, 3:], atol=1e-5, rtol=1e-5)
 
 
