@@ -14,7 +14,7 @@ Whatever changes from step to step is a tensor whose place stays: the inputs, th
 and the gradients, to which the backward graph adds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 
 from ...kernels.training.torch_ops import Seed
 from ...model.modeling_deepseek import DeepseekModel, DeepseekModelOutput
-from ..offload import ExpertStream, HostStack
+from ..offload import HostStack
 from .varlen_attention import VARLEN
 
 MOST_TOKENS = 8192  # of a batch; larger ones keep the GPU busy, and their graphs much memory
@@ -65,8 +65,8 @@ def replay(model: PeftModel) -> None:
     decoder.__class__ = ReplayedModel
     decoder.step_seed, decoder.graphs, decoder.gradients = step, {}, {}
     decoder.pool = torch.cuda.graph_pool_handle()
-    stacks = [one for one in model.parameters() if isinstance(one, HostStack)]
-    decoder.expert_stream = stacks[0].stream if stacks else None
+    offloaded = [one.stream for one in model.parameters() if isinstance(one, HostStack)]
+    decoder.restart_copies = offloaded[0].restart if offloaded else lambda: None
 
 
 class Graphs(NamedTuple):
@@ -77,14 +77,12 @@ class Graphs(NamedTuple):
     outputs: DeepseekModelOutput
     gradient_BLD: torch.Tensor  # of the last hidden state
     backward: torch.cuda.CUDAGraph
-    expert_stream: ExpertStream | None  # that fills buffers in both
+    restart_copies: Callable[[], None]  # of offloaded experts
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
-        if self.expert_stream:
-            self.expert_stream.restart()
+        self.restart_copies()
         graph.replay()
-        if self.expert_stream:  # What follows must not find in the buffers what was there before.
-            self.expert_stream.restart()
+        self.restart_copies()  # The buffers hold other layers than before.
 
 
 class ReplayedModel(DeepseekModel):
@@ -153,18 +151,18 @@ class ReplayedModel(DeepseekModel):
         with torch.autocast("cuda", enabled=False), self._recording(backward):
             torch.autograd.backward(hidden_BLD, gradient_BLD)
         outputs.last_hidden_state = hidden_BLD.detach()
-        return Graphs(inputs, forward, outputs, gradient_BLD, backward, self.expert_stream)
+        return Graphs(inputs, forward, outputs, gradient_BLD, backward, self.restart_copies)
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Records what is inside, with all copies of offloaded experts that it begins."""
-        restart = self.expert_stream.restart if self.expert_stream else lambda: None
-        restart()  # A graph cannot wait for what is not in it.
+        """Records what is inside, with all copies that it begins. What is in a graph and what is
+        not cannot wait for each other."""
+        self.restart_copies()
         with torch.cuda.graph(graph, pool=self.pool):
-            restart()
+            self.restart_copies()
             yield
-            restart()
-        restart()
+            self.restart_copies()
+        self.restart_copies()
 
 
 class _Replay(torch.autograd.Function):

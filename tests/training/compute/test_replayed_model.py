@@ -44,7 +44,8 @@ def test_rounded_shapes_change_neither_loss_nor_gradients(tiny_model: MakeModel)
 
 
 def test_gradients_stay_where_they_are(tiny_model: MakeModel) -> None:
-    """They go on as zeros where the optimizer had dropped them, else as they were."""
+    """They go on as zeros where the optimizer had dropped them, else as they were. One that a plain
+    pass has made since then goes on too."""
     model = tiny_model().model
     model.__class__, model.gradients = ReplayedModel, {}
     model.place_gradients()
@@ -56,6 +57,9 @@ def test_gradients_stay_where_they_are(tiny_model: MakeModel) -> None:
     model.place_gradients()
     assert [one.grad.data_ptr() for one in (first, second)] == places
     assert first.grad.eq(1).all() and second.grad.eq(0).all()
+    second.grad = torch.full_like(second, 2)
+    model.place_gradients()
+    assert second.grad.data_ptr() == places[1] and second.grad.eq(2).all()
 
 
 @pytest.mark.parametrize(("number", "wanted"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16)])
