@@ -15,12 +15,14 @@ from deepseek_moe.training.compute.liger import use_fused_forwards
 from deepseek_moe.training.compute.replayed_model import ReplayedModel, replay
 from deepseek_moe.training.compute.varlen_attention import VARLEN
 from deepseek_moe.training.examples import FLAT, Collator
+from deepseek_moe.training.offload import stream_experts
 from deepseek_moe.training.quantized_base import Quantization
 from deepseek_moe.training.trainable import add_lora
 
 pytestmark = pytest.mark.gpu
 STEPS = [(40, 90), (200, 30, 20), (38, 92), (60, 66), (190, 31, 25), (41, 80), (210, 20, 19)]
 """The examples of each step, in tokens: two shapes, which take turns."""
+BASES = ["bf16", "4 bits", "offloaded"]
 
 
 class Unrecorded(dict):
@@ -37,12 +39,12 @@ def gpu() -> torch.device:
     return torch.device("cuda")
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("batches", [1, 2])
-def test_losses_and_gradients(bits: int, recompute: bool, batches: int, gpu: torch.device) -> None:
+def test_losses_and_gradients(base: str, recompute: bool, batches: int, gpu: torch.device) -> None:
     """Of each step, with dropout, and with gradients of several batches added up."""
-    plain, replayed = (train(bits, recompute, batches, record, gpu) for record in (False, True))
+    plain, replayed = (train(base, recompute, batches, record, gpu) for record in (False, True))
     assert len(plain) == len(STEPS) // batches
     for step, (want, have) in enumerate(zip(plain, replayed, strict=True)):
         for name, value in want.items():
@@ -52,11 +54,11 @@ def test_losses_and_gradients(bits: int, recompute: bool, batches: int, gpu: tor
 
 
 def train(
-    bits: int, recompute: bool, batches: int, record: bool, device: torch.device
+    base: str, recompute: bool, batches: int, record: bool, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
     """The losses, picks, balance losses and gradients of each step."""
     torch.manual_seed(0)
-    model = adapted(bits, recompute, device)
+    model = adapted(base, recompute, device)
     [decoder] = [one for one in model.modules() if isinstance(one, ReplayedModel)]
     decoder.graphs = {} if record else Unrecorded()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
@@ -82,9 +84,10 @@ def train(
     return found
 
 
-def adapted(bits: int, recompute: bool, device: torch.device) -> torch.nn.Module:
+def adapted(base: str, recompute: bool, device: torch.device) -> torch.nn.Module:
     """The bundled model with adapters everywhere, as finetune.py makes it."""
-    quantization = Quantization(4).config([]) if bits == 4 else None
+    offload = base == "offloaded"
+    quantization = None if base == "bf16" else Quantization(4).config([], offload=offload)
     model = DeepseekForCausalLM.from_pretrained(
         BUNDLED_MODEL,
         dtype=torch.bfloat16,
@@ -94,6 +97,8 @@ def adapted(bits: int, recompute: bool, device: torch.device) -> torch.nn.Module
         quantization_config=quantization,
     )
     model = add_lora(model, split_commas(ALL_LINEARS), 8, 16.0, 0.1)
+    if offload:
+        stream_experts(model, device)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.02

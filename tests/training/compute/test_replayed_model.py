@@ -62,6 +62,45 @@ def test_gradients_stay_where_they_are(tiny_model: MakeModel) -> None:
     assert second.grad.data_ptr() == places[1] and second.grad.eq(2).all()
 
 
+@pytest.mark.parametrize(
+    ("free", "share", "reserved", "has_grads", "wanted"),
+    [
+        (10.1, 1.0, 50, True, True),  # twice the 5 beside what is allocated
+        (9.9, 1.0, 50, True, False),
+        (99, 0.5, 39.9, True, True),  # the process may take 50
+        (99, 0.5, 40.1, True, False),
+        (9.1, 1.0, 50, False, True),  # 1 for gradients, and twice the 4 that were something else
+        (8.9, 1.0, 50, False, False),
+    ],
+)
+def test_graphs_need_room_for_a_step_twice(
+    free: float,
+    share: float,
+    reserved: float,
+    has_grads: bool,
+    wanted: bool,
+    tiny_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All memory here is in units of the model's gradients."""
+    model = tiny_model().model
+    model.__class__, model.step_seed = ReplayedModel, torch.zeros(())
+    unit = sum(one.nbytes for one in model.parameters())
+    for one in model.parameters():
+        one.grad = torch.zeros_like(one) if has_grads else None
+    answers = {
+        "empty_cache": None,
+        "mem_get_info": (free * unit, 100 * unit),
+        "get_per_process_memory_fraction": share,
+        "memory_reserved": reserved * unit,
+        "memory_allocated": 30 * unit,
+        "max_memory_allocated": 35 * unit,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert model._has_room() == wanted
+
+
 @pytest.mark.parametrize(("number", "wanted"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16)])
 def test_power_of_two(number: int, wanted: int) -> None:
     assert power_of_two(number) == wanted
