@@ -8,6 +8,7 @@ is done outside of Python.
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ PROMPTS = (8, 32, 64, 128)
 take the same kernels."""
 CAPACITY = 1024  # as other capacities, a multiple of 16, which is what a kernel is compiled for
 THREADS = 16
+LOADING = Lock()
 
 
 def compile_ahead(
@@ -56,7 +58,11 @@ def _compile(launch: "Launch", device: torch.device) -> None:
     kernel, grid, args, options = launch
     # What cannot be compiled here will be reported where it is launched.
     with suppress(Exception), torch.cuda.device(device):
-        _ = kernel.warmup(*args, grid=grid, **options).run  # which loads it
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        # Triton 3.6 starts each kernel by a module of C, and all of these have one name. Where two
+        # are loaded at once, a kernel may be given the module of the other.
+        with LOADING:
+            _ = compiled.run  # which loads it
 
 
 def kind_of(launch: "Launch") -> tuple[Any, ...]:

@@ -1,10 +1,14 @@
 """The kernels that are compiled ahead are those that a text then launches."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from time import sleep
+
 import pytest
 import torch
 
 from deepseek_moe import DeepseekForCausalLM
-from deepseek_moe.decode.compile_ahead import compile_ahead, kind_of, launches_of
+from deepseek_moe.decode.compile_ahead import _compile, compile_ahead, kind_of, launches_of
 from deepseek_moe.decode.decoder import Decoder, StaticCache
 from deepseek_moe.decode.int_quantizer import IntConfig
 
@@ -40,6 +44,36 @@ def test_a_text_launches_what_is_compiled(bits, length, tiny_model, tmp_path):
     # Of these numbers Triton is told not to ask anything.
     free = ("_count", "_place", "_pick_experts")
     assert not [kind for kind in launched - ahead.keys() if kind[0].__name__ not in free]
+
+
+class Compiled:
+    """Stands for a kernel, and notes how many are compiled and loaded at the same time."""
+
+    compiling, loading, most_compiling, most_loading = 0, 0, 0, 0
+
+    def warmup(self, grid: tuple[int, ...]) -> "Compiled":
+        Compiled.compiling += 1
+        sleep(0.05)
+        Compiled.most_compiling = max(Compiled.most_compiling, Compiled.compiling)
+        Compiled.compiling -= 1
+        return self
+
+    @property
+    def run(self) -> None:
+        Compiled.loading += 1
+        sleep(0.01)
+        Compiled.most_loading = max(Compiled.most_loading, Compiled.loading)
+        Compiled.loading -= 1
+
+
+def test_kernels_are_compiled_together_and_loaded_one_by_one(monkeypatch):
+    """Two that Triton loads at once may be mistaken for each other."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    launches = [(Compiled(), (1,), (), {}) for _ in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        for launch in launches:
+            threads.submit(_compile, launch, torch.device("cuda"))
+    assert Compiled.most_compiling > 1 and Compiled.most_loading == 1
 
 
 def test_nothing_is_compiled_for_a_cpu(tiny_model):
