@@ -2,7 +2,7 @@
 
     python benchmarks/fits.py                      about 30 minutes, 140 GB of disk
     python benchmarks/fits.py --only QLoRA         the settings in which a word begins so
-    python benchmarks/fits.py --only offloaded     those for a card of 8 GB
+    python benchmarks/fits.py --only offloaded     those with offloaded experts, for 8 and 10 GB
     python benchmarks/fits.py --folder /dev/shm    models and runs are written there
 
 Every process may take as much GPU memory as a card of the given size has, less 1 GB for CUDA itself

@@ -27,7 +27,7 @@ with quiet_interrupt():
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-    # Memory in segments that grow is hardly ever in pieces. PyTorch reads this at its import.
+    # Expandable segments keep PyTorch's memory from fragmenting. It reads this at its import.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

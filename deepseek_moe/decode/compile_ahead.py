@@ -59,8 +59,8 @@ def _compile(launch: "Launch", device: torch.device) -> None:
     # What cannot be compiled here will be reported where it is launched.
     with suppress(Exception), torch.cuda.device(device):
         compiled = kernel.warmup(*args, grid=grid, **options)
-        # Triton 3.6 starts each kernel by a module of C, and all of these have one name. Where two
-        # are loaded at once, a kernel may be given the module of the other.
+        # Triton 3.6 compiles a module of C for each kernel, which starts it, and all of these have
+        # one name. Where two are loaded at once, a kernel may be given the module of the other.
         with LOADING:
             _ = compiled.run  # which loads it
 

@@ -381,7 +381,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             aux_loss_scale: multiplies the gradient of the balance loss. Where gradients are
                 accumulated, it is the share of this batch in the sequences of the step.
             sequence_weights: how much each sequence counts. Without it they count alike.
-            past_key_values: the `cache`, by the name that transformers before 5.24 has for it.
+            past_key_values: the `cache`, as transformers before 5.24 and its `generate` call it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")

@@ -203,7 +203,7 @@ class Collator:
         self.pad_token_id, self.packing = pad_token_id, packing
 
     def __call__(
-        self, features: list[dict[str, Any]], flat: int = 0, most_equal: int | None = None
+        self, features: list[dict[str, Any]], flat: int = 0, most_equal: float = math.inf
     ) -> dict[str, Any]:
         """Tensors [B, L], int64, of examples or (when packing) of rows of `packed_rows.pack`.
 
@@ -211,7 +211,8 @@ class Collator:
             flat: if not 0, all rows lie end to end in one packed row, B = 1, which is filled up to
                 a multiple of so many ids.
             most_equal: examples of one length stay rows if they are more tokens than this. They
-                need no padding, and attention within rows is faster without bounds.
+                need no padding, and attention within rows is faster without bounds. Graphs take
+                flat rows only, so what a graph may take has to be flat.
 
         Returns:
             input_ids; labels (IGNORED for ids that are not trained on); sequence_ids (the number of
@@ -222,8 +223,8 @@ class Collator:
         """
         num_tokens = sum(row["length"] for row in features)
         width = max(row["length"] for row in features)
-        if most_equal is not None and not self.packing and num_tokens > most_equal:
-            flat = 0 if num_tokens == width * len(features) else flat
+        equal = not self.packing and num_tokens == width * len(features)
+        flat = 0 if equal and num_tokens > most_equal else flat
         if flat:
             features, width = [_end_to_end(features)], -(-num_tokens // flat) * flat
         shape = (len(features), width)

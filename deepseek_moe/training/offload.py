@@ -101,8 +101,8 @@ class _Buffer:
         self.empty()
 
     def empty(self) -> None:
-        """Forgets what it holds. It can be filled when what was started before has been computed,
-        on the current stream."""
+        """Forgets what it holds. The next copy into it waits for the work that the current stream
+        already has."""
         self.layer = -1  # whose stacks are in it, or on their way
         if self.packed[0].device.type == "cuda":
             self.full, self.read = torch.cuda.Event(), torch.cuda.Event()

@@ -16,7 +16,7 @@ def optimizer_of(
     """The class, and its options beside the parameters.
 
     Raises:
-        UserError: the one of --optim cannot be made.
+        UserError: the optimizer that --optim names cannot be made.
     """
     if args.single_gpu_full:
         betas = (args.adam_beta1, args.adam_beta2)

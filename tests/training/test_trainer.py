@@ -22,6 +22,7 @@ from deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from deepseek_moe.errors import RunError, UserError
 from deepseek_moe.processes import CollectiveRunError, rank_zero_reports
 from deepseek_moe.training.callbacks import StopTogether
+from deepseek_moe.training.compute.bitsandbytes_adamw import UnwaitingAdamW
 from deepseek_moe.training.epoch_sampler import EpochSampler, SetEpoch
 from deepseek_moe.training.packed_rows import pack
 from deepseek_moe.training.parameter_counts import weights_passed
@@ -82,6 +83,15 @@ def test_loss_and_balance_loss_are_logged_apart_as_means_of_steps(tuner):
         a, b, c, d = curve(each, key)
         assert min(a, b, c, d) > 0.1
         assert curve(means, key) == pytest.approx([(a + b) / 2, (c + d) / 2], rel=1e-6)
+
+
+def test_adamw_of_8_bits_does_not_wait_and_keeps_32_bits_for_embeddings(tuner):
+    trainer = tuner(optim="adamw_bnb_8bit", max_steps=1, learning_rate=1e-4)
+    trainer.train()
+    assert type(trainer.own_optimizer) is UnwaitingAdamW
+    model, states = trainer.model, trainer.own_optimizer.state
+    assert states[model.model.embed_tokens.weight]["state1"].dtype == torch.float32
+    assert states[model.lm_head.weight]["state1"].dtype == torch.uint8  # of the same size
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm", "evaluation loss"])

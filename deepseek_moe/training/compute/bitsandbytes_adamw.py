@@ -1,7 +1,8 @@
 """bitsandbytes' AdamW without a wait for the GPU after each tensor: a model with adapters has 500.
 
-transformers knows the optimizers of bitsandbytes by this name, and then lets the averages of
-embeddings keep 32 bits. So the name of this module has to contain it.
+transformers looks for "bitsandbytes" in the full name of the class (`create_optimizer`, line 1328
+of 5.24's trainer.py), and then lets the averages of embeddings keep 32 bits. So the name of this
+module has to contain it; a test in tests/training/test_trainer.py holds that.
 """
 
 from typing import Any

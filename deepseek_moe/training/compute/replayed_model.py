@@ -7,8 +7,9 @@ and loss are not.
 
 A graph is for one shape, so shapes are rounded up: the row by the collator (`examples.FLAT`), and
 here the number of examples and the longest one, to powers of two. The first batch of a shape is
-computed plainly, which also compiles kernels; the second one is recorded, if memory has room. All
-graphs share their memory, since only one is in use at a time.
+computed plainly, which also compiles kernels; the second one is recorded, if memory has room. Then
+the optimizer must have taken a step, so that its averages are there. All graphs share their memory,
+since only one is in use at a time.
 
 Whatever changes from step to step is a tensor whose place stays: the inputs, the seed of dropout,
 and the gradients, to which the backward graph adds.
@@ -64,6 +65,8 @@ def replay(model: PeftModel) -> None:
     [decoder] = [module for module in model.modules() if type(module) is DeepseekModel]
     decoder.__class__ = ReplayedModel
     decoder.step_seed, decoder.graphs, decoder.gradients = step, {}, {}
+    decoder.trained = [one for one in decoder.parameters() if one.requires_grad]
+    decoder.passes, decoder.has_stepped, decoder.pool_bytes = 0, False, 0
     decoder.pool = torch.cuda.graph_pool_handle()
     offloaded = [one.stream for one in model.parameters() if isinstance(one, HostStack)]
     decoder.restart_copies = offloaded[0].restart if offloaded else lambda: None
@@ -82,7 +85,7 @@ class Graphs(NamedTuple):
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         self.restart_copies()
         graph.replay()
-        self.restart_copies()  # The buffers hold other layers than before.
+        self.restart_copies()  # The graph has filled the buffers, unnoticed.
 
 
 class ReplayedModel(DeepseekModel):
@@ -92,15 +95,18 @@ class ReplayedModel(DeepseekModel):
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(input_ids, **inputs)
         self.step_seed.fill_(int(torch.randint(2**31 - 1, ())))  # by the host's random state
-        if "cu_seq_lens_q" not in inputs or input_ids.numel() > MOST_TOKENS:
-            return super().forward(input_ids, **inputs)
+        # The optimizer's step has set gradients to None that an earlier pass has made.
+        self.has_stepped |= self.passes > 0 and self.trained[0].grad is None
+        self.passes += 1
         if self.gradients:
             self.place_gradients()
+        if "cu_seq_lens_q" not in inputs or input_ids.numel() > MOST_TOKENS:
+            return super().forward(input_ids, **inputs)
         tensors, numbers = rounded(input_ids, **inputs)
         key = (*numbers.values(), *(x.shape for x in tensors.values()))
         if key not in self.graphs:
             self.graphs[key] = None  # which a second batch of this shape will record
-        elif self.graphs[key] is None:
+        elif self.graphs[key] is None and self.has_stepped:
             self.graphs[key] = self._has_room() and self._record(tensors, numbers)
         if not (graphs := self.graphs[key]):
             return super().forward(**tensors, **numbers)
@@ -112,35 +118,36 @@ class ReplayedModel(DeepseekModel):
         return found
 
     def place_gradients(self) -> None:
-        """Gives each parameter that trains the gradient to which the graphs add. It holds what the
-        parameter had, or zeros where the optimizer had set it to None."""
+        """Gives each parameter that trains the gradient to which the graphs add: that which it had
+        when the first graph was recorded. It is zeros again where the optimizer has set it to None.
+        """
         if not self.gradients:
-            self.gradients = {one: torch.zeros_like(one) for one in self._trained()}
+            self.gradients = {
+                one: torch.zeros_like(one) if one.grad is None else one.grad for one in self.trained
+            }
         unset = [gradient for one, gradient in self.gradients.items() if one.grad is None]
         if unset:
             torch._foreach_zero_(unset)
         for one, gradient in self.gradients.items():
-            if one.grad is not None and one.grad is not gradient:  # a plain pass made it
-                gradient.copy_(one.grad)
             one.grad = gradient
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [one for one in self.parameters() if one.requires_grad]
-
     def _has_room(self) -> bool:
-        """Whether graphs can have as much memory as a step has taken at most, beside as much again
-        for the plain passes of other shapes. Gradients then stay."""
+        """Whether graphs can have as much memory as a step has taken at most, of which they may
+        have some, beside as much again for the plain passes of other shapes. Gradients then stay.
+        """
         device = self.step_seed.device
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         allowed = torch.cuda.get_per_process_memory_fraction(device) * total
         free = min(free, allowed - torch.cuda.memory_reserved(device))
-        unset = sum(one.nbytes for one in self._trained() if one.grad is None)
+        unset = sum(one.nbytes for one in self.trained if one.grad is None)
         taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-        return unset + 2 * max(0, taken - unset) <= free
+        taken = max(0, taken - unset)
+        return unset + max(0, taken - self.pool_bytes) + taken <= free
 
     def _record(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> Graphs:
         self.place_gradients()
+        before = torch.cuda.memory_reserved()
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self._recording(forward):
@@ -151,12 +158,14 @@ class ReplayedModel(DeepseekModel):
         with torch.autocast("cuda", enabled=False), self._recording(backward):
             torch.autograd.backward(hidden_BLD, gradient_BLD)
         outputs.last_hidden_state = hidden_BLD.detach()
+        torch.cuda.empty_cache()
+        self.pool_bytes += max(0, torch.cuda.memory_reserved() - before)
         return Graphs(inputs, forward, outputs, gradient_BLD, backward, self.restart_copies)
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Records what is inside, with all copies that it begins. What is in a graph and what is
-        not cannot wait for each other."""
+        """Records what is inside. Copies of offloaded experts begin and end inside too, because a
+        graph cannot wait for an event from outside of it."""
         self.restart_copies()
         with torch.cuda.graph(graph, pool=self.pool):
             self.restart_copies()
