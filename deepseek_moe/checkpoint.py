@@ -56,6 +56,11 @@ def find_checkpoint(model: str, cache_dir: str | None = None) -> Path:
             f"{folder} holds an adapter; merge it first: python -m deepseek_moe.export "
             f"--model BASE --adapter {folder} --output FOLDER"
         )
+    if (folder / "delta.json").is_file():
+        raise UserError(
+            f"{folder} holds only what changed; put it into its base first: python -m "
+            f"deepseek_moe.export --model BASE --delta {folder} --output FOLDER"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a folder in Hugging Face layout")
     if not (folder / "tokenizer.json").is_file():

@@ -109,7 +109,8 @@ def _results(trained: Mapping[str, Any]) -> dict[str, object]:
     if isinstance(data, list) and data:
         rows["data"] = ", ".join(f"`{name}`" for name in data)
     if isinstance(losses, dict):
-        rows |= {said: losses[name] for name, said in LOSSES.items() if name in losses}
+        found = {said: losses[name] for name, said in LOSSES.items() if name in losses}
+        rows |= {n: round(x, 4) if isinstance(x, float) else x for n, x in found.items()}
     return rows
 
 

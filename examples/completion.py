@@ -83,10 +83,15 @@ def main() -> None:
 
 def given_prompts(args: argparse.Namespace) -> list[str]:
     """Those of --prompt, with what is piped in."""
-    given = [standard_input().read() if one == "-" else one for one in args.prompt]
+    given = [piped_text() if one == "-" else one for one in args.prompt]
     if not given and not args.prompts_file and stdin_is_piped():
-        given = [text] if (text := standard_input().read()) else []
+        given = [text] if (text := piped_text()) else []
     return given
+
+
+def piped_text() -> str:
+    """All of stdin but the newline that `echo` and editors put at the end."""
+    return standard_input().read().removesuffix("\n")
 
 
 def parse_arguments() -> argparse.Namespace:

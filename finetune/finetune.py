@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     is_first = args.process_index == 0
     if data.dry_run:
         if is_first:
+            if run.finished:
+                say("this run is finished already; without --dry_run True nothing would be done")
             dry_run.print_dry_run(network, folder, options, args, rows["length"], disk)
     elif run.finished:
         say("this run is finished already")

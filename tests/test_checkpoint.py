@@ -172,6 +172,7 @@ SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 CORRUPT = (f"{WEIGHTS} is truncated or corrupt", "get the checkpoint anew")
 BROKEN: list[tuple[Change, tuple[str, ...]]] = [
     (remove("config.json"), ("no config.json", "Hugging Face layout")),
+    (write("delta.json", b"{}"), ("holds only what changed", "export --model BASE --delta")),
     *(
         (write("config.json", content), ("config.json is not JSON", "get it anew"))
         for content in (b"", b"{", b"\xff\xfe", b"[" * 10**5)

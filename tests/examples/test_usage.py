@@ -123,6 +123,15 @@ def test_what_is_piped_in_is_a_prompt(content, options, begins):
     assert done.out.count("A bird") == begins.count("A bird")
 
 
+def test_a_newline_at_the_end_of_what_is_piped_in_is_no_part_of_the_prompt():
+    """`echo` puts one there."""
+    one, other = (
+        run("completion.py", "--prompt", "-", "--max_new_tokens", 4, stdin=text)
+        for text in (b"A bird", b"A bird\n")
+    )
+    assert other.code == 0 and other.out == one.out
+
+
 @pytest.mark.parametrize(
     ("script", "options", "encoding", "said"),
     [

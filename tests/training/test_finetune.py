@@ -240,6 +240,9 @@ def test_a_run_takes_the_steps_of_its_dry_run_and_logs_perplexity(argv, place, t
     assert evaluations
     for line in evaluations:
         assert line["eval_perplexity"] == pytest.approx(torch.tensor(line["eval_loss"]).exp())
+    again = succeed(argv(output, dry_run=True, save_steps=8, **whole), log)
+    assert "this run is finished already" in again.err and "8 of 5 rows" in again.out
+    assert "finished" not in planned.err
 
 
 def test_wrong_use_is_found_before_the_model_is_loaded(argv, place, tmp_path):
