@@ -77,7 +77,7 @@ def test_the_room_of_evaluation_uses_no_training():
 
 @pytest.mark.parametrize(
     ("starts", "most"),
-    [(("decode.generation",), 4592), (("training.examples", "training.build"), 5319)],
+    [(("decode.generation",), 4593), (("training.examples", "training.build"), 5320)],
 )
 def test_a_reader_of_either_path_meets_few_lines(starts, most):
     """From ids to ids, and from a row to the gradient of an expert."""

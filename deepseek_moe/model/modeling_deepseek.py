@@ -385,8 +385,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if cache is not None and past_key_values is not None:
-            raise ValueError("give either cache or past_key_values, which is its older name")
+        other = any(isinstance(one, Cache) for one in kwargs.values())  # by a name of the future
+        if other or None not in (cache, past_key_values):
+            raise ValueError("give one cache, as `cache` or, by its older name, `past_key_values`")
         cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)

@@ -82,8 +82,9 @@ def test_cached_decoding_equals_full_forward(name, tiny_model):
         out = model(token, **{name: out[CACHE]}, use_cache=True)
         steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), model(IDS).logits, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="either cache or past_key_values"):
-        model(IDS, cache=out[CACHE], past_key_values=out[CACHE])
+    for others in (["cache", "past_key_values"], ["by_a_newer_name"]):
+        with pytest.raises(ValueError, match="give one cache, as `cache` or"):
+            model(IDS, **dict.fromkeys(others, out[CACHE]))
 
 
 @torch.no_grad()
