@@ -9,7 +9,7 @@ Weights and optimizer states stay all the time. A step adds to them one of these
 - evaluation: the logits of a batch, and those of a row in fp32
 
 Where passes are replayed (compute/replayed_model.py), gradients stay all the time too. A run that
-has no room for it is not replayed, and takes less. Where experts are offloaded, that is estimated.
+has no room for it is not replayed, and takes less. For offloaded experts that less is estimated.
 
 With --single_gpu_full each weight is stepped in the backward pass. Then there are only the first
 two peaks and evaluation, with the gradient of one tensor.

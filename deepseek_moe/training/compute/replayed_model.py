@@ -66,7 +66,7 @@ def replay(model: PeftModel) -> None:
     decoder.__class__ = ReplayedModel
     decoder.step_seed, decoder.graphs, decoder.gradients = step, {}, {}
     decoder.trained = [one for one in decoder.parameters() if one.requires_grad]
-    decoder.passes, decoder.has_stepped, decoder.pool_bytes = 0, False, 0
+    decoder.has_stepped, decoder.pool_bytes = False, 0
     decoder.pool = torch.cuda.graph_pool_handle()
     offloaded = [one.stream for one in model.parameters() if isinstance(one, HostStack)]
     decoder.restart_copies = offloaded[0].restart if offloaded else lambda: None
@@ -95,9 +95,8 @@ class ReplayedModel(DeepseekModel):
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(input_ids, **inputs)
         self.step_seed.fill_(int(torch.randint(2**31 - 1, ())))  # by the host's random state
-        # The optimizer's step has set gradients to None that an earlier pass has made.
-        self.has_stepped |= self.passes > 0 and self.trained[0].grad is None
-        self.passes += 1
+        # Once a shape is noted, a pass has made gradients. The optimizer's step sets them to None.
+        self.has_stepped |= bool(self.graphs) and self.trained[0].grad is None
         if self.gradients:
             self.place_gradients()
         if "cu_seq_lens_q" not in inputs or input_ids.numel() > MOST_TOKENS:

@@ -49,7 +49,7 @@ def replayed(tiny_model: MakeModel) -> ReplayedModel:
     model = tiny_model().model
     model.__class__, model.trained = ReplayedModel, list(model.parameters())
     model.gradients, model.graphs, model.step_seed = {}, {}, torch.zeros((), dtype=torch.int64)
-    model.passes, model.has_stepped = 0, False
+    model.has_stepped = False
     return model
 
 
